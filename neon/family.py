@@ -1,0 +1,111 @@
+"""What a generator must say about itself to take part in Neon, and how a name resolves to it.
+
+Nothing in a family knows about ranks, files, w or metrics; nothing outside a family knows which family it serves.
+"""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from neon.seeds import Rng
+
+if TYPE_CHECKING:
+    from neon.checkpoint import Checkpoint
+
+Draws = dict[str, Tensor]
+"""Every random number of one training step by name; each tensor has the batch as its first dimension."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoOptions:
+    """Options of a family that has none."""
+
+
+class Family(ABC):
+    """A kind of generator. One object serves one run: `open` may give it an autoencoder, nothing else changes it.
+
+    Codes are what training eats: pixels in [-1, 1], latents or token maps, with the batch as the first dimension.
+    """
+
+    name: str
+    sampling: type = NoOptions
+    """Frozen dataclass of the sampler's options; it is guided if it has a field `cfg_scale`. Keys of [sampling] fill it."""
+    objective: type = NoOptions
+    """Frozen dataclass of the loss's options. Keys of [finetune.objective] or [train.objective] fill it."""
+
+    @abstractmethod
+    def build(self, arch: Mapping[str, object]) -> nn.Module:
+        """The network from its constructor arguments, as checkpoints store them; freshly initialised."""
+
+    def load(self, checkpoint: Checkpoint) -> nn.Module:
+        """The network with a checkpoint's weights, strictly: a missing, extra or misshapen entry is an error."""
+        model = self.build(checkpoint.arch)
+        checkpoint.load_into(model)
+        return model
+
+    def open(self, autoencoder: Path | None, device: torch.device) -> None:  # noqa: B027 - pixel families have nothing to open
+        """Make `encode` and `decode` ready. Latent and token families read their autoencoder here."""
+
+    @abstractmethod
+    def sample(self, model: nn.Module, rng: Rng, labels: Tensor | None, how: object) -> tuple[Tensor, Tensor | None]:
+        """Codes (B, ...) for the images of `rng`, and the labels (B,) int64 that were used (None: unconditional).
+
+        labels None means: draw them from `rng` as the published script of the family does. how: a `self.sampling`.
+        """
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Float images (B, C, H, W) in [-1, 1], not clipped; `quantize.to_uint8` follows."""
+        return codes
+
+    def encode(self, images: Tensor) -> Tensor:
+        """What training keeps of uint8 images (B, C, H, W). Deterministic, so it is done once; `loss` does the rest.
+
+        Pixel families keep the bytes; a latent family keeps its autoencoder's moments.
+        """
+        return images
+
+    @abstractmethod
+    def draw(self, rng: Rng, codes: Tensor, labels: Tensor | None, how: object) -> Draws:
+        """Every random number of one training step of the batch `codes`. how: a `self.objective`."""
+
+    @abstractmethod
+    def loss(self, model: nn.Module, codes: Tensor, labels: Tensor | None, draws: Draws, how: object) -> Tensor:
+        """The loss of every image, (B,) float. codes: from `encode` (stored images) or from `sample` (stored codes)."""
+
+    def num_classes(self, model: nn.Module) -> int:
+        """Number of class labels the network takes; 0 if it is unconditional."""
+        return 0
+
+    def decays(self, name: str, parameter: nn.Parameter) -> bool:
+        """Whether weight decay applies to a parameter (where the recipe has any)."""
+        return True
+
+
+def resolve(name: str) -> Family:
+    """The family called `name`: NAME stands for `NAME.family:FAMILY`; a family of your own is named "module:attribute".
+
+    Raises ValueError if there is no such module or attribute, or if it is not a Family class.
+    """
+    module_name, _, attribute = name.partition(":")
+    target = (module_name, attribute) if attribute else (f"{name}.family", "FAMILY")
+    try:
+        module = importlib.import_module(target[0])
+    except ModuleNotFoundError as error:
+        if error.name is None or not target[0].startswith(error.name):
+            raise  # the family exists, something that it imports does not
+        raise ValueError(
+            f"no family {name!r}: there is no module {target[0]!r}. Use one of the shipped names (edm, var, xar, imm, flow) "
+            "or 'module:ClassName' of your own"
+        ) from error
+    found = getattr(module, target[1], None)
+    if not (isinstance(found, type) and issubclass(found, Family)):
+        raise ValueError(f"family {name!r}: {target[0]}.{target[1]} is {found!r}, expected a subclass of neon.family.Family")
+    return found()

@@ -1,0 +1,98 @@
+"""Golden vectors: inputs and outputs of the original code, with weights seeded by the parameters' names.
+
+The folder is $NEON_GOLDENS (default tests/goldens), laid out FAMILY/FILE. A golden test asks `collect` for the files of its
+kind, so further files of the same kinds are tested without touching code; tests/test_goldens_complete.py asserts that every
+file belongs to exactly one kind. Golden tests live in tests/FAMILY/test_goldens*.py.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import math
+import os
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+FOLDER = Path(os.environ.get("NEON_GOLDENS") or Path(__file__).parent / "goldens")
+MANIFESTS = Path(__file__).parent / "manifests"
+KINDS: dict[str, list[tuple[str, str | None]]] = {}
+
+
+def collect(family: str, *patterns: str, kind: str | None = None) -> list[Path]:
+    """The family's files whose name matches one of the patterns (and whose config['kind'] is `kind`, if given), sorted.
+
+    An empty list makes pytest show the test as skipped: the folder is missing.
+    """
+    KINDS.setdefault(family, []).extend((pattern, kind) for pattern in patterns)
+    return [file for file in files(family) if any(is_of_kind(file, pattern, kind) for pattern in patterns)]
+
+
+def reference_only(family: str, *patterns: str) -> None:
+    """Kinds that describe habits of the original scripts which this project replaces: known, and not tested."""
+    KINDS.setdefault(family, []).extend((pattern, None) for pattern in patterns)
+
+
+def files(family: str) -> list[Path]:
+    folder = FOLDER / family
+    return sorted(file for file in folder.iterdir() if file.is_file()) if folder.is_dir() else []
+
+
+def is_of_kind(file: Path, pattern: str, kind: str | None) -> bool:
+    if not fnmatch.fnmatch(file.name, pattern):
+        return False
+    return kind is None or (file.suffix == ".npz" and config_of(file).get("kind") == kind)
+
+
+def config_of(file: Path) -> dict:
+    with np.load(file) as data:
+        return json.loads(str(data["config"])) if "config" in data.files else {}
+
+
+def load(file: Path) -> tuple[dict, dict[str, np.ndarray]]:
+    """(config, arrays) of a golden .npz."""
+    with np.load(file) as data:
+        arrays = {name: data[name] for name in data.files}
+    return json.loads(str(arrays.pop("config"))), arrays
+
+
+def tensor(array: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array))
+
+
+def name_seeded(name: str, shape: torch.Size | tuple[int, ...]) -> Tensor:
+    """The value that a parameter called `name` has in every golden (float32)."""
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    r = torch.randn(tuple(shape), generator=generator)
+    if r.ndim >= 2:
+        return r / math.sqrt(r.numel() / r.shape[0])
+    return 1 + 0.1 * r if name.endswith("weight") else 0.1 * r
+
+
+@torch.no_grad()
+def seed_by_name(module: nn.Module, prefix: str = "") -> nn.Module:
+    """Give every parameter its name-seeded value; buffers keep what the constructor gave them."""
+    for name, parameter in module.named_parameters():
+        parameter.copy_(name_seeded(prefix + name, parameter.shape))
+    return module
+
+
+def manifest(family: str, model: str) -> dict[str, list]:
+    """{key: [dim, ..., dtype]} of a published checkpoint, in its order."""
+    return json.loads((MANIFESTS / family / f"{model}.json").read_text())
+
+
+def manifest_of(module: nn.Module) -> dict[str, list]:
+    return {key: [*value.shape, str(value.dtype).removeprefix("torch.")] for key, value in module.state_dict().items()}
+
+
+def assert_close(actual: Tensor, expected: np.ndarray | Tensor, *, atol: float, rtol: float = 0.0, what: str = "") -> None:
+    """Finite, of the same shape, and close. (max(0, nan) is 0 in Python, so finiteness comes first.)"""
+    expected = tensor(expected) if isinstance(expected, np.ndarray) else expected
+    assert actual.shape == expected.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    assert torch.isfinite(actual).all(), f"{what}: not finite"
+    torch.testing.assert_close(actual.double(), expected.double(), atol=atol, rtol=rtol, msg=lambda text: f"{what}: {text}")
