@@ -1,0 +1,130 @@
+"""The merge against its definition, its fixed points and a memory-lean, resident and file-level form of itself."""
+
+import pytest
+import torch
+from torch import nn
+
+from neon.merge import LiveMerge, difference, merged_entries, random_direction, reverse_merge, step_size
+
+
+def state(seed: int, dtype=torch.float32) -> dict[str, torch.Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    return {"a.weight": torch.randn(5, 7, generator=g).to(dtype), "a.bias": torch.randn(5, generator=g).to(dtype)}
+
+
+def test_is_the_papers_line():
+    base, synth, w = state(0, torch.float64), state(1, torch.float64), 1.5
+    for name, merged in reverse_merge(base, synth, w).items():
+        torch.testing.assert_close(merged, (1 + w) * base[name] - w * synth[name], atol=1e-14, rtol=0)
+
+
+def test_sign_by_hand():
+    assert reverse_merge({"p": torch.tensor([1.0])}, {"p": torch.tensor([3.0])}, 0.5)["p"].item() == 0.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_fixed_points_bit_for_bit(dtype):
+    base, synth = state(0, dtype), state(1, dtype)
+    for w, expected in ((0.0, base), (-1.0, synth)):
+        merged = reverse_merge(base, synth, w)
+        assert all(torch.equal(merged[name], expected[name]) and merged[name].dtype == dtype for name in base)
+
+
+def test_half_precision_is_rounded_once():
+    base, synth = state(0, torch.bfloat16), state(1, torch.bfloat16)
+    merged = reverse_merge(base, synth, 0.3)["a.weight"]
+    b, s = base["a.weight"].float(), synth["a.weight"].float()
+    assert torch.equal(merged, torch.add(b, s - b, alpha=-0.3).bfloat16())
+    half = (base["a.weight"] - torch.tensor(0.3, dtype=torch.bfloat16) * (synth["a.weight"] - base["a.weight"]))
+    assert not torch.equal(merged, half)  # arithmetic in bfloat16 is measurably something else
+
+
+def test_only_parameters_move():
+    base, synth = state(0), state(1)
+    merged = reverse_merge(base, synth, 2.0, parameters={"a.weight"})
+    assert torch.equal(merged["a.bias"], base["a.bias"])
+    assert not torch.equal(merged["a.weight"], base["a.weight"])
+
+
+def test_equal_masks_with_infinities_and_counters_are_copied():
+    mask = torch.full((3, 3), float("-inf")).triu(1)
+    base = {"p": torch.ones(2), "mask": mask, "count": torch.tensor(3), "empty": torch.zeros(0)}
+    synth = {"p": torch.zeros(2), "mask": mask.clone(), "count": torch.tensor(3), "empty": torch.zeros(0)}
+    merged = reverse_merge(base, synth, 1.0)
+    assert torch.equal(merged["mask"], mask)
+    assert merged["count"].dtype == torch.int64
+    assert merged["p"].tolist() == [2.0, 2.0]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_entries_that_are_not_finite(bad):
+    base, synth = {"p": torch.tensor([1.0, 2.0])}, {"p": torch.tensor([3.0, bad])}
+    with pytest.raises(ValueError, match="p: differs.*not finite"):
+        reverse_merge(base, synth, 1.0)
+    assert reverse_merge(base, synth, 1.0, on_mismatch="keep_base")["p"].tolist() == [-1.0, 2.0]
+    assert reverse_merge({"p": torch.tensor([1.0, bad])}, {"p": torch.tensor([3.0, 4.0])}, 1.0, on_mismatch="keep_base")["p"][0] == -1.0
+
+
+def test_integers_that_differ():
+    base, synth = {"n": torch.tensor([1])}, {"n": torch.tensor([2])}
+    with pytest.raises(ValueError, match="n: differs"):
+        reverse_merge(base, synth, 1.0)
+    assert reverse_merge(base, synth, 1.0, on_mismatch="keep_base")["n"].item() == 1
+
+
+def test_names_and_shapes_that_differ():
+    base = {"a": torch.ones(1), "b": torch.ones(1)}
+    with pytest.raises(ValueError, match=r"1 of 2 are missing.*1 are only there; first: b, c"):
+        reverse_merge(base, {"a": torch.zeros(1), "c": torch.zeros(1)}, 1.0)
+    kept = reverse_merge(base, {"a": torch.zeros(1), "c": torch.zeros(1)}, 1.0, on_mismatch="keep_base")
+    assert list(kept) == ["a", "b"]
+    assert kept["b"].item() == 1
+    with pytest.raises(ValueError, match=r"shape \(1,\).*\(2,\)"):
+        reverse_merge({"a": torch.ones(1)}, {"a": torch.ones(2)}, 1.0)
+    with pytest.raises(ValueError, match="finite number"):
+        reverse_merge(base, base, float("nan"))
+
+
+def test_lazy_mapping_is_read_one_entry_at_a_time():
+    class Lazy(dict):
+        reads = 0
+
+        def __getitem__(self, name):
+            Lazy.reads += 1
+            return super().__getitem__(name)
+
+    entries = merged_entries(Lazy(state(0)), Lazy(state(1)), 1.0)
+    next(entries)
+    assert Lazy.reads == 2
+
+
+def test_live_merge_equals_the_file_merge_and_leaves_buffers():
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    base = {name: value.clone() for name, value in model.state_dict().items()}
+    synth = {name: value + torch.randn_like(value) * 0.1 if value.is_floating_point() else value for name, value in base.items()}
+    names = {name for name, _ in model.named_parameters()}
+    live = LiveMerge(model, base, synth)
+    for w in (1.7, 0.0, -1.0, 0.4, 1.7):  # any order, no drift
+        live.set_w(w)
+        expected = reverse_merge(base, synth, w, parameters=names)
+        for name, value in model.state_dict().items():
+            assert torch.equal(value, expected[name]), (w, name)
+
+
+def test_random_direction_has_the_norm_of_the_step_in_every_tensor():
+    base, synth = state(0), state(1)
+    control = random_direction(base, synth, list(base), seed=3)
+    for name in base:
+        torch.testing.assert_close(difference(base[name], control[name]).norm(), difference(base[name], synth[name]).norm(), rtol=1e-5, atol=0)
+        assert not torch.allclose(control[name], synth[name])
+    again = random_direction(base, synth, list(base), seed=3)
+    assert all(torch.equal(control[name], again[name]) for name in base)
+    assert not torch.equal(random_direction(base, synth, list(base), seed=4)["a.weight"], control["a.weight"])
+
+
+def test_step_size_tells_when_the_dtype_swallows_the_step():
+    base = {"p": torch.ones(1000)}
+    synth = {"p": torch.full((1000,), 1 + 5e-4)}
+    assert step_size(base, synth, 1.0, ["p"])["relative_step"] == pytest.approx(5e-4, rel=1e-3)
+    assert step_size(base, synth, 1.0, ["p"])["swallowed"] == 0
+    assert step_size({"p": base["p"].bfloat16()}, synth, 1.0, ["p"])["swallowed"] == 1
