@@ -1,0 +1,308 @@
+"""Image sets on disk: a folder, a zip, an npz, an IDX file or the shards of a run, behind one small interface.
+
+Files are sorted by relative path. Labels come from `dataset.json` (NVIDIA's format), else from class folders
+(`<class>/<file>`, classes sorted by name), else there are none. Nothing is skipped silently: files that cannot be read are
+named and counted.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import struct
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+LOSSY = {".jpg", ".jpeg", ".jfif", ".webp"}
+Reader = Callable[[Sequence[int]], Tensor]
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """N images of one size, read on demand.
+
+    read(indices) gives (len(indices), C, H, W) uint8 (float32 for sets of .npy latents).
+    labels: (N,) int64 class indices, (N, K) float32 vectors, or None.
+    """
+
+    path: Path
+    names: Sequence[str]
+    shape: tuple[int, int, int]
+    labels: Tensor | None
+    read: Reader
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @property
+    def num_classes(self) -> int:
+        """Classes by the labels (largest index + 1); 0 without labels."""
+        if self.labels is None:
+            return 0
+        return self.labels.shape[1] if self.labels.ndim == 2 else int(self.labels.max()) + 1
+
+    @property
+    def is_lossy(self) -> bool:
+        """Whether any file is of a lossy format: its artefacts change an FID."""
+        return any(PurePosixPath(name).suffix.lower() in LOSSY for name in self.names)
+
+    def batches(self, batch: int) -> Iterator[Tensor]:
+        """All images in order. Files that cannot be read are collected and raised as one error at the end."""
+        bad: list[str] = []
+        for start in range(0, len(self), batch):
+            indices = range(start, min(start + batch, len(self)))
+            try:
+                yield self.read(indices)
+            except UnreadableImages as error:
+                bad.extend(error.problems)
+        if bad:
+            raise UnreadableImages(bad)
+
+    def subset(self, indices: Sequence[int]) -> ImageSet:
+        """The images `indices`, in that order."""
+        chosen = list(indices)
+        labels = None if self.labels is None else self.labels[torch.tensor(chosen, dtype=torch.long)]
+        return ImageSet(self.path, [self.names[i] for i in chosen], self.shape, labels, lambda want: self.read([chosen[i] for i in want]))
+
+    def mirrored(self) -> ImageSet:
+        """Twice the set: the originals, then every image flipped left to right."""
+        n = len(self)
+
+        def read(want: Sequence[int]) -> Tensor:
+            images = self.read([i % n for i in want])
+            flip = torch.tensor([i >= n for i in want])
+            return torch.where(flip[:, None, None, None], images.flip(-1), images)
+
+        labels = None if self.labels is None else torch.cat([self.labels, self.labels])
+        return ImageSet(self.path, [*self.names, *self.names], self.shape, labels, read)
+
+
+class UnreadableImages(ValueError):
+    """Files of an image set that cannot be used, each with its reason."""
+
+    def __init__(self, problems: Sequence[str]):
+        self.problems = list(problems)
+        shown = "; ".join(self.problems[:3])
+        super().__init__(f"{len(self.problems)} image file(s) cannot be used, first: {shown}. Mend or remove them; none is skipped silently")
+
+
+def open_images(
+    path: Path | str, *, use_labels: bool = True, max_size: int | None = None, mirror: bool = False, seed: int = 0
+) -> ImageSet:
+    """Open an image set.
+
+    path: a folder (also one of a run's `synth` folders), .zip, .npz (`arr_0` or `images`, NHWC, NHW or NCHW), or an IDX
+        file (`*-images-idx3-ubyte[.gz]`, its labels file beside it).
+    max_size: keep a random subset of this size, chosen by numpy's RandomState(seed), in order.
+    mirror: append the mirrored copies.
+    Raises FileNotFoundError / ValueError saying what was found.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no image set at {path}")
+    if path.is_dir():
+        found = _open_shards(path) if (path / "manifest.json").is_file() else _open_files(path, _FolderFiles(path))
+    elif path.suffix == ".zip":
+        found = _open_files(path, _ZipFiles(path))
+    elif path.suffix == ".npz":
+        found = _open_npz(path)
+    elif "idx" in path.name:
+        found = _open_idx(path)
+    else:
+        raise ValueError(f"{path}: not an image set; expected a folder, .zip, .npz or an IDX file (*-images-idx3-ubyte[.gz])")
+    if not use_labels and found.labels is not None:
+        found = ImageSet(found.path, found.names, found.shape, None, found.read)
+    if max_size is not None and max_size < len(found):
+        order = np.arange(len(found), dtype=np.int64)
+        np.random.RandomState(seed).shuffle(order)
+        found = found.subset(np.sort(order[:max_size]).tolist())
+    return found.mirrored() if mirror else found
+
+
+class _FolderFiles:
+    def __init__(self, root: Path):
+        self._root = root
+
+    def names(self) -> list[str]:
+        return [file.relative_to(self._root).as_posix() for file in self._root.rglob("*") if file.is_file()]
+
+    def bytes(self, name: str) -> bytes:
+        return (self._root / name).read_bytes()
+
+
+class _ZipFiles:
+    """Reads through a fresh handle per call, so that several processes may share an open set."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        if not zipfile.is_zipfile(path):
+            raise ValueError(f"{path}: not a readable zip archive (truncated, or something else saved under this name)")
+
+    def names(self) -> list[str]:
+        with zipfile.ZipFile(self._path) as archive:
+            return [name for name in archive.namelist() if not name.endswith("/")]
+
+    def bytes(self, name: str) -> bytes:
+        with zipfile.ZipFile(self._path) as archive:
+            return archive.read(name)
+
+
+def _open_files(path: Path, files: _FolderFiles | _ZipFiles) -> ImageSet:
+    Image.init()
+    wanted = {*Image.EXTENSION, ".npy"}
+    every = files.names()
+    names = sorted(name for name in every if PurePosixPath(name).suffix.lower() in wanted)
+    if not names:
+        raise ValueError(f"{path}: no images found; looked for *.png, *.jpg, *.npy ... in {len(every)} file(s)")
+    first = _decode(names[0], files.bytes(names[0]))
+    shape = tuple(first.shape)
+
+    def read(indices: Sequence[int]) -> Tensor:
+        images, bad = [], []
+        for i in indices:
+            try:
+                image = _decode(names[i], files.bytes(names[i]))
+                if image.shape != shape:
+                    raise ValueError(f"{names[i]}: size {tuple(image.shape)} differs from the first image's {shape} (channels, height, width)")
+                images.append(image)
+            except UnreadableImages as error:
+                bad.extend(error.problems)
+            except ValueError as error:
+                bad.append(str(error))
+        if bad:
+            raise UnreadableImages(bad)
+        return torch.from_numpy(np.stack(images))
+
+    return ImageSet(path, names, shape, _file_labels(path, names, files, every), read)  # type: ignore[arg-type]
+
+
+def _decode(name: str, data: bytes) -> np.ndarray:
+    """(C, H, W) uint8, or float32 for .npy; a file that is no plain 8-bit grey or RGB image is refused."""
+    if name.endswith(".npy"):
+        array = np.load(io.BytesIO(data), allow_pickle=False)
+        return array.reshape(-1, *array.shape[-2:])
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            image.load()
+            mode, array = image.mode, np.asarray(image.convert("RGB") if image.mode == "P" and "transparency" not in image.info else image)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UnreadableImages([f"{name}: cannot be decoded ({error})"]) from error
+    if array.dtype != np.uint8 or mode not in ("L", "RGB", "P") or array.ndim not in (2, 3):
+        hints = {"RGBA": "an alpha channel", "LA": "an alpha channel", "I;16": "16 bits per channel", "I": "16 or 32 bits per channel"}
+        raise UnreadableImages([f"{name}: is of mode {mode} ({hints.get(mode, 'not 8-bit grey or RGB')}); convert it to 8-bit grey or RGB first"])
+    return array[None] if array.ndim == 2 else np.ascontiguousarray(array.transpose(2, 0, 1))
+
+
+def _file_labels(path: Path, names: Sequence[str], files: _FolderFiles | _ZipFiles, every: Sequence[str]) -> Tensor | None:
+    if "dataset.json" in every:
+        entries = json.loads(files.bytes("dataset.json")).get("labels")
+        if entries is None:
+            return None
+        by_name = {name.replace("\\", "/"): label for name, label in entries}
+        missing = [name for name in names if name not in by_name]
+        if missing:
+            raise ValueError(f"{path}: dataset.json has no label for {len(missing)} of {len(names)} images, first: {missing[0]}")
+        labels = np.array([by_name[name] for name in names])
+        return torch.from_numpy(labels.astype(np.int64 if labels.ndim == 1 else np.float32))
+    classes = [PurePosixPath(name).parts[0] if len(PurePosixPath(name).parts) > 1 else None for name in names]
+    if None in classes or len(set(classes)) < 2:
+        return None
+    index = {name: i for i, name in enumerate(sorted(set(classes)))}  # type: ignore[type-var]
+    return torch.tensor([index[name] for name in classes])
+
+
+def _open_npz(path: Path) -> ImageSet:
+    try:
+        with np.load(path, allow_pickle=False) as data:
+            key = next((key for key in ("images", "arr_0") if key in data.files), None)
+            if key is None:
+                raise ValueError(f"{path}: expected the images under 'images' or 'arr_0', found the keys {', '.join(data.files)}")
+            images = data[key]
+            label_key = next((k for k in ("labels", "arr_1") if k in data.files), None)
+            labels = None if label_key is None else data[label_key]
+    except (OSError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path}: not a readable npz file ({error})") from error
+    return from_array(path, images, labels)
+
+
+def from_array(path: Path, images: np.ndarray, labels: np.ndarray | None) -> ImageSet:
+    """A set in memory: uint8 images NHW, NHWC (1 or 3 channels last) or NCHW; labels (N,) with -1 for none."""
+    if images.dtype != np.uint8 or images.ndim not in (3, 4) or len(images) == 0:
+        raise ValueError(f"{path}: expected uint8 images (N, H, W), (N, H, W, C) or (N, C, H, W), found {images.dtype} {images.shape}")
+    if images.ndim == 3:
+        images = images[:, None]
+    elif images.shape[-1] in (1, 3):
+        images = images.transpose(0, 3, 1, 2)
+    elif images.shape[1] not in (1, 3):
+        raise ValueError(f"{path}: found images of shape {images.shape[1:]}; expected 1 or 3 channels, first or last")
+    if labels is not None and len(labels) != len(images):
+        raise ValueError(f"{path}: {len(images)} images but {len(labels)} labels")
+    tensor = torch.from_numpy(np.ascontiguousarray(images))
+    tags = None if labels is None or (labels < 0).any() else torch.from_numpy(labels.astype(np.int64))
+    names = [f"{i:08d}" for i in range(len(images))]
+    return ImageSet(path, names, tuple(tensor.shape[1:]), tags, lambda indices: tensor[torch.as_tensor(list(indices), dtype=torch.long)])  # type: ignore[arg-type]
+
+
+def _open_shards(folder: Path) -> ImageSet:
+    """The synthetic set of a run (neon/synthesize.py), if it was stored as images."""
+    files = sorted(folder.glob("shard-*.npz"))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    parts = [np.load(file, allow_pickle=False) for file in files]
+    images = [part["codes"] for part in parts]
+    found = sum(map(len, images))
+    if found != manifest["num_images"]:
+        raise ValueError(f"{folder}: {found} of {manifest['num_images']} images are there; finish it with `neon synth`")
+    if manifest["store"] != "images":
+        raise ValueError(f"{folder}: holds the sampler's codes, not images (synth.store = {manifest['store']!r})")
+    return from_array(folder, np.concatenate(images), np.concatenate([part["labels"] for part in parts]))
+
+
+def _open_idx(path: Path) -> ImageSet:
+    images = read_idx(path)
+    beside = path.with_name(path.name.replace("images-idx3", "labels-idx1").replace("images.idx3", "labels.idx1"))
+    return from_array(path, images, read_idx(beside) if beside != path and beside.is_file() else None)
+
+
+def read_idx(path: Path) -> np.ndarray:
+    """A uint8 array in LeCun's IDX format, plain or gzipped."""
+    data = path.read_bytes()
+    return parse_idx(gzip.decompress(data) if path.suffix == ".gz" else data, str(path))
+
+
+def parse_idx(data: bytes, name: str) -> np.ndarray:
+    if len(data) < 4 or data[:3] != b"\x00\x00\x08":
+        raise ValueError(f"{name}: not an IDX file of unsigned bytes (expected the header 00 00 08, found {data[:3].hex(' ')})")
+    shape = struct.unpack(f">{data[3]}I", data[4 : 4 + 4 * data[3]])
+    body = np.frombuffer(data, np.uint8, offset=4 + 4 * data[3])
+    if body.size != int(np.prod(shape)):
+        raise ValueError(f"{name}: the header announces {shape}, the file holds {body.size} bytes (truncated?)")
+    return body.reshape(shape)
+
+
+def write_zip(path: Path, images: Iterator[Tensor], labels: Tensor | None) -> int:
+    """A training set in NVIDIA's layout: `00000/img00000000.png` ... and dataset.json, stored uncompressed. Returns the count."""
+    count = 0
+    names: list[str] = []
+    temporary = path.with_name(path.name + ".part")
+    with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+        for batch in images:
+            for image in batch:
+                name = f"{count:08d}"[:5] + f"/img{count:08d}.png"
+                array = image.permute(1, 2, 0).numpy()
+                buffer = io.BytesIO()
+                Image.fromarray(array[..., 0] if array.shape[2] == 1 else array).save(buffer, "png", compress_level=0, optimize=False)
+                archive.writestr(name, buffer.getvalue())
+                names.append(name)
+                count += 1
+        tags = None if labels is None else [[name, label] for name, label in zip(names, labels.tolist(), strict=True)]
+        archive.writestr("dataset.json", json.dumps({"labels": tags}))
+    temporary.replace(path)
+    return count
