@@ -23,6 +23,10 @@ class Rng(Protocol):
         """(B, *shape) standard normal."""
         ...
 
+    def normals(self, count: int, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+        """(count, B, *shape) standard normal: what `count` successive steps of a stochastic sampler need, in one block."""
+        ...
+
     def uniform(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
         """(B, *shape) uniform on [0, 1)."""
         ...
@@ -51,6 +55,9 @@ class ImageRng:
 
     def normal(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
         return self._stack([torch.randn(tuple(shape), generator=g, device=g.device, dtype=dtype) for g in self._generators])
+
+    def normals(self, count: int, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+        return self.normal((count, *shape), dtype).transpose(0, 1)  # one draw per image instead of `count`
 
     def uniform(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
         return self._stack([torch.rand(tuple(shape), generator=g, device=g.device, dtype=dtype) for g in self._generators])
@@ -85,6 +92,9 @@ class SharedRng:
 
     def normal(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.randn((self.batch, *shape), generator=self.generator, device=self._where, dtype=dtype).to(self.device)
+
+    def normals(self, count: int, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.stack([self.normal(shape, dtype) for _ in range(count)])  # the order in which the original code draws
 
     def uniform(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.rand((self.batch, *shape), generator=self.generator, device=self._where, dtype=dtype).to(self.device)

@@ -1,0 +1,231 @@
+"""The xAR network, sampler, loss and training step against the original code (tolerances: max abs difference / max abs)."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from neon.seeds import SharedRng
+from tests import goldens
+from xar import cells, loss, sampler
+from xar.transformer import RotaryEmbedding, XARTransformer
+
+NETWORK_TOLERANCE = 2e-5
+SAMPLE_TOLERANCE = 1e-5
+FLOAT64_TOLERANCE = 1e-12
+
+
+def model_of(config: dict) -> XARTransformer:
+    model = XARTransformer(width=config["dim"], num_heads=config["heads"], encoder_depth=config["enc"], decoder_depth=config["dec"])
+    return goldens.seed_by_name(model).eval()
+
+
+def assert_relative(actual: Tensor, expected: np.ndarray, tolerance: float, what: str) -> None:
+    goldens.assert_close(actual, expected, atol=tolerance * float(np.abs(expected).max()), what=what)
+
+
+def tensors(arrays: dict[str, np.ndarray], *names: str) -> list[Tensor]:
+    return [goldens.tensor(arrays[name]) for name in names]
+
+
+def by_cell(times: np.ndarray, batch: int) -> Tensor:
+    """The cell-major times t[c B + b] of the original as (B, 4)."""
+    return goldens.tensor(times).view(cells.NUM_CELLS, batch).T
+
+
+def ids(file) -> str:
+    return file.stem
+
+
+@pytest.mark.parametrize("file", goldens.collect("xar", "rope_*.npz"), ids=ids)
+def test_rotary_embedding(file):
+    config, arrays = goldens.load(file)
+    rope = RotaryEmbedding(config["head_dim"])
+    assert_relative(rope.freqs, arrays["freqs"], 1e-6, "freqs")
+    assert_relative(rope.freqs_cos, arrays["freqs_cos"], 1e-6, "cos")
+    assert_relative(rope.freqs_sin[::16], arrays["freqs_sin_rows"], 1e-6, "sin")
+    x, x_part = tensors(arrays, "x", "x_part")
+    assert_relative(rope(x, 0), arrays["y"], 1e-6, "all tokens")
+    assert_relative(rope(x_part, 1), arrays["y_part"], 1e-6, "cells 1 and 2")
+
+
+@pytest.mark.parametrize("file", goldens.collect("xar", "xar_core_train*.npz"), ids=ids)
+def test_training_path(file):
+    config, arrays = goldens.load(file)
+    model, stride = model_of(config), config["token_stride_of_intermediates"]
+    images, noise, labels = tensors(arrays, "imgs", "noise", "labels")
+    times = by_cell(arrays["t"], config["B"])
+    noise = noise.transpose(0, 1)
+    seq, width = cells.to_cells(images), config["dim"]
+    x_t, steps = loss.interpolate(seq, noise, times), loss.timesteps(times)
+
+    seen: dict[str, Tensor] = {}
+    first = model.encoder_blocks[0]
+    hooks = {"z_proj": model.z_proj, "enc0_in": model.z_proj_ln, "enc0_attn": first.attn, "enc0_mlp": first.mlp, "enc0": first}
+    hooks |= {"enc_out": model.encoder_norm, "class_emb": model.class_emb}
+    for name, module in hooks.items():
+        module.register_forward_hook(lambda _module, _inputs, output, name=name: seen.__setitem__(name, output))
+    with torch.no_grad():
+        velocity = model(x_t, steps, labels)
+        per_image = loss.velocity_loss(model, images, labels, times=times, noise=noise)
+
+    assert torch.equal(steps.T.flatten(), goldens.tensor(arrays["t_int"]))
+    for name, value in {"seq": seq, "x_t": x_t, "target_sub": noise - seq}.items():
+        assert_relative(value.flatten(1, 2)[:, ::stride], arrays[name], 1e-6, name)
+    with torch.no_grad():
+        assert_relative(model.time_embed(steps.T.flatten()), arrays["time_emb"], NETWORK_TOLERANCE, "time_emb")
+    assert_relative(seen.pop("class_emb"), arrays["class_emb"], 1e-6, "class_emb")
+    for name, value in seen.items():
+        sub = value.reshape(config["B"], cells.NUM_TOKENS, width)[:, ::stride]
+        assert_relative(sub, arrays[name], NETWORK_TOLERANCE, name)
+    assert_relative(velocity.flatten(1, 2), arrays["v"], NETWORK_TOLERANCE, "v")
+    assert float(per_image.mean()) == pytest.approx(float(arrays["loss"]), rel=NETWORK_TOLERANCE)
+    assert first.mlp.fc1_g.out_features == config["mlp_hidden"]
+    assert torch.equal(model.mask[0, 0].isfinite().sum(1), goldens.tensor(arrays["mask_finite_rowsum"]))
+
+
+@pytest.mark.parametrize("file", goldens.collect("xar", "xar_infer_cache*.npz"), ids=ids)
+@torch.no_grad()
+def test_calls_with_the_cache(file):
+    """The original encodes a finished cell in the same call as the next one's first step; two calls must give the same."""
+    config, arrays = goldens.load(file)
+    model = model_of(config)
+    x, labels = tensors(arrays, "x", "y")
+    cache = model.new_cache(config["B"])
+
+    def call(index: int, timestep: int, cell: int) -> Tensor:
+        steps = torch.full((config["B"], 1), timestep)
+        return model(x[index][:, None], steps, labels, first_cell=cell, cache=cache)[:, 0]
+
+    def check(name: str, value: Tensor) -> None:
+        assert_relative(value, arrays[name], NETWORK_TOLERANCE, name)
+
+    check("v00", call(0, 1000, 0))
+    check("v01", call(1, 512, 0))
+    call(0, 0, 0)
+    check("v10", call(1, 1000, 1))
+    check("k_enc0_after_v10", cache[0].keys[:, :, :64])
+    check("v11", call(2, 310, 1))
+    call(1, 0, 1)
+    check("v20", call(2, 1000, 2))
+    check("v_dec_last_after_v20", cache[-1].values[:, :, :128:4])
+    check("v21", call(0, 40, 2))
+
+
+class Recording(SharedRng):
+    """Remembers every draw in the order in which it was made."""
+
+    def __init__(self, batch: int):
+        super().__init__(batch)
+        self.draws: list[Tensor] = []
+
+    def normal(self, shape, dtype=torch.float32) -> Tensor:
+        self.draws.append(super().normal(shape, dtype))
+        return self.draws[-1]
+
+
+@pytest.mark.parametrize("file", goldens.collect("xar", "xar_*sample_*.npz"), ids=ids)
+def test_sampling(file):
+    config, arrays = goldens.load(file)
+    model, num_steps, traced = model_of(config), config["num_steps"], config["traj_cell"]
+    inputs: list[Tensor] = []
+
+    def remember(_module, args, kwargs):
+        x, steps, _ = args
+        if kwargs["first_cell"] == traced and int(steps[0, 0]) > 0:  # time 0: the finished cell, re-fed
+            inputs.append(x[: config["B"], 0].clone())
+
+    model.register_forward_pre_hook(remember, with_kwargs=True)
+    torch.manual_seed(config["seed"])
+    rng = Recording(config["B"])
+    latents = sampler.sample_cells(model, rng, goldens.tensor(arrays["labels"]), num_steps=num_steps, cfg_scale=config["cfg_scale"])
+    starts, noise = rng.draws[::num_steps], [draw for i, draw in enumerate(rng.draws) if i % num_steps]
+    assert_relative(torch.stack(starts), arrays["latents"], 1e-6, "latents")
+    assert_relative(noise[0].float(), arrays["eps_first"], 1e-6, "first noise")
+    assert_relative(torch.stack([draw.flatten()[:4] for draw in noise]), arrays["eps_tail"], 1e-12, "all noise")
+    assert [sampler.cell_guidance(config["cfg_scale"], cell) for cell in range(4)] == pytest.approx(config["per_cell_cfg"], abs=1e-14)
+    assert_relative(torch.stack(inputs), arrays["traj"], SAMPLE_TOLERANCE, f"cell {traced} at each call")
+    assert_relative(cells.to_cells(latents).transpose(0, 1), arrays["cells"], SAMPLE_TOLERANCE, "cells")
+    assert_relative(latents, arrays["tokens"], SAMPLE_TOLERANCE, "tokens")
+
+
+@pytest.mark.parametrize("file", goldens.collect("xar", "sampler_pure_*.npz"), ids=ids)
+def test_integrators_with_an_analytic_velocity(file):
+    config, arrays = goldens.load(file)
+    batch, num_steps, scale = config["B"], config["num_steps"], config["cfg_scale"]
+    labels = torch.cat([goldens.tensor(arrays["y"]), torch.full((batch,), 1000)])[:, None, None]
+    times: list[float] = []
+
+    def velocity(x: Tensor, time: Tensor) -> Tensor:
+        times.append(float(time.float()))
+        t, doubled = time.float(), x.float().repeat(2, 1, 1)
+        v = torch.tanh(doubled * (0.5 + t)) - 0.3 * (labels / 1000) * doubled + 0.1 * t
+        conditional, unconditional = v.double().chunk(2)
+        return sampler.guided(conditional, unconditional, scale) if scale > 1 else conditional
+
+    torch.manual_seed(config["seed"])
+    rng = SharedRng(batch)
+    start = goldens.tensor(arrays["latents"])
+    noise = rng.normals(num_steps - 1, start.shape[1:], torch.float64)
+    assert_relative(sampler.time_grid(num_steps, "sde"), arrays["t_steps"], FLOAT64_TOLERANCE, "time grid")
+    assert_relative(sampler.integrate_sde(velocity, start, noise), arrays["em_out"], FLOAT64_TOLERANCE, "Euler-Maruyama")
+    assert times == [call[2] for call in config["em_calls"]]
+    times.clear()
+    assert_relative(sampler.integrate_ode(velocity, start, num_steps), arrays["euler_out"], FLOAT64_TOLERANCE, "Euler")
+    assert times == [call[2] for call in config["euler_calls"]]
+
+
+@pytest.mark.parametrize("file", goldens.collect("xar", "timesteps_int*.npz"), ids=ids)
+def test_truncated_timesteps(file):
+    _, arrays = goldens.load(file)
+    for name, expected in arrays.items():
+        grid = sampler.time_grid(int(name.rsplit("_", 1)[1]), "sde")[:-1]
+        assert loss.timesteps(grid).tolist() == expected.tolist(), name
+
+
+def published_times(batch: int) -> Tensor:
+    """The original draws t from numpy's global generator: logit-normal, cell-major."""
+    normal = np.random.standard_normal(cells.NUM_CELLS * batch)
+    return by_cell((1 / (1 + np.exp(-normal))).astype(np.float32), batch)
+
+
+def published_step(labels: Tensor, drop_probability: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(labels, times, noise) in the order of the original: label drop, times, then one noise per cell."""
+    batch = len(labels)
+    dropped = torch.rand(batch) < drop_probability
+    times = published_times(batch)
+    noise = SharedRng(batch).normals(cells.NUM_CELLS, (cells.CELL_TOKENS, cells.CHANNELS)).transpose(0, 1)
+    return torch.where(dropped, 1000, labels), times, noise
+
+
+@pytest.mark.parametrize("file", goldens.collect("xar", "xar_train_forward_rng*.npz"), ids=ids)
+def test_loss_and_gradients_with_the_published_draws(file):
+    config, arrays = goldens.load(file)
+    model = model_of(config)
+    images, labels = tensors(arrays, "imgs", "labels")
+    torch.manual_seed(config["torch_seed"])
+    np.random.seed(config["numpy_seed"])
+    labels, times, noise = published_step(labels, config["label_drop_prob"])
+    assert labels.tolist() == arrays["labels_used"].tolist()
+    assert_relative(times.T.flatten(), arrays["t"], 1e-6, "t")
+    x_t = loss.interpolate(cells.to_cells(images), noise, times)
+    assert_relative(x_t.flatten(1, 2)[:, ::4], arrays["x_t"], 1e-6, "x_t")
+    with torch.no_grad():
+        velocity = model(x_t, loss.timesteps(times), labels)
+    assert_relative(velocity.flatten(1, 2)[:, ::4], arrays["v"], NETWORK_TOLERANCE, "v")
+
+    value = loss.velocity_loss(model, images, labels, times=times, noise=noise).mean()
+    value.backward()
+    assert value.item() == pytest.approx(float(arrays["loss"]), rel=NETWORK_TOLERANCE)
+    parameters = dict(model.named_parameters())
+    norms = [float(parameters[name].grad.norm()) for name in config["param_names"]]
+    assert norms == pytest.approx(arrays["grad_norms"].tolist(), rel=NETWORK_TOLERANCE)
+    assert math.hypot(*norms) == pytest.approx(float(arrays["grad_norm_total"]), rel=NETWORK_TOLERANCE)
+    assert_relative(model.pred.weight.grad, arrays["grad_pred_weight"], NETWORK_TOLERANCE, "pred.weight")
+    assert_relative(model.z_proj.weight.grad, arrays["grad_zproj_weight"], NETWORK_TOLERANCE, "z_proj.weight")
+    positions = model.encoder_pos_embed_learned.grad[:, ::16]
+    assert_relative(positions, arrays["grad_encpos_sub"], NETWORK_TOLERANCE, "positions")
