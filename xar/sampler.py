@@ -6,6 +6,7 @@ xAR (arXiv 2502.20388); the stochastic integrator is SiT's (arXiv 2401.08740) fo
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -43,7 +44,7 @@ def integrate_sde(velocity: Velocity, start: Tensor, noise: Tensor) -> Tensor:
     """
     times = time_grid(len(noise) + 1, "sde")
     x = start.double()
-    for k, (time, time_next) in enumerate(zip(times[:-1], times[1:], strict=True)):
+    for k, (time, time_next) in enumerate(pairwise(times)):
         drift = (2 - time) * velocity(x, time) + x
         x = x + drift * (time_next - time)
         if k < len(noise):  # the step from LAST_TIME to 0 adds none
@@ -55,7 +56,7 @@ def integrate_ode(velocity: Velocity, start: Tensor, num_steps: int) -> Tensor:
     """Euler on dx = v dt from t = 1 to 0 in equal steps. Shapes as in `integrate_sde`."""
     times = time_grid(num_steps, "ode")
     x = start.double()
-    for time, time_next in zip(times[:-1], times[1:], strict=True):
+    for time, time_next in pairwise(times):
         x = x + velocity(x, time) * (time_next - time)
     return x
 
@@ -102,7 +103,8 @@ def _velocity(model: XARTransformer, labels: Tensor, cell: int, scale: float, ca
         return _call(model, x, time, labels[:batch], cell, [slot.rows(batch) for slot in cache]).double()
 
     def with_guidance(x: Tensor, time: Tensor) -> Tensor:
-        return guided(*_call(model, x.repeat(2, 1, 1), time, labels, cell, cache).double().chunk(2), scale)
+        with_label, without = _call(model, x.repeat(2, 1, 1), time, labels, cell, cache).double().chunk(2)
+        return guided(with_label, without, scale)
 
     return with_guidance if scale > 1 else conditional
 
