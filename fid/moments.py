@@ -98,3 +98,15 @@ class Moments:
             moments._mean = tensors["sum"].double() / moments.count
             moments._scatter = torch.addr(tensors["second"].double(), moments._mean, moments._mean, alpha=-moments.count)
         return moments
+
+    def state(self) -> dict[str, Tensor]:
+        """The exact state, to save and go on later bit for bit (`tensors()` are rounded sums)."""
+        return {"count": torch.tensor([self.count]), "mean": self._mean, "scatter": self._scatter}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Tensor]) -> Moments:
+        """The moments whose `state()` this is."""
+        moments = cls(len(state["mean"]))
+        moments.count = int(state["count"])
+        moments._mean, moments._scatter = state["mean"].clone(), state["scatter"].clone()
+        return moments

@@ -80,6 +80,10 @@ class Family(ABC):
     def loss(self, model: nn.Module, codes: Tensor, labels: Tensor | None, draws: Draws, how: object) -> Tensor:
         """The loss of every image, (B,) float. codes: from `encode` (stored images) or from `sample` (stored codes)."""
 
+    def group(self, how: object) -> int:
+        """Number of consecutive images whose loss is computed together; a batch is never split inside one."""
+        return 1
+
     def num_classes(self, model: nn.Module) -> int:
         """Number of class labels the network takes; 0 if it is unconditional."""
         return 0
