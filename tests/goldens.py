@@ -32,9 +32,9 @@ def collect(family: str, *patterns: str, kind: str | None = None) -> list[Path]:
     return [file for file in files(family) if any(is_of_kind(file, pattern, kind) for pattern in patterns)]
 
 
-def reference_only(family: str, *patterns: str) -> None:
+def reference_only(family: str, *patterns: str, kind: str | None = None) -> None:
     """Kinds that describe habits of the original scripts which this project replaces: known, and not tested."""
-    KINDS.setdefault(family, []).extend((pattern, None) for pattern in patterns)
+    KINDS.setdefault(family, []).extend((pattern, kind) for pattern in patterns)
 
 
 def files(family: str) -> list[Path]:
