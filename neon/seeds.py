@@ -35,6 +35,14 @@ class Rng(Protocol):
         """(B, *shape) int64, uniform on 0 .. high - 1."""
         ...
 
+    def exponential(self, shape: Sequence[int]) -> Tensor:
+        """(B, *shape) float32, exponential with rate 1; never 0."""
+        ...
+
+    def uniform_class(self, num_classes: int) -> Tensor:
+        """(B,) int64 class labels, uniform on 0 .. num_classes - 1."""
+        ...
+
     def categorical(self, probs: Tensor) -> Tensor:
         """(B, L) int64 indices drawn from probs (B, L, V), whose rows are non-negative with a positive sum."""
         ...
@@ -64,6 +72,12 @@ class ImageRng:
 
     def integers(self, high: int, shape: Sequence[int] = ()) -> Tensor:
         return self._stack([torch.randint(high, tuple(shape), generator=g, device=g.device) for g in self._generators])
+
+    def exponential(self, shape: Sequence[int]) -> Tensor:
+        return self._stack([torch.empty(tuple(shape), device=g.device).exponential_(generator=g) for g in self._generators])
+
+    def uniform_class(self, num_classes: int) -> Tensor:
+        return self.integers(num_classes)
 
     def categorical(self, probs: Tensor) -> Tensor:
         """One uniform per token through the inverse of the cumulative distribution."""
@@ -101,6 +115,14 @@ class SharedRng:
 
     def integers(self, high: int, shape: Sequence[int] = ()) -> Tensor:
         return torch.randint(high, (self.batch, *shape), generator=self.generator, device=self._where).to(self.device)
+
+    def exponential(self, shape: Sequence[int]) -> Tensor:
+        return torch.empty((self.batch, *shape), device=self._where).exponential_(generator=self.generator).to(self.device)
+
+    def uniform_class(self, num_classes: int) -> Tensor:
+        """As VAR's script draws them, which is another stream than `integers`."""
+        even = torch.full((1, num_classes), 1 / num_classes, device=self._where)
+        return torch.multinomial(even, self.batch, replacement=True, generator=self.generator)[0].to(self.device)
 
     def categorical(self, probs: Tensor) -> Tensor:
         rows = probs.reshape(-1, probs.shape[-1])

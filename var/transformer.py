@@ -1,0 +1,227 @@
+"""The VAR transformer: next-scale prediction over token maps (Tian et al. 2024, arXiv 2404.02905).
+
+Attribute names are the keys of the published checkpoints.
+"""
+
+# B batch, L tokens, C width, H heads, D head width, V vocabulary, Z code width, K scales
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from var.attention import Attend, Attention, BlockCausal, Memory
+from var.layout import keep_published_layout
+
+NORM_EPS = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VARArch:
+    """Constructor arguments of a `Transformer`. Raises ValueError for sizes that do not fit together."""
+
+    depth: int
+    patch_nums: tuple[int, ...]
+    """Side of the token map of every scale, coarse to fine."""
+    embed_dim: int
+    """Width; the published models have 64 depth."""
+    heads: int
+    """The published models have one per 64 of the width."""
+    num_classes: int = 1000
+    """Labels 0 .. num_classes - 1; the label num_classes means "no class"."""
+    vocabulary: int = 4096
+    """Entries of the tokeniser's codebook ..."""
+    code_width: int = 32
+    """... and their width."""
+    shared_aln: bool = False
+    """One modulation shared by all blocks plus a learned offset per block (d36)."""
+    attn_l2_norm: bool = True
+    """Queries and keys of unit norm, with a learned temperature per head."""
+    drop_path: float = 0.0
+    """Rate of stochastic depth at the last block; it grows linearly from 0 at the first."""
+
+    def __post_init__(self) -> None:
+        if self.depth < 1 or self.heads < 1 or self.embed_dim % self.heads:
+            raise ValueError(f"embed_dim must be a multiple of heads, and depth >= 1; got {self.embed_dim}, {self.heads}, {self.depth}")
+        if len(self.patch_nums) < 2 or any(side < 1 for side in self.patch_nums):
+            raise ValueError(f"patch_nums must be at least two positive sides, coarse to fine; got {list(self.patch_nums)}")
+        if not 0 <= self.drop_path < 1:
+            raise ValueError(f"drop_path must be in [0, 1), got {self.drop_path}")
+
+
+def scale_bounds(patch_nums: Sequence[int]) -> list[tuple[int, int]]:
+    """[start, end) of every scale in the token sequence: scale-major, row-major inside a scale."""
+    return list(pairwise(accumulate((side * side for side in patch_nums), initial=0)))
+
+
+def normalise(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """Layer norm without parameters, modulated by the class; scale, shift: (B, 1, C)."""
+    return F.layer_norm(x, x.shape[-1:], eps=NORM_EPS).mul(scale.add(1)).add_(shift)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, embed_dim: int):
+        super().__init__()
+        self.fc1 = nn.Linear(embed_dim, 4 * embed_dim)
+        self.fc2 = nn.Linear(4 * embed_dim, embed_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+def modulation(embed_dim: int, parts: int) -> nn.Sequential:
+    """class embedding -> `parts` vectors of the width; index 1 is the Linear, as in the checkpoints."""
+    return nn.Sequential(nn.SiLU(), nn.Linear(embed_dim, parts * embed_dim))
+
+
+class Block(nn.Module):
+    def __init__(self, arch: VARArch, drop_path: float):
+        super().__init__()
+        self.drop_path = drop_path
+        if arch.shared_aln:
+            self.ada_gss = nn.Parameter(torch.randn(1, 1, 6, arch.embed_dim) / math.sqrt(arch.embed_dim))
+        self.attn = Attention(arch.embed_dim, arch.heads, l2_norm=arch.attn_l2_norm)
+        self.ffn = FeedForward(arch.embed_dim)
+        if not arch.shared_aln:
+            self.ada_lin = modulation(arch.embed_dim, 6)
+
+    def conditioning(self, cond_BC: Tensor, shared_B16C: Tensor | None) -> Tensor:
+        """(B, 1, 6, C): gamma1, gamma2, scale1, scale2, shift1, shift2; 1 = attention, 2 = feed-forward."""
+        if shared_B16C is not None:
+            return self.ada_gss + shared_B16C
+        return self.ada_lin(cond_BC).view(cond_BC.shape[0], 1, 6, -1)
+
+    def forward(self, x_BLC: Tensor, six_B16C: Tensor, attend: Attend, kept_B2: Tensor | None = None) -> Tensor:
+        gamma1, gamma2, scale1, scale2, shift1, shift2 = six_B16C.unbind(2)
+        attended = self.attn(normalise(x_BLC, scale1, shift1), attend).mul(gamma1)
+        x_BLC = x_BLC + self._dropped(attended, kept_B2, 0)
+        return x_BLC + self._dropped(self.ffn(normalise(x_BLC, scale2, shift2)).mul(gamma2), kept_B2, 1)
+
+    def _dropped(self, branch_BLC: Tensor, kept_B2: Tensor | None, index: int) -> Tensor:
+        if kept_B2 is None or self.drop_path == 0:
+            return branch_BLC
+        return branch_BLC * (kept_B2[:, index, None, None].to(branch_BLC.dtype) / (1 - self.drop_path))
+
+
+class Head(nn.Module):
+    """The modulation before the last Linear."""
+
+    def __init__(self, embed_dim: int):
+        super().__init__()
+        self.ada_lin = modulation(embed_dim, 2)
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """Everything that depends on the label alone: computed once per call."""
+
+    start: Tensor  # (B, C) class embedding, the first tokens
+    blocks: list[Tensor]  # depth x (B, 1, 6, C)
+    head: Tensor  # (B, 1, 2, C): scale, shift
+
+
+class Transformer(nn.Module):
+    """Logits of every scale's tokens given the coarser scales."""
+
+    def __init__(self, arch: VARArch):
+        super().__init__()
+        embed_dim = arch.embed_dim
+        self.patch_nums = arch.patch_nums
+        self.num_classes = arch.num_classes
+        self.bounds = scale_bounds(arch.patch_nums)
+        first, length = self.bounds[0][1], self.bounds[-1][1]
+        self.pos_start = nn.Parameter(torch.empty(1, first, embed_dim))
+        self.pos_1LC = nn.Parameter(torch.empty(1, length, embed_dim))
+        levels = torch.tensor([level for level, (start, end) in enumerate(self.bounds) for _ in range(start, end)])
+        self.register_buffer("lvl_1L", levels[None])
+        self.word_embed = nn.Linear(arch.code_width, embed_dim)
+        self.class_emb = nn.Embedding(arch.num_classes + 1, embed_dim)
+        self.lvl_embed = nn.Embedding(len(arch.patch_nums), embed_dim)
+        self.shared_ada_lin = modulation(embed_dim, 6) if arch.shared_aln else None
+        self.blocks = nn.ModuleList(Block(arch, rate) for rate in torch.linspace(0, arch.drop_path, arch.depth).tolist())
+        self.head_nm = Head(embed_dim)
+        self.head = nn.Linear(embed_dim, arch.vocabulary)
+        initialise(self)
+        keep_published_layout(self)
+
+    def conditioning(self, labels: Tensor) -> Conditioning:
+        """labels: (B,) int64 in 0 .. num_classes."""
+        cond_BC = self.class_emb(labels)
+        shared = None if self.shared_ada_lin is None else self.shared_ada_lin(cond_BC).view(labels.shape[0], 1, 6, -1)
+        blocks = [block.conditioning(cond_BC, shared) for block in self.blocks]
+        return Conditioning(cond_BC, blocks, self.head_nm.ada_lin(cond_BC).view(labels.shape[0], 1, 2, -1))
+
+    def positions(self, start: int, end: int) -> Tensor:
+        """(1, end - start, C) sum of the position and level embeddings."""
+        return self.lvl_embed(self.lvl_1L[:, start:end]) + self.pos_1LC[:, start:end]
+
+    def first_tokens(self, conditioning: Conditioning) -> Tensor:
+        """(B, first scale's tokens, C) input of the first scale."""
+        return conditioning.start[:, None] + self.pos_start + self.positions(*self.bounds[0])
+
+    def scale_tokens(self, features_BLZ: Tensor, scale: int) -> Tensor:
+        """(B, L_scale, C) input of a later scale from the features that the coarser scales have built."""
+        return self.word_embed(features_BLZ).float() + self.positions(*self.bounds[scale])
+
+    def logits(self, x_BLC: Tensor, conditioning: Conditioning, attends: Sequence[Attend], kept: Tensor | None = None) -> Tensor:
+        """(B, L, V) float32. attends: one per block. kept: (B, depth, 2) bool, which branches survive drop path."""
+        for index, block in enumerate(self.blocks):
+            x_BLC = block(x_BLC, conditioning.blocks[index], attends[index], None if kept is None else kept[:, index])
+        scale, shift = conditioning.head.unbind(2)
+        return self.head(normalise(x_BLC.float(), scale, shift)).float()
+
+    def forward(self, labels: Tensor, features: Tensor, kept: Tensor | None = None) -> Tensor:
+        """Teacher-forced logits (B, L, V), float32.
+
+        labels: (B,) int64, `num_classes` for dropped ones.
+        features: (B, L - first scale, Z) input of every scale but the first; ending it after a coarser scale
+            stops the prediction there. Raises ValueError if it ends inside a scale.
+        kept: (B, depth, 2) bool, which attention and feed-forward branches survive drop path; None keeps all.
+        """
+        length = self.bounds[0][1] + features.shape[1]
+        bounds = [(start, end) for start, end in self.bounds if end <= length]
+        if bounds[-1][1] != length:
+            raise ValueError(
+                f"{length} tokens end inside a scale; the scales {list(self.patch_nums)} end at {[end for _, end in self.bounds]}"
+            )
+        conditioning = self.conditioning(labels)
+        with torch.autocast(features.device.type, enabled=False):
+            start = conditioning.start[:, None] + self.pos_start
+            x_BLC = torch.cat((start, self.word_embed(features.float())), dim=1) + self.positions(0, length)
+        return self.logits(x_BLC, conditioning, [BlockCausal(bounds)] * len(self.blocks), kept)
+
+    def sampling_memory(self) -> list[Memory]:
+        """One empty memory per block, for one sampling call."""
+        return [Memory(self.bounds[-1][0]) for _ in self.blocks]
+
+
+@torch.no_grad()
+def initialise(model: Transformer) -> None:
+    """The published initialisation: normal of variance 1/(3C), with small heads, residual branches and gammas."""
+    width = model.pos_1LC.shape[-1]
+    std = math.sqrt(1 / (3 * width))
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.trunc_normal_(module.weight, std=std)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            module.bias.zero_()
+    nn.init.trunc_normal_(model.pos_start, std=std)
+    nn.init.trunc_normal_(model.pos_1LC, std=std)
+    model.head.weight.mul_(0.02)
+    model.head_nm.ada_lin[1].weight.mul_(0.5)
+    for block in model.blocks:
+        block.attn.proj.weight.div_(math.sqrt(2 * len(model.blocks)))
+        block.ffn.fc2.weight.div_(math.sqrt(2 * len(model.blocks)))
+        gammas, others = (
+            (block.ada_gss[:, :, :2], block.ada_gss[:, :, 2:])
+            if model.shared_ada_lin is not None
+            else (block.ada_lin[1].weight[: 2 * width], block.ada_lin[1].weight[2 * width :])
+        )
+        gammas.mul_(1e-5)
+        others.mul_(0.5)
