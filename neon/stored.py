@@ -52,6 +52,9 @@ class Storage:
     def open(self) -> BinaryIO:
         return io.BytesIO(self.source) if isinstance(self.source, bytes) else self.source.open()
 
+    def __str__(self) -> str:
+        return "embedded bytes" if isinstance(self.source, bytes) else str(self.source.path)
+
 
 @dataclass(frozen=True)
 class StoredTensor:
@@ -88,11 +91,11 @@ class StoredTensor:
         """The content, in memory of its own."""
         flat = torch.empty(self.extent, dtype=self.storage.dtype)
         if self.extent:
-            buffer = memoryview(flat.view(torch.uint8).numpy())
+            buffer = flat.view(torch.uint8).numpy().data
             with self.storage.open() as file:
                 file.seek(self.storage.offset + self.offset * flat.itemsize)
                 if file.readinto(buffer) != len(buffer):  # type: ignore[attr-defined]  # every binary file has it
-                    raise ValueError(f"the file ends inside a tensor of shape {self.shape}: it is truncated")
+                    raise ValueError(f"{self.storage} ends inside a tensor of shape {self.shape}: it is truncated")
         return flat.as_strided(self.shape, self.stride)
 
 
