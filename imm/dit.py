@@ -206,9 +206,7 @@ class DiT(nn.Module):
         self.x_embedder = PatchEmbedding(in_channels, hidden_size, patch_size)
         self.t_embedder = time_embedding()
         self.y_embedder = LabelEmbedding(num_classes + 1 + (class_dropout_prob > 0), hidden_size)
-        self.blocks = nn.ModuleList(
-            DiTBlock(hidden_size, num_heads, mlp_ratio, dropout, has_qk_norm=qk_norm) for _ in range(depth)
-        )
+        self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_ratio, dropout, has_qk_norm=qk_norm) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size**2 * in_channels)
 
     def forward(self, x: Tensor, t: Tensor, s: Tensor, class_labels: Tensor | None) -> Tensor:

@@ -62,7 +62,9 @@ class IMMPrecond(nn.Module):
         self.schedule: Schedule = SCHEDULES[noise_schedule]
         self.sigma_data, self.f_type, self.T, self.eps = sigma_data, f_type, T, eps
         self.temb_type, self.time_scale = temb_type, time_scale
-        self.nt_low, self.nt_high = (self.schedule.log_nt(torch.tensor(t, dtype=torch.float64)).exp().item() for t in (eps, T))
+        self.nt_low, self.nt_high = (
+            self.schedule.log_nt(torch.tensor(t, dtype=torch.float64, device="cpu")).exp().item() for t in (eps, T)
+        )
         interface = {"img_resolution": img_resolution, "in_channels": img_channels, "out_channels": img_channels, "label_dim": label_dim}
         self.model = build_network(model_type, {**interface, **model_kwargs})
 

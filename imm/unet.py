@@ -85,4 +85,5 @@ def swap_halves(emb: Tensor) -> Tensor:
 def register_last(module: nn.Module, *names: str) -> None:
     """Move children to the end: published files list the branch of s before them, and optimiser states go by that order."""
     for name in names:
-        module._modules[name] = module._modules.pop(name)
+        if name in module._modules:
+            module._modules[name] = module._modules.pop(name)

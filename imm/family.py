@@ -1,0 +1,167 @@
+"""IMM as a family of Neon: inductive moment matching on SD latents (ImageNet-256) or on pixels (CIFAR-10)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from edm.family import one_hot
+from imm.loss import Objective, imm_loss
+from imm.precond import IMMPrecond
+from imm.sampler import edm_grid, explicit_grid, pushforward, restart, uniform_grid
+from imm.autoencoder import read_autoencoder
+from imm.vae import PixelEncoder, StabilityEncoder
+from neon.checkpoint import Checkpoint
+from neon.family import Draws, Family
+from neon.seeds import Rng
+
+Grid = Literal["uniform", "edm", "explicit"]
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How IMM samples."""
+
+    num_steps: int = 8
+    """Network calls (twice that many images if guided)."""
+    cfg_scale: float = 1.0
+    """Classifier-free guidance of the network's output; 1 is none."""
+    grid: Grid = "uniform"
+    """uniform: in t; edm: as EDM spaces sigma (rho 7); explicit: the noise levels of mid_nt."""
+    mid_nt: tuple[float, ...] = ()
+    """Noise levels sigma / alpha between T and eps, descending; for grid = "explicit", where num_steps is one more than their number."""
+    sampler: Literal["pushforward", "restart"] = "pushforward"
+    state: Literal["float32", "float64"] = "float32"
+    """dtype of times and state: Neon's numbers were made in float32, those of the base models in float64."""
+
+    def __post_init__(self) -> None:
+        if self.num_steps < 1:
+            raise ValueError(f"num_steps must be >= 1, got {self.num_steps}")
+        if self.grid not in get_args(Grid):
+            raise ValueError(f"grid must be one of {', '.join(get_args(Grid))}, got {self.grid!r}")
+        if self.mid_nt and self.grid != "explicit":
+            raise ValueError(f"mid_nt belongs to grid = 'explicit', the grid is {self.grid!r}")
+        if self.grid == "explicit" and self.num_steps != len(self.mid_nt) + 1:
+            raise ValueError(
+                f"mid_nt names {len(self.mid_nt)} times in between, so num_steps must be {len(self.mid_nt) + 1}, got {self.num_steps}"
+            )
+
+    def times(self, net: IMMPrecond) -> Tensor:
+        """(num_steps + 1,) times from net.T down to net.eps."""
+        dtype = DTYPES[self.state]
+        if self.grid == "explicit":
+            return explicit_grid(net, self.mid_nt, dtype)
+        return (uniform_grid if self.grid == "uniform" else edm_grid)(net, self.num_steps, dtype)
+
+
+class IMM(Family):
+    """Codes are images in [-1, 1] (B, 3, R, R), or latents (B, 4, R, R) of standard deviation 0.5 once an autoencoder is open.
+
+    Training eats uint8 images, the autoencoder's mean and standard deviation (B, 8, R, R), or codes as the sampler made them.
+    """
+
+    name = "imm"
+    sampling = Sampling
+    objective = Objective
+
+    def __init__(self) -> None:
+        self.encoder: StabilityEncoder | PixelEncoder = PixelEncoder()
+
+    def build(self, arch: Mapping[str, object]) -> IMMPrecond:
+        class_name = arch.get("class_name", "IMMPrecond")
+        if class_name != "IMMPrecond":
+            raise ValueError(f"arch.class_name: the imm family builds IMMPrecond, the checkpoint holds a {class_name}")
+        return IMMPrecond(**{key: value for key, value in arch.items() if key != "class_name"})  # type: ignore[arg-type]
+
+    def load(self, checkpoint: Checkpoint) -> IMMPrecond:
+        with torch.device("meta"):  # memory and initial values are only for what the file brings
+            model = self.build(self.arch_of(checkpoint))
+        checkpoint.load_into(model)
+        return model
+
+    def open(self, autoencoder: Path | None, device: torch.device) -> None:
+        self.encoder = PixelEncoder() if autoencoder is None else read_autoencoder(autoencoder).to(device)
+
+    def num_classes(self, model: nn.Module) -> int:
+        return _imm(model).label_dim
+
+    def group(self, how: object) -> int:
+        assert isinstance(how, Objective)
+        return how.group_size
+
+    @torch.no_grad()
+    def sample(self, model: nn.Module, rng: Rng, labels: Tensor | None, how: object) -> tuple[Tensor, Tensor | None]:
+        net, options = _imm(model), how
+        assert isinstance(options, Sampling)
+        shape = (net.img_channels, net.img_resolution, net.img_resolution)
+        noise = rng.normal(shape) * net.sigma_data
+        if labels is None and net.label_dim:
+            labels = rng.integers(net.label_dim)
+        grid, class_labels = options.times(net), one_hot(labels, net.label_dim)
+        if options.sampler == "pushforward":
+            codes = pushforward(net, noise, grid, class_labels, cfg_scale=options.cfg_scale)
+        else:
+            codes = restart(net, noise, grid, class_labels, rng, cfg_scale=options.cfg_scale)
+        return codes.float(), labels if net.label_dim else None
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor) -> Tensor:
+        if isinstance(self.encoder, PixelEncoder) and codes.shape[1] not in (1, 3):
+            raise ValueError(
+                f"these codes have {codes.shape[1]} channels: latents, which need an autoencoder. Name the SD VAE of the model "
+                "(base.autoencoder, or --vae), for example stabilityai/sd-vae-ft-ema"
+            )
+        return self.encoder.decode(codes)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        return images if isinstance(self.encoder, PixelEncoder) else self.encoder.encode_pixels(images)
+
+    def draw(self, rng: Rng, codes: Tensor, labels: Tensor | None, how: object) -> Draws:
+        """In this order: `u_t` and `u_s` (one per group, repeated), `u_drop`, `noise`, and `latent` where codes are moments."""
+        assert isinstance(how, Objective)
+        if rng.batch % how.group_size:
+            raise ValueError(f"the batch ({rng.batch}) must be a multiple of objective.group_size ({how.group_size})")
+        shape = self._latent_shape(codes)
+        draws = {name: _per_group(rng.uniform((), torch.float64), how.group_size) for name in ("u_t", "u_s")}
+        draws |= {"u_drop": rng.uniform(()), "noise": rng.normal(shape)}
+        return draws | {"latent": rng.normal(shape)} if self._are_moments(codes) else draws
+
+    def loss(self, model: nn.Module, codes: Tensor, labels: Tensor | None, draws: Draws, how: object) -> Tensor:
+        assert isinstance(how, Objective)
+        net = _imm(model)
+        step = {name: draws[name] for name in ("u_t", "u_s", "u_drop", "noise")}
+        return imm_loss(net, self._clean(codes, draws), one_hot(labels, net.label_dim), **step, how=how)
+
+    def _clean(self, codes: Tensor, draws: Draws) -> Tensor:
+        if isinstance(self.encoder, StabilityEncoder) and self._are_moments(codes):
+            return self.encoder.to_latents(codes, draws["latent"])
+        if isinstance(self.encoder, PixelEncoder) and codes.dtype == torch.uint8:
+            return self.encoder.to_latents(codes)
+        return codes
+
+    def _are_moments(self, codes: Tensor) -> bool:
+        return isinstance(self.encoder, StabilityEncoder) and codes.shape[1] == 2 * self.encoder.vae.layout.z_channels
+
+    def _latent_shape(self, codes: Tensor) -> tuple[int, ...]:
+        channels = codes.shape[1] // 2 if self._are_moments(codes) else codes.shape[1]
+        return (channels, *codes.shape[2:])
+
+
+def _per_group(values: Tensor, group_size: int) -> Tensor:
+    return values[::group_size].repeat_interleave(group_size)
+
+
+def _imm(model: nn.Module) -> IMMPrecond:
+    if not isinstance(model, IMMPrecond):
+        raise ValueError(f"family imm needs an IMMPrecond, got {type(model).__name__}")
+    return model
+
+
+FAMILY = IMM
