@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from neon import config
+from neon.checkpoint import Checkpoint, read
 from neon.family import Draws, Family
+from neon.safetensors_files import metas
 from neon.seeds import Rng
 from xar.cells import CELL_TOKENS, CHANNELS, GRID, NUM_CELLS
 from xar.loss import velocity_loss
 from xar.sampler import Solver, sample_cells, time_grid
-from xar.transformer import XARTransformer
-from xar.vae import KL16
-
-if TYPE_CHECKING:
-    from neon.checkpoint import Checkpoint
+from xar.transformer import XARArch, XARTransformer, read_arch
+from xar.vae import KL16, KL16Arch
 
 BUFFER_TOLERANCE = 1e-5
 """Tables of a checkpoint were made by another version of torch: they may differ from ours in the last bits only."""
@@ -71,11 +70,15 @@ class XAR(Family):
         self._autoencoder: KL16 | None = None
 
     def build(self, arch: Mapping[str, object]) -> XARTransformer:
-        return XARTransformer(**arch)  # type: ignore[arg-type]
+        return XARTransformer(config.build(XARArch, arch, "arch"))
+
+    def arch_of(self, checkpoint: Checkpoint) -> dict[str, object]:
+        """Read off the shapes where the file does not say: the published ones do not."""
+        return asdict(read_arch(metas(checkpoint.tensors))) if checkpoint.arch is None else checkpoint.arch
 
     def load(self, checkpoint: Checkpoint) -> nn.Module:
         """Also verifies the stored mask and rotary tables against the derived ones."""
-        model = self.build(checkpoint.arch)
+        model = self.build(self.arch_of(checkpoint))
         derived = {name: buffer.clone() for name, buffer in model.named_buffers()}
         checkpoint.load_into(model)
         for name, buffer in model.named_buffers():
@@ -149,6 +152,14 @@ class XAR(Family):
     def decays(self, name: str, parameter: nn.Parameter) -> bool:
         """Everything but vectors and biases: the class and position embeddings decay too, as published."""
         return parameter.ndim > 1 and not name.endswith(".bias")
+
+
+def read_autoencoder(path: Path) -> KL16:
+    """The autoencoder of a file: the published `kl16.ckpt`, or one of `neon train-autoencoder`, whose file states its sizes."""
+    found = read(path, weights="any")
+    autoencoder = KL16(config.build(KL16Arch, found.arch or {}, "arch"))
+    found.load_into(autoencoder)
+    return autoencoder
 
 
 def is_moments(codes: Tensor) -> bool:

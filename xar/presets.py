@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
+from xar.transformer import XARArch
+
 Protocol = Literal["base", "neon"]
 
-SIZES: Mapping[str, Mapping[str, int]] = {
-    "xar_base": {"width": 768, "num_heads": 12, "encoder_depth": 8, "decoder_depth": 8},
-    "xar_large": {"width": 1024, "num_heads": 16, "encoder_depth": 16, "decoder_depth": 16},
-    "xar_huge": {"width": 1280, "num_heads": 16, "encoder_depth": 20, "decoder_depth": 20},
+SIZES: Mapping[str, XARArch] = {
+    "xar_base": XARArch(width=768, num_heads=12, encoder_depth=8, decoder_depth=8),
+    "xar_large": XARArch(width=1024, num_heads=16, encoder_depth=16, decoder_depth=16),
+    "xar_huge": XARArch(width=1280, num_heads=16, encoder_depth=20, decoder_depth=20),
 }
-"""Constructor arguments of `XARTransformer`. 173 M, 608 M and 1186 M parameters."""
+"""173 M, 608 M and 1186 M parameters."""
 
 CFG_SCALE: Mapping[Protocol, Mapping[str, float]] = {
     "base": {"xar_base": 2.7, "xar_large": 2.3, "xar_huge": 2.2},

@@ -10,7 +10,7 @@ B batch, C cells, P = 64 tokens of a cell, L tokens, D width, N heads, H head wi
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +22,50 @@ from xar.cells import CELL_TOKENS, CHANNELS, NUM_CELLS, NUM_TOKENS, causal_mask,
 NORM_EPS = 1e-6
 TIME_FREQUENCIES = 128
 INIT_STD = 0.02
+
+
+@dataclass(frozen=True, kw_only=True)
+class XARArch:
+    """Constructor arguments of an `XARTransformer`. Raises ValueError for sizes that do not fit together."""
+
+    width: int
+    num_heads: int
+    encoder_depth: int
+    decoder_depth: int
+    """Blocks before and after the linear layer in the middle: one causal stack, the two names are the checkpoints'."""
+    num_classes: int = 1000
+    """Labels 0 .. num_classes - 1; the label num_classes means "no class"."""
+
+    def __post_init__(self) -> None:
+        if self.num_heads < 1 or self.width % (4 * self.num_heads):
+            raise ValueError(
+                f"width must be a multiple of 4 x num_heads (rotary embedding: pairs, two axes); got {self.width}, {self.num_heads}"
+            )
+        if min(self.encoder_depth, self.decoder_depth, self.num_classes) < 1:
+            raise ValueError(f"encoder_depth, decoder_depth and num_classes must be >= 1; got {self}")
+
+
+def read_arch(tensors: Mapping[str, Tensor]) -> XARArch:
+    """The sizes of a state dict, from its shapes: the published files say nothing else about themselves.
+
+    Raises ValueError if it is no xAR transformer's.
+    """
+    try:
+        width, head_width = tensors["pred.weight"].shape[1], 4 * len(tensors["encoder_blocks.0.attn.rope.freqs"])
+        num_classes = len(tensors["class_emb.weight"]) - 1
+    except KeyError as error:
+        raise ValueError(f"no xAR transformer: it has no {error} among its {len(tensors)} tensors") from error
+    depths = {
+        prefix: len({name.split(".")[1] for name in tensors if name.startswith(prefix)})
+        for prefix in ("encoder_blocks.", "decoder_blocks.")
+    }
+    return XARArch(
+        width=width,
+        num_heads=width // head_width,
+        encoder_depth=depths["encoder_blocks."],
+        decoder_depth=depths["decoder_blocks."],
+        num_classes=num_classes,
+    )
 
 
 @dataclass(frozen=True)
@@ -157,31 +201,26 @@ class Block(nn.Module):
 
 
 class XARTransformer(nn.Module):
-    """Velocity (noise - data) of the tokens of one or several consecutive cells.
-
-    width, num_heads: D and N; encoder_depth, decoder_depth: blocks before and after the linear layer in the middle (one causal
-    stack, the two names are the checkpoints'); num_classes: labels 0 .. num_classes - 1, and num_classes is the null label.
-    """
+    """Velocity (noise - data) of the tokens of one or several consecutive cells."""
 
     mask: Tensor
 
-    def __init__(self, *, width: int, num_heads: int, encoder_depth: int, decoder_depth: int, num_classes: int = 1000):
+    def __init__(self, arch: XARArch):
         super().__init__()
-        if width % (4 * num_heads):
-            raise ValueError(f"width {width} must be a multiple of 4 x num_heads = {4 * num_heads}: rotary embedding turns pairs per axis")
+        width, num_heads = arch.width, arch.num_heads
         self.num_heads = num_heads
-        self.num_classes = num_classes
+        self.num_classes = arch.num_classes
         self.encoder_pos_embed_learned = nn.Parameter(torch.empty(1, NUM_TOKENS, width))
         self.decoder_pos_embed_learned = nn.Parameter(torch.empty(1, NUM_TOKENS, width))
         self.register_buffer("mask", causal_mask())
-        self.class_emb = nn.Embedding(num_classes + 1, width)
+        self.class_emb = nn.Embedding(arch.num_classes + 1, width)
         self.time_embed = TimeEmbedding(width)
         self.z_proj = nn.Linear(CHANNELS, width)
         self.z_proj_ln = RMSNorm(width)
-        self.encoder_blocks = nn.ModuleList(Block(width, num_heads) for _ in range(encoder_depth))
+        self.encoder_blocks = nn.ModuleList(Block(width, num_heads) for _ in range(arch.encoder_depth))
         self.encoder_norm = RMSNorm(width)
         self.decoder_embed = nn.Linear(width, width)
-        self.decoder_blocks = nn.ModuleList(Block(width, num_heads) for _ in range(decoder_depth))
+        self.decoder_blocks = nn.ModuleList(Block(width, num_heads) for _ in range(arch.decoder_depth))
         self.decoder_norm = RMSNorm(width)
         self.pred = nn.Linear(width, CHANNELS)
         self.reset_parameters()

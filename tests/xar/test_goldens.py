@@ -22,7 +22,7 @@ from neon.train import Trainer, lr_at
 from tests import goldens
 from xar import cells, loss, sampler
 from xar.family import XAR, XARObjective
-from xar.transformer import RotaryEmbedding, XARTransformer
+from xar.transformer import RotaryEmbedding, XARArch, XARTransformer
 from xar.vae import KL16, KL16Arch
 
 NETWORK_TOLERANCE = 2e-5
@@ -32,8 +32,8 @@ FLOAT64_TOLERANCE = 1e-12
 
 
 def model_of(config: dict) -> XARTransformer:
-    model = XARTransformer(width=config["dim"], num_heads=config["heads"], encoder_depth=config["enc"], decoder_depth=config["dec"])
-    return goldens.seed_by_name(model).eval()
+    arch = XARArch(width=config["dim"], num_heads=config["heads"], encoder_depth=config["enc"], decoder_depth=config["dec"])
+    return goldens.seed_by_name(XARTransformer(arch)).eval()
 
 
 def assert_relative(actual: Tensor, expected: np.ndarray, tolerance: float, what: str) -> None:

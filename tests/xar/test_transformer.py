@@ -7,18 +7,21 @@ import torch
 
 from tests import goldens
 from xar import cells, presets
-from xar.transformer import XARTransformer
+from xar.transformer import XARArch, XARTransformer, read_arch
+
+ARCH = XARArch(width=32, num_heads=2, encoder_depth=1, decoder_depth=2, num_classes=10)
 
 
 def tiny(seed: int = 0) -> XARTransformer:
     torch.manual_seed(seed)
-    return XARTransformer(width=32, num_heads=2, encoder_depth=1, decoder_depth=2, num_classes=10).eval()
+    return XARTransformer(ARCH).eval()
 
 
 @pytest.mark.parametrize("name", presets.SIZES)
 def test_state_dict_is_the_published_one(name):
     with torch.device("meta"):
-        model = XARTransformer(**presets.SIZES[name])
+        model = XARTransformer(presets.SIZES[name])
+    assert read_arch(model.state_dict()) == presets.SIZES[name]
     assert list(goldens.manifest_of(model).items()) == list(goldens.manifest("xar", name).items())
 
 
@@ -89,5 +92,10 @@ def test_dropout_only_where_it_is_asked_for():
 
 
 def test_width_must_suit_the_rotary_embedding():
-    with pytest.raises(ValueError, match="width 36 must be a multiple of 4 x num_heads = 8"):
-        XARTransformer(width=36, num_heads=2, encoder_depth=1, decoder_depth=1)
+    with pytest.raises(ValueError, match=r"multiple of 4 x num_heads .* got 36, 2"):
+        XARArch(width=36, num_heads=2, encoder_depth=1, decoder_depth=1)
+
+
+def test_another_network_s_tensors_are_named():
+    with pytest.raises(ValueError, match="no xAR transformer"):
+        read_arch({"pos_1LC": torch.zeros(1)})
