@@ -1,0 +1,140 @@
+"""EDM (Karras et al. 2022, arXiv 2206.00364) as a family of generators. Codes are pixels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from edm.loss import Objective, pixel_losses
+from edm.precond import PRECONDITIONERS, Preconditioner
+from edm.sampler import Churn, noise_levels, sample_heun
+from neon.family import Draws, Family
+from neon.seeds import Rng
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """Options of Heun's method; the defaults are EDM's for 32 x 32 images."""
+
+    num_steps: int = 18
+    """Solver steps; network calls = 2 num_steps - 1."""
+    sigma_min: float = 0.002
+    """Smallest noise level, raised to the network's own."""
+    sigma_max: float = 80.0
+    """Largest noise level, lowered to the network's own."""
+    rho: float = 7.0
+    """Larger values put more steps at small noise levels."""
+    S_churn: float = 0.0
+    """Total noise added and removed again along the way; 0 is deterministic."""
+    S_min: float = 0.0
+    """Churn only noise levels above."""
+    S_max: float = math.inf
+    """Churn only noise levels below."""
+    S_noise: float = 1.0
+    """Standard deviation of the churned noise."""
+
+    def __post_init__(self) -> None:
+        if self.num_steps < 2:
+            raise ValueError(f"sampling.num_steps must be >= 2, got {self.num_steps}")
+        if not 0 < self.sigma_min < self.sigma_max < math.inf:
+            raise ValueError(f"sampling needs 0 < sigma_min < sigma_max < inf, got {self.sigma_min} and {self.sigma_max}")
+        if not self.rho > 0:
+            raise ValueError(f"sampling.rho must be > 0, got {self.rho}")
+        if not self.S_churn >= 0:
+            raise ValueError(f"sampling.S_churn must be >= 0, got {self.S_churn}")
+
+
+class EDM(Family):
+    """Pixel-space diffusion with a preconditioned U-Net."""
+
+    name = "edm"
+    sampling = Sampling
+    objective = Objective
+
+    def build(self, arch: Mapping[str, object]) -> Preconditioner:
+        """arch: `class_name` (EDMPrecond, VPPrecond, VEPrecond or iDDPMPrecond) and that class's constructor arguments."""
+        arguments = dict(arch)
+        class_name = arguments.pop("class_name", None)
+        if class_name not in PRECONDITIONERS:
+            raise ValueError(f"arch.class_name must be one of {', '.join(PRECONDITIONERS)}, got {class_name!r}")
+        try:
+            return PRECONDITIONERS[str(class_name)](**arguments)  # type: ignore[arg-type] # names and values come from a file
+        except TypeError as error:
+            raise ValueError(f"the constructor arguments in arch do not fit {class_name}: {error}") from error
+
+    def num_classes(self, model: nn.Module) -> int:
+        return _checked(model).label_dim
+
+    def sample(self, model: nn.Module, rng: Rng, labels: Tensor | None, how: object) -> tuple[Tensor, Tensor | None]:
+        """Pixels (B, C, R, R) in float64, not clipped.
+
+        Every image draws in the published order: latents (float32), a class index (if the network is conditional; given
+        labels replace it, so that they do not shift what follows), one float64 noise per step (if S_churn > 0).
+        """
+        assert isinstance(how, Sampling)
+        net = _checked(model)
+        shape = (net.img_channels, net.img_resolution, net.img_resolution)
+        latents = rng.normal(shape)
+        if net.label_dim:
+            drawn = rng.integers(net.label_dim)
+            labels = drawn if labels is None else labels.to(latents.device)
+        else:
+            labels = None
+        class_labels = one_hot(labels, net.label_dim)
+        sigma_min, sigma_max = max(how.sigma_min, net.sigma_min), min(how.sigma_max, net.sigma_max)
+        sigmas = noise_levels(how.num_steps, sigma_min=sigma_min, sigma_max=sigma_max, rho=how.rho)
+        codes = sample_heun(
+            lambda x, sigma: net(x, sigma, class_labels),
+            latents,
+            net.round_sigma(sigmas.to(latents.device)),
+            churn=Churn(S_churn=how.S_churn, S_min=how.S_min, S_max=how.S_max, S_noise=how.S_noise),
+            noise=lambda: rng.normal(shape, torch.float64),
+            round_sigma=net.round_sigma,
+        )
+        return codes, labels
+
+    def draw(self, rng: Rng, codes: Tensor, labels: Tensor | None, how: object) -> Draws:
+        """level (B, 1, 1, 1), noise like codes, label_drop (B, 1)."""
+        assert isinstance(how, Objective)
+        draws = {"level": rng.normal((1, 1, 1)) if how.kind == "edm" else rng.uniform((1, 1, 1))}
+        draws["noise"] = rng.normal(codes.shape[1:])
+        if labels is not None:
+            draws["label_drop"] = rng.uniform((1,))
+        return draws
+
+    def loss(self, model: nn.Module, codes: Tensor, labels: Tensor | None, draws: Draws, how: object) -> Tensor:
+        """The weighted squared error of every image, summed over its pixels."""
+        assert isinstance(how, Objective)
+        net = _checked(model)
+        images = codes.float() / 127.5 - 1 if codes.dtype == torch.uint8 else codes.float()
+        class_labels = one_hot(labels, net.label_dim)
+        label_drop = net.model.label_dropout if how.label_drop is None else how.label_drop
+        if class_labels is not None and label_drop:
+            class_labels = class_labels * (draws["label_drop"] >= label_drop)
+        losses = pixel_losses(how, model, images, class_labels, level=draws["level"], noise=draws["noise"])
+        return losses.sum(dim=(1, 2, 3))
+
+
+def one_hot(labels: Tensor | None, label_dim: int) -> Tensor | None:
+    """(B,) class indices -> (B, label_dim) float32; None for an unconditional network."""
+    if label_dim == 0:
+        return None
+    if labels is None:
+        raise ValueError(f"the network takes {label_dim} classes, but the images have no labels")
+    if labels.min() < 0 or labels.max() >= label_dim:
+        raise ValueError(f"class labels must be in 0 .. {label_dim - 1}, got {int(labels.min())} .. {int(labels.max())}")
+    return F.one_hot(labels, label_dim).float()
+
+
+def _checked(model: nn.Module) -> Preconditioner:
+    if not isinstance(model, Preconditioner):
+        raise ValueError(f"family edm needs one of {', '.join(PRECONDITIONERS)}, got {type(model).__name__}")
+    return model
+
+
+FAMILY = EDM
