@@ -72,6 +72,8 @@ class Synth:
     """images: decoded uint8, encoded again for training (published). codes: what the sampler made, nothing recomputed."""
     shard_images: int = 1024
     cfg_scale: float | None = None
+    sampling: Sampling | None = None
+    """[synth.sampling] holds the keys of [sampling] in which S differs, for example num_steps; None: S is drawn as [sampling] says."""
 
     def __post_init__(self) -> None:
         _at_least(1, num_images=self.num_images, shard_images=self.shard_images)
@@ -246,6 +248,11 @@ def experiment(table: Mapping[str, object]) -> Experiment:
             own = {k: v for k, v in value.items() if k != "objective"}
             options = build(family.objective, _table(value.get("objective", {}), f"{key}.objective"), f"{key}.objective")
             sections[key] = replace(build(Training, own, key), objective=options)
+        elif key == "synth" and "sampling" in value:
+            own = {k: v for k, v in value.items() if k != "sampling"}
+            changed = {**_table(table.get("sampling", {}), "sampling"), **_table(value["sampling"], "synth.sampling")}
+            sampling = _with_family_options(Sampling, changed, "synth.sampling", "options", family.sampling)
+            sections[key] = replace(build(Synth, own, key), sampling=sampling)
         else:
             sections[key] = build(known[key], value, key)
     result = Experiment(family_name=name, **sections)  # type: ignore[arg-type]
