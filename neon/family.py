@@ -29,25 +29,67 @@ class NoOptions:
     """Options of a family that has none."""
 
 
-class Family(ABC):
-    """A kind of generator. One object serves one run: `open` may give it an autoencoder, nothing else changes it.
+class Trainable(ABC):
+    """What the training loop (neon/train.py) asks of a network's mathematics."""
 
-    Codes are what training eats: pixels in [-1, 1], latents or token maps, with the batch as the first dimension.
-    """
-
-    name: str
-    sampling: type = NoOptions
-    """Frozen dataclass of the sampler's options; it is guided if it has a field `cfg_scale`. Keys of [sampling] fill it."""
     objective: type = NoOptions
-    """Frozen dataclass of the loss's options. Keys of [finetune.objective] or [train.objective] fill it."""
+    """Frozen dataclass of the loss's options. Keys of the recipe's `objective` table fill it."""
 
     @abstractmethod
     def build(self, arch: Mapping[str, object]) -> nn.Module:
         """The network from its constructor arguments, as checkpoints store them; freshly initialised."""
 
+    @abstractmethod
+    def draw(self, rng: Rng, codes: Tensor, labels: Tensor | None, how: object) -> Draws:
+        """Every random number of one training step of the batch `codes`. how: a `self.objective`."""
+
+    @abstractmethod
+    def loss(self, model: nn.Module, codes: Tensor, labels: Tensor | None, draws: Draws, how: object) -> Tensor:
+        """The loss of every image, (B,) float. how: a `self.objective`."""
+
+    def group(self, how: object) -> int:
+        """Number of consecutive images whose loss is computed together; a batch is never split inside one."""
+        return 1
+
+    def decays(self, name: str, parameter: nn.Parameter) -> bool:
+        """Whether weight decay applies to a parameter (where the recipe has any)."""
+        return True
+
+
+class TrainableAutoencoder(Trainable):
+    """A family's autoencoder as something to train (`neon train-autoencoder`). Its codes are uint8 images (B, C, H, W)."""
+
+    @abstractmethod
+    def reconstruct(self, model: nn.Module, images: Tensor) -> Tensor:
+        """uint8 images (B, C, H, W) through encoder, bottleneck and decoder: float images of the same shape in [-1, 1], not clipped."""
+
+    def calibrated(self, model: nn.Module, images: Tensor, arch: Mapping[str, object]) -> dict[str, object]:
+        """The constructor arguments once trained. A family that scales its latents measures them on these uint8 images."""
+        return dict(arch)
+
+
+class Family(Trainable):
+    """A kind of generator. One object serves one run: `open` may give it an autoencoder, nothing else changes it.
+
+    Codes are what training eats: pixels in [-1, 1], latents or token maps, with the batch as the first dimension. `loss` gets them
+    from `encode` (stored images) or from `sample` (stored codes).
+    """
+
+    name: str
+    sampling: type = NoOptions
+    """Frozen dataclass of the sampler's options; it is guided if it has a field `cfg_scale`. Keys of [sampling] fill it."""
+    trainable_autoencoder: TrainableAutoencoder | None = None
+    """How to train an autoencoder for this family, if that can be done here."""
+
+    def arch_of(self, checkpoint: Checkpoint) -> Mapping[str, object]:
+        """Constructor arguments of a checkpoint's network. A family whose published files do not hold them tells them from shapes."""
+        if checkpoint.arch is None:
+            raise ValueError(f"{checkpoint.path} does not say how its network is built, and {self.name} cannot tell from the weights")
+        return checkpoint.arch
+
     def load(self, checkpoint: Checkpoint) -> nn.Module:
         """The network with a checkpoint's weights, strictly: a missing, extra or misshapen entry is an error."""
-        model = self.build(checkpoint.arch)
+        model = self.build(self.arch_of(checkpoint))
         checkpoint.load_into(model)
         return model
 
@@ -72,25 +114,9 @@ class Family(ABC):
         """
         return images
 
-    @abstractmethod
-    def draw(self, rng: Rng, codes: Tensor, labels: Tensor | None, how: object) -> Draws:
-        """Every random number of one training step of the batch `codes`. how: a `self.objective`."""
-
-    @abstractmethod
-    def loss(self, model: nn.Module, codes: Tensor, labels: Tensor | None, draws: Draws, how: object) -> Tensor:
-        """The loss of every image, (B,) float. codes: from `encode` (stored images) or from `sample` (stored codes)."""
-
-    def group(self, how: object) -> int:
-        """Number of consecutive images whose loss is computed together; a batch is never split inside one."""
-        return 1
-
     def num_classes(self, model: nn.Module) -> int:
         """Number of class labels the network takes; 0 if it is unconditional."""
         return 0
-
-    def decays(self, name: str, parameter: nn.Parameter) -> bool:
-        """Whether weight decay applies to a parameter (where the recipe has any)."""
-        return True
 
 
 def resolve(name: str) -> Family:

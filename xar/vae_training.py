@@ -1,0 +1,58 @@
+"""Training a KL autoencoder for xAR: absolute error plus a very small pull of the posterior towards N(0, 1).
+
+Rombach et al. 2022 (arXiv 2112.10752), section 3.1, without its perceptual and adversarial terms. The transformer expects latents of
+unit variance, so `calibrated` measures the trained autoencoder's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from neon import config
+from neon.autoencoder import kl_to_unit_normal, mean_and_std, sample_posterior
+from neon.family import Draws, TrainableAutoencoder
+from neon.seeds import ImageRng, Rng
+from xar.vae import KL16, KL16Arch
+
+
+@dataclass(frozen=True, kw_only=True)
+class KLObjective:
+    kl_weight: float = 1e-6
+    """Weight of the KL divergence beside the absolute error, both summed over an image."""
+
+
+class TrainableKL16(TrainableAutoencoder):
+    objective = KLObjective
+
+    def build(self, arch: Mapping[str, object]) -> KL16:
+        return KL16(config.build(KL16Arch, arch, "autoencoder.arch"))
+
+    def draw(self, rng: Rng, codes: Tensor, labels: Tensor | None, how: object) -> Draws:
+        """One stream per image: the shape of its noise is the network's."""
+        return {"noise_seed": rng.integers(1 << 32)}
+
+    def loss(self, model: nn.Module, codes: Tensor, labels: Tensor | None, draws: Draws, how: object) -> Tensor:
+        """(|x - decode(z)|_1 + kl_weight KL) / number of pixel values, z one sample of the posterior."""
+        assert isinstance(model, KL16)
+        assert isinstance(how, KLObjective)
+        images = codes.float() / 127.5 - 1
+        moments = model.encode(images)
+        mean, _ = mean_and_std(moments)
+        noise = ImageRng(draws["noise_seed"].tolist(), images.device).normal(mean.shape[1:])
+        errors = (images - model.decode(sample_posterior(moments, noise))).abs().flatten(1)
+        return errors.mean(1) + how.kl_weight * kl_to_unit_normal(moments) / errors.shape[1]
+
+    def reconstruct(self, model: nn.Module, images: Tensor) -> Tensor:
+        """Through the mean of the posterior."""
+        assert isinstance(model, KL16)
+        mean, _ = mean_and_std(model.encode(images.float() / 127.5 - 1))
+        return model.decode(mean)
+
+    def calibrated(self, model: nn.Module, images: Tensor, arch: Mapping[str, object]) -> dict[str, object]:
+        """latent_scale = 1 / standard deviation of the posterior's samples over all images, channels and positions."""
+        assert isinstance(model, KL16)
+        mean, std = mean_and_std(model.encode(images.float() / 127.5 - 1))
+        return {**arch, "latent_scale": float((mean.double().var() + std.double().square().mean()).rsqrt())}
