@@ -36,6 +36,8 @@ class Data:
     path: str
     """A folder, zip, npz or IDX file (neon/data.py)."""
     use_labels: bool = True
+    pad: int = 0
+    """Black pixels added on every side, for networks that halve the image more often than its side allows."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -141,6 +143,20 @@ class Training:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Autoencoder:
+    """`neon train-autoencoder`: the family's autoencoder, from the images of [data]."""
+
+    arch: Mapping[str, object]
+    """Constructor arguments of the autoencoder."""
+    train: Training
+    held_out: int = 1000
+    """The last this many images are never trained on; the reported PSNR is theirs."""
+
+    def __post_init__(self) -> None:
+        _at_least(1, held_out=self.held_out)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Select:
     """The search for w (and cfg_scale) on one block of seeds. w = 0, w = -1 and a random direction are always there."""
 
@@ -190,6 +206,7 @@ class Experiment:
     base: Base | None = None
     model: Mapping[str, object] | None = None
     data: Data | None = None
+    autoencoder: Autoencoder | None = None
     train: Training | None = None
     sampling: Sampling | None = None
     synth: Synth | None = None
@@ -231,7 +248,17 @@ def experiment(table: Mapping[str, object]) -> Experiment:
     if not isinstance(name, str):
         raise ValueError("family: expected the name of a family (edm, var, ... or 'module:Class'), found " + repr(name))
     family = resolve(name)
-    known = {"base": Base, "data": Data, "sampling": Sampling, "synth": Synth, "train": Training, "finetune": Training, "select": Select, "report": Report}
+    known = {
+        "base": Base,
+        "data": Data,
+        "autoencoder": Autoencoder,
+        "sampling": Sampling,
+        "synth": Synth,
+        "train": Training,
+        "finetune": Training,
+        "select": Select,
+        "report": Report,
+    }
     sections: dict[str, object] = {}
     for key, value in table.items():
         if key == "family":
@@ -245,9 +272,9 @@ def experiment(table: Mapping[str, object]) -> Experiment:
         elif key == "sampling":
             sections[key] = _with_family_options(Sampling, value, key, "options", family.sampling)
         elif key in ("train", "finetune"):
-            own = {k: v for k, v in value.items() if k != "objective"}
-            options = build(family.objective, _table(value.get("objective", {}), f"{key}.objective"), f"{key}.objective")
-            sections[key] = replace(build(Training, own, key), objective=options)
+            sections[key] = _training(value, family.objective, key)
+        elif key == "autoencoder":
+            sections[key] = _autoencoder(value, family)
         elif key == "synth" and "sampling" in value:
             own = {k: v for k, v in value.items() if k != "sampling"}
             changed = {**_table(table.get("sampling", {}), "sampling"), **_table(value["sampling"], "synth.sampling")}
@@ -302,6 +329,20 @@ def _with_family_options(kind: type[Section], table: Mapping[str, object], where
     own = build(kind, {k: v for k, v in table.items() if k in own_names}, where)
     family_part = build(options, {k: v for k, v in table.items() if k not in own_names}, where)
     return replace(own, **{attribute: family_part})  # type: ignore[type-var]
+
+
+def _training(table: Mapping[str, object], objective: type, where: str) -> Training:
+    own = {k: v for k, v in table.items() if k != "objective"}
+    options = build(objective, _table(table.get("objective", {}), f"{where}.objective"), f"{where}.objective")
+    return replace(build(Training, own, where), objective=options)
+
+
+def _autoencoder(table: Mapping[str, object], family: Family) -> Autoencoder:
+    if family.trainable_autoencoder is None:
+        raise ValueError(f"[autoencoder]: the family {family.name!r} has no autoencoder that can be trained here")
+    where = "autoencoder.train"
+    recipe = _training(_table(table.get("train", {}), where), family.trainable_autoencoder.objective, where)
+    return build(Autoencoder, {**table, "train": recipe}, "autoencoder")
 
 
 def _check_together(config: Experiment, family: Family) -> None:

@@ -93,7 +93,7 @@ class Family(Trainable):
         checkpoint.load_into(model)
         return model
 
-    def open(self, autoencoder: Path | None, device: torch.device) -> None:  # noqa: B027 - pixel families have nothing to open
+    def open(self, autoencoder: Path | None, device: torch.device) -> None:
         """Make `encode` and `decode` ready. Latent and token families read their autoencoder here."""
 
     @abstractmethod

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from neon import files, records
 from neon.config import Training
 from neon.distributed import World
-from neon.family import Draws, Family
+from neon.family import Draws, Trainable
 from neon.generate import autocast
 from neon.progress import progress
 from neon.seeds import SharedRng, derived_seed
@@ -32,7 +32,7 @@ STATE_EVERY_S = 60.0
 class Trainer:
     """Model, optimiser and moving average of a run. One `backward` per accumulation round, then one `update`."""
 
-    family: Family
+    family: Trainable
     model: nn.Module
     recipe: Training
     world: World
@@ -160,7 +160,7 @@ def batch_indices(seed: int, step: int, batch: int, num_images: int) -> Tensor:
     return indices
 
 
-def step_draws(family: Family, recipe: Training, step: int, codes: Tensor, labels: Tensor | None) -> Draws:
+def step_draws(family: Trainable, recipe: Training, step: int, codes: Tensor, labels: Tensor | None) -> Draws:
     """Every random number of a step of the global batch, drawn on the CPU."""
     generator = torch.Generator().manual_seed(derived_seed(recipe.seed, "draws", step))
     return family.draw(SharedRng(len(codes), generator), codes, labels, recipe.objective)
@@ -199,7 +199,7 @@ def _share(recipe: Training, world: World, group: int) -> list[slice]:
 
 
 def train(
-    family: Family,
+    family: Trainable,
     model: nn.Module,
     corpus: Corpus,
     recipe: Training,
