@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
 LOSSY = {".jpg", ".jpeg", ".jfif", ".webp"}
 Reader = Callable[[Sequence[int]], Tensor]
@@ -85,6 +86,13 @@ class ImageSet:
         return ImageSet(self.path, [*self.names, *self.names], self.shape, labels, read)
 
 
+    def padded(self, pad: int) -> ImageSet:
+        """The set with `pad` black pixels on every side of its images."""
+        channels, height, width = self.shape
+        shape = (channels, height + 2 * pad, width + 2 * pad)
+        return ImageSet(self.path, self.names, shape, self.labels, lambda want: F.pad(self.read(want), (pad,) * 4))
+
+
 class UnreadableImages(ValueError):
     """Files of an image set that cannot be used, each with its reason."""
 
@@ -95,7 +103,7 @@ class UnreadableImages(ValueError):
 
 
 def open_images(
-    path: Path | str, *, use_labels: bool = True, max_size: int | None = None, mirror: bool = False, seed: int = 0
+    path: Path | str, *, use_labels: bool = True, max_size: int | None = None, mirror: bool = False, seed: int = 0, pad: int = 0
 ) -> ImageSet:
     """Open an image set.
 
@@ -103,6 +111,7 @@ def open_images(
         file (`*-images-idx3-ubyte[.gz]`, its labels file beside it).
     max_size: keep a random subset of this size, chosen by numpy's RandomState(seed), in order.
     mirror: append the mirrored copies.
+    pad: black pixels on every side.
     Raises FileNotFoundError / ValueError saying what was found.
     """
     path = Path(path)
@@ -124,6 +133,7 @@ def open_images(
         order = np.arange(len(found), dtype=np.int64)
         np.random.RandomState(seed).shuffle(order)
         found = found.subset(np.sort(order[:max_size]).tolist())
+    found = found.padded(pad) if pad else found
     return found.mirrored() if mirror else found
 
 
