@@ -19,6 +19,7 @@ from xar.loss import velocity_loss
 from xar.sampler import Solver, sample_cells, time_grid
 from xar.transformer import XARArch, XARTransformer, read_arch
 from xar.vae import KL16, KL16Arch
+from xar.vae_training import TrainableKL16
 
 BUFFER_TOLERANCE = 1e-5
 """Tables of a checkpoint were made by another version of torch: they may differ from ours in the last bits only."""
@@ -65,6 +66,7 @@ class XAR(Family):
     name = "xar"
     sampling = XARSampling
     objective = XARObjective
+    trainable_autoencoder = TrainableKL16()
 
     def __init__(self) -> None:
         self._autoencoder: KL16 | None = None

@@ -56,7 +56,7 @@ def test_a_missing_tensor_is_an_error(tmp_path: Path):
     state = dict(tiny().state_dict())
     del state["decoder_blocks.1.mlp.fc2.bias"]
     torch.save(state, tmp_path / "model.pth")
-    with pytest.raises(ValueError, match="decoder_blocks.1.mlp.fc2.bias"):
+    with pytest.raises(ValueError, match=r"decoder_blocks\.1\.mlp\.fc2\.bias"):
         XAR().load(checkpoint.read(tmp_path / "model.pth"))
 
 
