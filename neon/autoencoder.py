@@ -37,7 +37,6 @@ class ConvLayout:
     decoder_attention: tuple[int, ...] = ()
     has_fused_qkv: bool = False  # one 1x1 convolution `qkv` (VAR) instead of `q`, `k` and `v`
     num_groups: int = 32
-    margin: int = 0  # black pixels around the encoder's images, cut off the decoder's: lets 28 x 28 images fit a 32 x 32 network
 
     def __post_init__(self) -> None:
         for mult in self.ch_mult:
@@ -176,16 +175,12 @@ def middle(channels: int, layout: ConvLayout) -> nn.Sequential:
 
 
 class Encoder(nn.Module):
-    """Images (B, C, H, W) in [-1, 1] -> (B, Z, h, w), 2 Z channels if layout.has_moments.
-
-    h = (H + 2 margin) / f with f = layout.downsampling, which must divide it.
-    """
+    """Images (B, C, H, W) in [-1, 1] -> (B, Z, H/f, W/f), f = layout.downsampling; 2 Z channels if layout.has_moments."""
 
     def __init__(self, layout: ConvLayout):
         super().__init__()
         widths = layout.widths
         inputs = [layout.ch, *widths[:-1]]
-        self.margin = layout.margin
         self.conv_in = nn.Conv2d(layout.image_channels, layout.ch, 3, padding=1)
         self.down = nn.ModuleList(DownLevel(channels, i, layout) for i, channels in enumerate(inputs))
         self.mid = middle(widths[-1], layout)
@@ -193,20 +188,19 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], layout.z_channels * (2 if layout.has_moments else 1), 3, padding=1)
 
     def forward(self, images: Tensor) -> Tensor:
-        x = self.conv_in(F.pad(images, [self.margin] * 4, value=-1.0))
+        x = self.conv_in(images)
         for level in self.down:
             x = level(x)
         return self.conv_out(F.silu(self.norm_out(self.mid(x))))
 
 
 class Decoder(nn.Module):
-    """Latents (B, Z, h, w) -> images (B, C, f h - 2 margin, ...), not clipped. `up[0]` is the full resolution, executed last."""
+    """Latents (B, Z, h, w) -> images (B, C, f h, f w), not clipped. `up[0]` is the full resolution, executed last."""
 
     def __init__(self, layout: ConvLayout):
         super().__init__()
         widths = layout.widths
         inputs = [*widths[1:], widths[-1]]
-        self.margin = layout.margin
         self.conv_in = nn.Conv2d(layout.z_channels, widths[-1], 3, padding=1)
         self.mid = middle(widths[-1], layout)
         self.up = nn.ModuleList(UpLevel(channels, i, layout) for i, channels in enumerate(inputs))
@@ -217,8 +211,7 @@ class Decoder(nn.Module):
         x = self.mid(self.conv_in(latents))
         for level in reversed(self.up):
             x = level(x)
-        images = self.conv_out(F.silu(self.norm_out(x)))
-        return F.pad(images, [-self.margin] * 4)
+        return self.conv_out(F.silu(self.norm_out(x)))
 
 
 class KLAutoencoder(nn.Module):

@@ -28,13 +28,13 @@ CALIBRATION_IMAGES = 1000
 def train_autoencoder(config: Experiment, folder: Path, world: World) -> dict[str, object]:
     """Train [autoencoder] on [data]; writes folder/autoencoder.safetensors and reports the PSNR of the held-out images.
 
-    folder/autoencoder/ holds the log and the state: a killed training goes on where its last saved state stopped. The file's metadata names
-    the constructor arguments. Raises ValueError if there are not more images than are held out.
+    folder/autoencoder/ holds the log and the state: a killed training goes on where its last saved state stopped. The file's
+    metadata names the constructor arguments. Raises ValueError if there are not more images than are held out.
     """
     section, data = config.need("autoencoder", Autoencoder), config.need("data", Data)
     trainable = config.family().trainable_autoencoder
     assert trainable is not None  # neon.config refuses an [autoencoder] of a family without one
-    training, held_out = split(open_images(data.path, use_labels=False), section.held_out)
+    training, held_out = split(open_images(data.path, use_labels=False, pad=data.pad), section.held_out)
     torch.manual_seed(section.train.seed)  # initial weights
     model = trainable.build(section.arch)
     num_parameters = sum(p.numel() for p in model.parameters())
@@ -44,7 +44,7 @@ def train_autoencoder(config: Experiment, folder: Path, world: World) -> dict[st
     def write(trainer: Trainer, path: Path) -> None:
         checkpoint.write(path, trainer.weights(), metadata={"family": config.family_name, "arch": dict(section.arch), "weights": weights})
 
-    identity = {"autoencoder": to_plain(section), "data": {"path": data.path, "num_images": len(training)}, "world": world.size}
+    identity = {"autoencoder": to_plain(section), "data": {"path": data.path, "pad": data.pad, "num_images": len(training)}, "world": world.size}
     shots = train(trainable, model, training, section.train, folder / "autoencoder", identity, write, world)
     checkpoint.read(shots[-1], weights="any").load_into(model)
     model.to(world.device).eval()

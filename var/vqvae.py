@@ -26,7 +26,6 @@ class VQVAEArch:
     z_channels: int = 32
     image_channels: int = 3
     num_groups: int = 32
-    margin: int = 0
     vocab_size: int = 4096
     using_znorm: bool = False
     """Nearest code by cosine instead of by distance."""
@@ -46,7 +45,6 @@ class VQVAEArch:
             z_channels=self.z_channels,
             image_channels=self.image_channels,
             num_groups=self.num_groups,
-            margin=self.margin,
             encoder_attention=lowest,
             decoder_attention=lowest,
             has_fused_qkv=True,

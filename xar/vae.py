@@ -26,7 +26,6 @@ class KL16Arch:
     z_channels: int = 16
     image_channels: int = 3
     num_groups: int = 32
-    margin: int = 0
     resolution: int = 256
     """Decides, with the next two, where attention sits, and nothing else: images may have any side that can be halved."""
     encoder_attn_resolutions: tuple[int, ...] = (16,)
@@ -42,7 +41,6 @@ class KL16Arch:
             z_channels=self.z_channels,
             image_channels=self.image_channels,
             num_groups=self.num_groups,
-            margin=self.margin,
             has_moments=True,
             encoder_attention=self._levels(self.encoder_attn_resolutions),
             decoder_attention=self._levels(self.decoder_attn_resolutions),
