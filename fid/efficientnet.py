@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -19,17 +21,19 @@ class EfficientNetExtractor(Extractor):
 
     name = "efficientnet-lite0"
     dim = 1280
+    num_classes = 1000
     comparable = "the features are EfficientNet-Lite0's, not those of the 2015-12-05 Inception that FID is defined by"
 
     def __init__(self, network: nn.Module, *, sha256: str, device: torch.device | str = "cpu"):
         super().__init__(device)
         self.network = network.to(self.device).eval().requires_grad_(False)
+        self._maps = cast(Callable[[Tensor], Tensor], network.extract_features)
         self.sha256 = sha256
 
     def extract(self, images: Tensor) -> Features:
         x = F.interpolate(to_rgb(images).float(), (SIZE, SIZE), mode="bilinear", antialias=True)
-        pool = self.network.extract_features((x - 127) / 128).mean((2, 3))  # the scaling of the TensorFlow Lite models
-        return Features(pool, self.network._fc(pool))
+        pool = self._maps((x - 127) / 128).mean((2, 3))  # the scaling of the TensorFlow Lite models
+        return Features(pool, self.network.get_submodule("_fc")(pool))
 
 
 def open_efficientnet(*, path: Path | None, device: torch.device | str, allow_unknown_weights: bool) -> Extractor:

@@ -26,12 +26,14 @@ class Features(NamedTuple):
 
 
 class Extractor(ABC):
-    """A feature network with a name. Subclasses set the four attributes and implement `extract`."""
+    """A feature network with a name. Subclasses set the attributes and implement `extract`."""
 
     name: str
     """As it stands in the metric's name, e.g. "inception-2015-12-05"."""
     dim: int
     """Number of pooled features."""
+    num_classes: int = 0
+    """Number of logits; 0: the network is no classifier."""
     sha256: str
     """Of the weights."""
     comparable: str | None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,11 +14,13 @@ from torch import Tensor
 class Gaussian:
     """mean (D,) and covariance (D, D), symmetric and positive semi-definite up to rounding; kept in float64 on the CPU.
 
+    count: number of samples behind them if known; fewer than D + 1 leave a singular covariance of rank count - 1.
     Raises ValueError if the shapes do not fit, a value is not finite or the covariance is not symmetric.
     """
 
     mean: Tensor
     covariance: Tensor
+    count: int | None = None
 
     def __post_init__(self) -> None:
         mean, covariance = self.mean.detach().cpu().double(), self.covariance.detach().cpu().double()
@@ -47,13 +50,17 @@ def frechet_distance(*, generated: Gaussian, reference: Gaussian) -> float:
     With S_r = F F^T, the trace of the root is the sum of sqrt(eigenvalues of F^T S_g F), a symmetric matrix: real whatever the
     rank, and never negative after clipping. The columns of F fall in length, so the matrix is graded and its small eigenvalues
     keep their digits: the distance of a Gaussian to itself is 0 within 1e-12 of its trace, also for singular covariances.
+    If either side has fewer samples than dimensions, the one with fewer is factored: its R x R matrix is smaller, and has no
+    zero eigenvalues whose rounding errors the root would blow up.
 
-    The reference's factor is computed once per `Gaussian` object and reused. Raises ValueError if the dimensions differ.
+    The factor is computed once per `Gaussian` object and reused. Raises ValueError if the dimensions differ.
     """
     if len(generated.mean) != len(reference.mean):
         raise ValueError(f"generated statistics have {len(generated.mean)} features, the reference {len(reference.mean)}: other extractors")
-    factor = reference.factor
-    eigenvalues = torch.linalg.eigvalsh(factor.T @ generated.covariance @ factor)
+    factored, other = reference, generated
+    if (generated.count or math.inf) < min(reference.count or math.inf, len(generated.mean)):
+        factored, other = generated, reference
+    eigenvalues = torch.linalg.eigvalsh(factored.factor.T @ other.covariance @ factored.factor)
     root_trace = eigenvalues.clamp(min=0).sqrt().sum()
     offset = (generated.mean - reference.mean).square().sum()
     distance = offset + generated.covariance.trace() + reference.covariance.trace() - 2 * root_trace

@@ -76,6 +76,7 @@ class InceptionExtractor(Extractor):
     """FID's features (2048) and the Inception Score's logits (1008)."""
 
     dim = 2048
+    num_classes = 1008
 
     def __init__(self, network: InceptionV3, *, sha256: str, device: torch.device | str = "cpu"):
         super().__init__(device)

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fid.features import Extractor
+
 NEIGHBOUR_METRICS = ("precision", "recall", "density", "coverage")
 
 
@@ -21,6 +23,21 @@ def metric_name(metric: str, num_images: int, extractor: str, k: int | None = No
         raise ValueError(f"{metric} {'has no k' if k is not None else 'needs its k in the name'}")
     count = f"{num_images // 1000}k" if num_images >= 1000 and num_images % 1000 == 0 else str(num_images)
     return f"{metric}{count}[{extractor}{'' if k is None else f',k={k}'}]"
+
+
+def frechet_kind(extractor: Extractor) -> str:
+    """What a Frechet distance on these features is called: "fid" for the published Inception alone, else "fd"."""
+    return "fid" if extractor.comparable is None else "fd"
+
+
+def cautions(distance: float, *, num_images: int, dim: int) -> list[str]:
+    """What a reader of a Frechet distance should be told: one sentence each, none if there is nothing to say."""
+    notes = []
+    if num_images <= dim:
+        notes.append(f"{num_images} images for {dim} features: the covariance is singular and the bias large; use many times more images")
+    if distance < 1e-3:
+        notes.append(f"a distance of {distance:.2g} is what identical sets give: is the reference made of the evaluated images?")
+    return notes
 
 
 class Spread(NamedTuple):

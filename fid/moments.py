@@ -74,7 +74,7 @@ class Moments:
 
     def gaussian(self) -> Gaussian:
         """Mean and covariance on the CPU, as `frechet_distance` takes them."""
-        return Gaussian(self.mean.cpu(), self.covariance.cpu())
+        return Gaussian(self.mean.cpu(), self.covariance.cpu(), self.count)
 
     def tensors(self) -> dict[str, Tensor]:
         """Sums that add over disjoint sets of images: sum them over ranks (all-reduce), or save them and go on later.

@@ -18,11 +18,11 @@ from fid.frechet import Gaussian
 from fid.moments import Moments
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Reference(Gaussian):
-    """Statistics of a reference set as a file holds them."""
+    """Statistics of a reference set as a file holds them. count: number of images, None if the file does not say (published
+    files)."""
 
-    count: int | None  # number of images; None: the file does not say (published files)
     extractor: str | None  # name of the feature network; None: the file does not say
     provenance: dict[str, object]  # what the writer recorded; empty for published files
     sha256: str  # of the file's bytes

@@ -23,7 +23,7 @@ NUM_CLASSES = 10
 NUM_IMAGES = 70_000
 
 SPLIT = {
-    "base": range(0, 10_000),  # training set of the demo's base model
+    "base": range(10_000),  # training set of the demo's base model
     "classifier": range(10_000, 35_000),  # training set of the feature network `fashion-cnn`
     "reference": range(35_000, 45_000),  # what generated images are compared with
     "classifier_test": range(45_000, 55_000),

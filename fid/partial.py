@@ -1,0 +1,88 @@
+"""Statistics of a part of the images in a file, so that several machines or several days add up to one number."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from fid.moments import Moments
+
+
+@dataclass(frozen=True)
+class Partial:
+    """Exact sums over the images [start, stop) of a set that `source` names, made by one extractor."""
+
+    moments: Moments
+    extractor: str
+    extractor_sha256: str
+    source: str
+    images: tuple[tuple[int, int], ...]  # disjoint, sorted (start, stop)
+
+
+def write_partial(path: Path, partial: Partial) -> None:
+    """Write a partial sum; the file appears by renaming."""
+    header = {
+        "extractor": partial.extractor,
+        "extractor_sha256": partial.extractor_sha256,
+        "source": partial.source,
+        "images": json.dumps(partial.images),
+    }
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file({name: value.cpu() for name, value in partial.moments.state().items()}, temporary, metadata=header)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_partial(path: Path) -> Partial:
+    """Raises FileNotFoundError, or ValueError if the file is none of `write_partial`'s or its count is not that of its images."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no partial statistics at {path}")
+    try:
+        with safe_open(path, "pt") as file:
+            header = file.metadata() or {}
+            moments = Moments.from_state({name: file.get_tensor(name) for name in ("count", "mean", "scatter")})
+        images = tuple((int(start), int(stop)) for start, stop in json.loads(header["images"]))
+        partial = Partial(moments, header["extractor"], header["extractor_sha256"], header["source"], images)
+    except (SafetensorError, KeyError) as error:
+        raise ValueError(f"{path}: not a file of partial statistics ({error})") from error
+    covered = sum(stop - start for start, stop in images)
+    if covered != moments.count:
+        raise ValueError(f"{path}: {moments.count} images were counted, its ranges hold {covered}")
+    return partial
+
+
+def merge_partials(partials: Sequence[Partial]) -> Partial:
+    """The sums over all parts. Raises ValueError if they differ in source or extractor, or if an image is in two of them."""
+    if not partials:
+        raise ValueError("no partial statistics to merge")
+    first = partials[0]
+    for other in partials[1:]:
+        for key in ("extractor", "extractor_sha256", "source"):
+            if getattr(other, key) != getattr(first, key):
+                raise ValueError(f"the parts differ in {key}: {getattr(first, key)!r} and {getattr(other, key)!r}")
+    ranges = sorted(piece for partial in partials for piece in partial.images)
+    for (_, stop), (start, _) in zip(ranges, ranges[1:], strict=False):
+        if start < stop:
+            raise ValueError(f"image {start} is in two of the parts")
+    total = Moments(first.moments.dim)
+    for partial in sorted(partials, key=lambda partial: partial.images):  # a fixed order: the same bits for any order of files
+        total.merge(partial.moments)
+    return Partial(total, first.extractor, first.extractor_sha256, first.source, _joined(ranges))
+
+
+def _joined(ranges: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    joined: list[tuple[int, int]] = []
+    for start, stop in ranges:
+        if joined and joined[-1][1] == start:
+            joined[-1] = (joined[-1][0], stop)
+        else:
+            joined.append((start, stop))
+    return tuple(joined)

@@ -1,0 +1,67 @@
+"""Features kept for the metrics that need every one of them: in memory, or in a memory-mapped file past a limit."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+class FeatureStore:
+    """float32 rows (num_images, dim), row i belongs to image i whatever the batch, rank or order in which it arrives.
+
+    file: where the rows lie, so that a killed run finds them again. Without one they are in memory, or, beyond `limit_mib`, in
+    a temporary file that goes away with the store.
+    """
+
+    def __init__(self, num_images: int, dim: int, *, file: Path | None = None, limit_mib: int = 1024):
+        self.num_images, self.dim = num_images, dim
+        self.has_row = torch.zeros(num_images, dtype=torch.bool)
+        self._temporary: tempfile._TemporaryFileWrapper[bytes] | None = None
+        if file is None and num_images * dim * 4 > limit_mib * 2**20:
+            self._temporary = tempfile.NamedTemporaryFile(prefix="neon-features-")  # noqa: SIM115 - lives as long as the store
+            file = Path(self._temporary.name)
+        self._is_kept = file is not None and self._temporary is None
+        self._rows = (
+            torch.empty(num_images, dim)
+            if file is None
+            else torch.from_file(str(file), shared=True, size=num_images * dim, dtype=torch.float32).view(num_images, dim)
+        )
+
+    def put(self, indices: Sequence[int], features: Tensor) -> None:
+        """Keep features (B, dim) of the images `indices`. Raises ValueError if an image comes twice or does not exist."""
+        index = torch.as_tensor(list(indices), dtype=torch.long)
+        if features.shape != (len(index), self.dim):
+            raise ValueError(f"expected features ({len(index)}, {self.dim}) for {len(index)} images, got {tuple(features.shape)}")
+        if len(index) and not 0 <= int(index.min()) <= int(index.max()) < self.num_images:
+            raise ValueError(f"images {int(index.min())} to {int(index.max())} do not fit into a store of {self.num_images}")
+        if self.has_row[index].any() or len(index.unique()) < len(index):
+            raise ValueError(f"an image among {int(index.min())} to {int(index.max())} came twice")
+        self._rows[index] = features.detach().to("cpu", torch.float32)
+        self.has_row[index] = True
+
+    def merge(self, other: FeatureStore) -> None:
+        """Take over the rows of another part of the same images."""
+        index = other.has_row.nonzero()[:, 0]
+        for part in index.split(4096):
+            self.put(part.tolist(), other._rows[part])
+
+    def state(self) -> dict[str, Tensor]:
+        """Which rows are there, and the rows themselves unless they lie in a file of their own."""
+        return {"has_row": self.has_row.clone()} | ({} if self._is_kept else {"rows": self._rows.clone()})
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from `state()`: rows that were put after it was taken count as absent."""
+        self.has_row = state["has_row"].clone()
+        if not self._is_kept:
+            self._rows.copy_(state["rows"])
+
+    def tensor(self) -> Tensor:
+        """(num_images, dim) in the order of the images, memory-mapped if the store is. Raises ValueError if a row is missing."""
+        missing = int((~self.has_row).sum())
+        if missing:
+            raise ValueError(f"{missing} of {self.num_images} images have no features yet")
+        return self._rows
