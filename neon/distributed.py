@@ -37,7 +37,8 @@ class World:
             return
         for group in _by_dtype(tensors):
             flat = torch.cat([t.reshape(-1) for t in group])
-            dist.all_reduce(flat if flat.is_cuda or dist.get_backend() == "gloo" else flat.to(self.device))
+            flat = flat if dist.get_backend() == "gloo" else flat.to(self.device)  # NCCL sums on the GPU only
+            dist.all_reduce(flat)
             for tensor, piece in zip(group, flat.split([t.numel() for t in group]), strict=True):
                 tensor.copy_(piece.view_as(tensor))
 
