@@ -53,13 +53,13 @@ class TimeEmbedding(nn.Module):
         self.is_fourier = embedding_type == "fourier"
         if self.is_fourier:
             self.register_buffer("freqs", torch.randn(frequency_embedding_size // 2) * scale)
+        self.mlp = nn.Sequential()
         if use_mlp:
-            self.mlp = nn.Sequential(nn.Linear(frequency_embedding_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
-            for layer in (self.mlp[0], self.mlp[2]):
+            first, last = nn.Linear(frequency_embedding_size, hidden_size), nn.Linear(hidden_size, hidden_size)
+            for layer in (first, last):
                 nn.init.normal_(layer.weight, std=0.02)
                 nn.init.zeros_(layer.bias)
-        else:
-            self.mlp = nn.Sequential()
+            self.mlp = nn.Sequential(first, nn.SiLU(), last)
 
     def forward(self, t: Tensor) -> Tensor:
         if self.is_fourier:
@@ -89,7 +89,7 @@ class PatchEmbedding(nn.Module):
         super().__init__()
         self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
         nn.init.xavier_uniform_(self.proj.weight.view(hidden_size, -1))
-        nn.init.zeros_(self.proj.bias)
+        nn.init.zeros_(self.proj.bias)  # type: ignore[arg-type]  # a convolution has one unless told otherwise
 
     def forward(self, x: Tensor) -> Tensor:
         return self.proj(x).flatten(2).transpose(1, 2)
@@ -211,10 +211,9 @@ class DiT(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, s: Tensor, class_labels: Tensor | None) -> Tensor:
         """x: (B, C, H, W) of the constructor's resolution; t, s: (B,) or (1,); class_labels: one-hot (B or 1, Y), zeros = no class."""
-        if x.shape[1:] != (self.in_channels, self.img_resolution, self.img_resolution):
-            raise ValueError(
-                f"this DiT takes images of shape ({self.in_channels}, {self.img_resolution}, {self.img_resolution}), got {tuple(x.shape[1:])}"
-            )
+        expected = (self.in_channels, self.img_resolution, self.img_resolution)
+        if x.shape[1:] != expected:
+            raise ValueError(f"this DiT takes images of shape {expected}, got {tuple(x.shape[1:])}")
         if class_labels is None:
             raise ValueError("a DiT needs class labels: one-hot rows, or rows of zeros for no class")
         c = self.t_embedder(t)

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from edm.family import one_hot
+from imm.autoencoder import read_autoencoder
 from imm.loss import Objective, imm_loss
 from imm.precond import IMMPrecond
 from imm.sampler import edm_grid, explicit_grid, pushforward, restart, uniform_grid
-from imm.autoencoder import read_autoencoder
 from imm.vae import PixelEncoder, StabilityEncoder
 from neon.checkpoint import Checkpoint
 from neon.family import Draws, Family

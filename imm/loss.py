@@ -138,5 +138,6 @@ def imm_loss(
     student_labels = None if class_labels is None else class_labels * (u_drop >= how.label_dropout)[:, None]
     student = net(x_t, t, s, student_labels, augment_labels=augment_labels)
     t_group, s_group = t[::m].flatten(), s[::m].flatten()
-    mmd = group_mmd(*(x.flatten(1).unflatten(0, (-1, m)) for x in (student, teacher)), kernel_weight(net, t_group, s_group) / how.bandwidth)
+    students, teachers = (x.flatten(1).unflatten(0, (-1, m)) for x in (student, teacher))
+    mmd = group_mmd(students, teachers, kernel_weight(net, t_group, s_group) / how.bandwidth)
     return (group_weight(net.schedule, t_group, a=how.a, b=how.b) * mmd).repeat_interleave(m)

@@ -151,7 +151,7 @@ def build_network(model_type: str, arguments: dict[str, object]) -> nn.Module:
     _expect("model_type", model_type, (*NETWORKS, *PRESET_SIZES))
     arguments = {**PRESET_SIZES.get(model_type, {}), **arguments}
     accepted = {name: arguments_of(network) for name, network in NETWORKS.items()}
-    unknown = set(arguments) - set.union(WITHOUT_EFFECT, *accepted.values())
+    unknown = set(arguments) - WITHOUT_EFFECT.union(*accepted.values())
     if unknown:
         raise ValueError(f"IMMPrecond: no IMM network has the argument(s) {', '.join(sorted(unknown))}; look for a misspelt name")
     name = "DiT" if model_type in PRESET_SIZES else model_type

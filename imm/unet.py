@@ -10,16 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from edm import layers
 from edm import unet as edm_unet
 from edm.layers import FourierEmbedding, Linear
 
 
-class PositionalEmbedding(nn.Module):
-    """Scalars (B,) -> (B, channels) float64: [cos(c f), sin(c f)], f from 1 down to 1e-4 (reached if `endpoint`)."""
-
-    def __init__(self, channels: int, *, endpoint: bool):
-        super().__init__()
-        self.channels, self.endpoint = channels, endpoint
+class PositionalEmbedding(layers.PositionalEmbedding):
+    """EDM's sinusoids in float64, which they stay: (B,) -> (B, channels)."""
 
     def forward(self, c: Tensor) -> Tensor:
         half = self.channels // 2
