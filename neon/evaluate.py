@@ -1,18 +1,19 @@
-"""Weights to numbers: sample, quantise, extract features, sum moments, all in memory. Only counts and sums travel."""
+"""Weights to numbers: sample, quantise, extract features, sum moments, all in memory. Only counts and sums travel, and the
+features only if a metric needs every one of them."""
 
 from __future__ import annotations
 
+import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from fid.evaluator import Collector, Metric, measure
 from fid.features import Extractor
-from fid.frechet import frechet_distance
-from fid.metrics import metric_name
 from fid.moments import Moments
 from fid.reference import Reference
 from neon import records
@@ -23,12 +24,17 @@ from neon.progress import progress
 SAVE_EVERY_S = 60.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Yardstick:
-    """An extractor with the reference statistics that its features are compared to."""
+    """An extractor, what its features are compared with, and the metrics that are wanted of it."""
 
     extractor: Extractor
     reference: Reference
+    metrics: Collection[Metric] = ("fid",)
+    reference_features: Tensor | None = None
+    """(M, dim) features of reference images; kid, precision, recall, density and coverage need them."""
+    k: int = 3
+    """Nearest neighbours of precision, recall, density and coverage."""
 
 
 @dataclass(frozen=True)
@@ -52,68 +58,85 @@ def evaluate(
     partial: Path | None = None,
     desc: str = "evaluate",
 ) -> Evaluation:
-    """Frechet distances of `num_images` images to every yardstick's reference.
+    """Every yardstick's metrics of `num_images` images, from one pass over them.
 
-    partial: a path prefix under which every rank keeps its sums so far; a killed evaluation goes on from there and ends
-    with the same number. The caller makes it unique to weights and protocol.
-    Raises ValueError if the summed count is not num_images.
+    partial: a folder in which every rank keeps its sums so far; a killed evaluation goes on from there and ends with the same
+        number. The caller makes it unique to weights and protocol; it is removed at the end.
+    Raises ValueError if not exactly num_images images were counted.
     """
     started = time.perf_counter()
-    sums = [Moments(y.extractor.dim) for y in yardsticks]
+    mine = None if partial is None else partial / f"rank-{world.rank}-of-{world.size}"
+    if mine is not None:
+        mine.mkdir(parents=True, exist_ok=True)
+    collectors = [_collector(y, num_images, mine, i) for i, y in enumerate(yardsticks)]
     shown: dict[int, Tensor] = {}
     batches = world.batches(num_images, source.sampling.batch)
-    mine = None if partial is None else partial.with_name(f"{partial.name}-{world.rank}-of-{world.size}.pt")
-    done = _restore(mine, sums, shown)
+    done = 0 if mine is None else _restore(mine / "state.pt", collectors, shown)
     feature_s, saved_at = 0.0, time.monotonic()
-    bar = progress(total=num_images, initial=min(done * source.sampling.batch, num_images), desc=desc, unit="img", world=world)
+    bar = progress(total=num_images, initial=done * source.sampling.batch * world.size, desc=desc, unit="img", world=world)
     for batch in generate(source, model, batches[done:], world.device):
         images = to_images(source, batch.codes)
         before = time.perf_counter()
-        for moments, yardstick in zip(sums, yardsticks, strict=True):
-            moments.update(yardstick.extractor(images).pool)
+        for collector in collectors:
+            collector.update(images, batch.indices)
         feature_s += time.perf_counter() - before
         shown.update({i: image.cpu() for i, image in zip(batch.indices, images, strict=True) if i < num_shown})
         done += 1
         bar.update(len(batch.indices) * world.size)
         if mine is not None and time.monotonic() - saved_at > SAVE_EVERY_S:
-            records.save_state({"done": done, "sums": [m.state() for m in sums], "shown": shown}, mine)
+            records.save_state({"done": done, "collectors": [c.state() for c in collectors], "shown": shown}, mine / "state.pt")
             saved_at = time.monotonic()
     bar.close()
-    sampled_s = time.perf_counter() - started - feature_s
-    metrics = {_name(y, num_images): _distance(moments, y, num_images, world) for moments, y in zip(sums, yardsticks, strict=True)}
+    sampling_s = time.perf_counter() - started - feature_s
+    metrics: dict[str, float] = {}
+    for yardstick, collector in zip(yardsticks, collectors, strict=True):
+        _join(collector, world)
+        metrics |= measure(
+            yardstick.metrics,
+            generated=collector,
+            reference=yardstick.reference,
+            reference_features=yardstick.reference_features,
+            k=yardstick.k,
+        )
     everywhere = {i: image for part in world.gather(shown) for i, image in part.items()} if num_shown else {}
     if mine is not None:
-        mine.unlink(missing_ok=True)
-    seconds = {"sampling": sampled_s, "features": feature_s, "total": time.perf_counter() - started}
+        shutil.rmtree(mine, ignore_errors=True)
+    total_s = time.perf_counter() - started
+    seconds = {"sampling": sampling_s, "features": feature_s, "metrics": total_s - sampling_s - feature_s, "total": total_s}
     grid = torch.stack([everywhere[i] for i in sorted(everywhere)]) if everywhere else None
     return Evaluation(metrics, seconds, num_images, grid)
 
 
-def _restore(path: Path | None, sums: list[Moments], shown: dict[int, Tensor]) -> int:
+def _collector(yardstick: Yardstick, num_images: int, mine: Path | None, number: int) -> Collector:
+    folder = None
+    if mine is not None:
+        folder = mine / f"features-{number}"
+        folder.mkdir(exist_ok=True)
+    return Collector(yardstick.extractor, num_images, yardstick.metrics, folder=folder)
+
+
+def _restore(path: Path, collectors: list[Collector], shown: dict[int, Tensor]) -> int:
     """Put a killed evaluation's sums back; returns the number of batches that they hold."""
-    if path is None or not path.is_file():
+    if not path.is_file():
         return 0
     state = torch.load(path, weights_only=True)
-    for i, exact in enumerate(state["sums"]):
-        sums[i] = Moments.from_state(exact)
+    for collector, saved in zip(collectors, state["collectors"], strict=True):
+        collector.load_state(saved)
     shown.update(state["shown"])
     return int(state["done"])
 
 
-def _name(yardstick: Yardstick, num_images: int) -> str:
-    kind = "fid" if yardstick.extractor.comparable is None else "fd"
-    return metric_name(kind, num_images, yardstick.extractor.name)
-
-
-def _distance(moments: Moments, yardstick: Yardstick, num_images: int, world: World) -> float:
-    total = moments
-    if world.size > 1:
-        sums = moments.tensors()
-        world.sum(list(sums.values()))
-        total = Moments.from_tensors(sums)
-    if total.count != num_images:
-        raise ValueError(f"{total.count} images were counted, expected {num_images}; the result is not used")
-    return frechet_distance(generated=total.gaussian(), reference=yardstick.reference)
+def _join(collector: Collector, world: World) -> None:
+    """Make every rank's collector hold what all ranks collected."""
+    if world.size == 1:
+        return
+    sums = collector.moments.tensors()
+    world.sum(list(sums.values()))
+    collector.moments = Moments.from_tensors(sums)
+    for store in collector.stores.values():
+        for rank, (indices, rows) in enumerate(world.gather(store.taken())):
+            if rank != world.rank:
+                store.put(indices.tolist(), rows)
 
 
 def why_not_comparable(yardstick: Yardstick, num_images: int) -> str | None:
@@ -121,5 +144,5 @@ def why_not_comparable(yardstick: Yardstick, num_images: int) -> str | None:
     if yardstick.extractor.comparable is not None:
         return yardstick.extractor.comparable
     if num_images != 50_000:
-        return f"published FIDs use 50,000 images, this one {num_images}; the bias of fewer images is large"
+        return f"published FIDs use 50,000 images, this one {num_images:,}; fewer images give a larger value"
     return None

@@ -114,6 +114,10 @@ class Family(Trainable):
         """
         return images
 
+    def img_size(self, model: nn.Module) -> int:
+        """Side of the decoded images in pixels."""
+        raise ValueError(f"{self.name} does not say how large its images are")
+
     def num_classes(self, model: nn.Module) -> int:
         """Number of class labels the network takes; 0 if it is unconditional."""
         return 0

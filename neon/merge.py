@@ -60,12 +60,17 @@ def merged_entries(
 
 def _merge_tensor(name: str, base: Tensor, synth: Tensor, w: float, on_mismatch: OnMismatch) -> Tensor:
     if base.shape != synth.shape:
-        raise ValueError(f"{name}: the base has shape {tuple(base.shape)}, the self-trained model {tuple(synth.shape)}; not the same network")
+        raise ValueError(
+            f"{name}: the base has shape {tuple(base.shape)}, the self-trained model {tuple(synth.shape)}; not the same network"
+        )
     if w == 0 or (base.dtype == synth.dtype and torch.equal(base, synth)):  # -inf masks, counters, frozen tensors: nothing to extrapolate
         return base
     extrapolable = base.is_floating_point() and synth.is_floating_point()
-    if extrapolable and base.isfinite().all() and synth.isfinite().all():
-        return synth.to(base.dtype) if w == -1 else extrapolate(base, difference(base, synth), w)
+    if extrapolable and is_finite(base) and is_finite(synth):
+        if w == -1:
+            return synth.to(base.dtype)
+        step = difference(base, synth)
+        return extrapolate(base, step, w, out=step if step.dtype == base.dtype else None)  # three tensors in memory, not four
     if on_mismatch == "error":
         what = "contains entries that are not finite" if extrapolable else f"is {base.dtype} in the base and {synth.dtype} in the other"
         raise ValueError(
@@ -78,6 +83,11 @@ def _merge_tensor(name: str, base: Tensor, synth: Tensor, w: float, on_mismatch:
     safe_synth = torch.where(finite, synth.to(base.dtype), base)
     safe_base = torch.where(finite, base, torch.zeros_like(base))
     return torch.where(finite, extrapolate(safe_base, difference(safe_base, safe_synth.nan_to_num()), w), base)
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether every entry is finite, without the temporary tensors of isfinite()."""
+    return tensor.numel() == 0 or all(bound.isfinite().item() for bound in tensor.aminmax())
 
 
 def difference(base: Tensor, synth: Tensor) -> Tensor:
@@ -118,7 +128,9 @@ class LiveMerge:
         self._parameters = dict(model.named_parameters())
         missing = [name for name in self._parameters if name not in base or name not in synth]
         if missing:
-            raise ValueError(f"{len(missing)} parameters of the model are missing in base or self-trained model; first: {', '.join(missing[:3])}")
+            raise ValueError(
+                f"{len(missing)} parameters of the model are missing in base or self-trained model; first: {', '.join(missing[:3])}"
+            )
         self._synth = synth
         self._base: dict[str, Tensor] = {}
         self._step: dict[str, Tensor] = {}
@@ -126,7 +138,7 @@ class LiveMerge:
             b, s = base[name].to(parameter.device), synth[name].to(parameter.device)
             if parameter.dtype != b.dtype:
                 raise ValueError(f"{name}: the model is {parameter.dtype}, the base {b.dtype}; LiveMerge works in the base's dtype")
-            if not (b.isfinite().all() and s.isfinite().all()):
+            if not (is_finite(b) and is_finite(s)):
                 raise ValueError(f"{name}: a parameter of base or self-trained model is not finite; nothing sensible can be extrapolated")
             self._base[name], self._step[name] = b.clone(), difference(b, s)
 
@@ -168,4 +180,7 @@ def step_size(base: Mapping[str, Tensor], synth: Mapping[str, Tensor], w: float,
         does_move = step != 0
         moved += int(does_move.sum())
         unchanged += int((does_move & (extrapolate(b, step, w) == b)).sum()) if w != 0 else 0
-    return {"relative_step": math.sqrt(step_squares / base_squares) if base_squares else 0.0, "swallowed": unchanged / moved if moved else 0.0}
+    return {
+        "relative_step": math.sqrt(step_squares / base_squares) if base_squares else 0.0,
+        "swallowed": unchanged / moved if moved else 0.0,
+    }

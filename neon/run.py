@@ -63,11 +63,11 @@ class Run:
             "sampling": to_plain(self.sampling),
         }
 
-    def source(self, labels: str, first_seed: int, cfg_scale: float | None = None) -> Source:
+    def source(self, labels: str, first_seed: int, cfg_scale: float | None = None, sampling: Sampling | None = None) -> Source:
         classes = self.family.num_classes(self.model)
         return Source(
             family=self.family,
-            sampling=self.sampling,
+            sampling=sampling or self.sampling,
             labels=labels,  # type: ignore[arg-type]
             first_seed=first_seed,
             num_classes=classes,
@@ -79,10 +79,11 @@ class Run:
         config = self.config.need("synth", Synth)
         self._check_guidance("synth", config.cfg_scale)
         say(self.world, f"synth: {config.num_images} images by the base model")
-        identity = {**self.identity, "labels": config.labels, "first_seed": config.first_seed, "cfg_scale": config.cfg_scale}
-        return synthesize(
-            self.source(config.labels, config.first_seed, config.cfg_scale), self.model, config, self.folder / "synth", identity, self.world
-        )
+        sampling = config.sampling or self.sampling
+        identity = {**self.identity, "sampling": to_plain(sampling)}
+        identity |= {"labels": config.labels, "first_seed": config.first_seed, "cfg_scale": config.cfg_scale}
+        source = self.source(config.labels, config.first_seed, config.cfg_scale, sampling)
+        return synthesize(source, self.model, config, self.folder / "synth", identity, self.world)
 
     def finetune(self) -> list[Path]:
         """Stage 2: the short fine-tune on S. Returns the snapshots."""
@@ -98,7 +99,7 @@ class Run:
         if synth_config.store == "images":
             codes = encoded(self.family, corpus, folder / "encoded", {"synth": synth_manifest}, self.world, self.sampling.batch)  # type: ignore[assignment]
         say(self.world, f"finetune: {recipe.images} images seen, batch {recipe.batch}, lr {recipe.lr:g}")
-        model = self.family.build({**self.base.arch, **recipe.arch})
+        model = self.family.build({**self.family.arch_of(self.base), **recipe.arch})
         self.base.load_into(model)
         return train(self.family, model, codes, recipe, folder, identity, self._snapshot_writer(recipe), self.world)
 
@@ -122,7 +123,7 @@ class Run:
     def _metadata(self, weights: str) -> dict[str, object]:
         return {
             "family": self.config.family_name,
-            "arch": dict(self.base.arch or {}),
+            "arch": dict(self.family.arch_of(self.base)),
             "weights": weights,
             "base_sha256": self.base.sha256,
             "autoencoder_sha256": self.identity["autoencoder_sha256"],

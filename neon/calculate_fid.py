@@ -1,0 +1,163 @@
+"""What the published FAMILY/calculate_fid.py commands share: their common flags, the evaluation and its one JSON object."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import click
+import torch
+
+import neon
+from fid.evaluator import Metric
+from fid.features import open_extractor
+from fid.metrics import frechet_kind, metric_name
+from fid.reference import read_reference
+from neon import checkpoint, config, files, quantize
+from neon.distributed import World, world
+from neon.evaluate import Evaluation, Yardstick, evaluate, why_not_comparable
+from neon.family import Family
+from neon.generate import Source
+from neon.progress import say
+
+PATH = click.Path(path_type=Path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One evaluation of one checkpoint. `common_options` fills the last part; a family's script fills the first."""
+
+    family: Family
+    checkpoint: Path
+    autoencoder: Path | None = None
+    img_size: int | None = None
+    """Side of the decoded images in pixels; a model that makes another size is refused before anything is sampled."""
+    options: object
+    """The family's sampling options."""
+    uint8: quantize.Rule
+    labels: Literal["balanced", "drawn"]
+    num_images: int
+    batch_size: int
+    first_seed: int
+    fid_stats: Path
+
+    weights: str = "ema"
+    inception: Path | None = None
+    extractor: str = "inception-2015-12-05"
+    precision: config.Precision = "fp32"
+    draw_on: Literal["cpu", "device"] = "cpu"
+    repeats: int = 1
+    device: str | None = None
+
+
+def common_options(command: Callable) -> Callable:
+    """--weights --inception --extractor --precision --draw_on --repeats --device, the same for every family."""
+    for option in reversed(
+        [
+            click.option("--weights", default="ema", help="Weight set of a file that holds several."),
+            click.option("--inception", type=PATH, help="Weights of the FID Inception.  [default: $NEON_CACHE or ~/.cache/neon]"),
+            click.option("--extractor", default="inception-2015-12-05", help="Another feature network; the value is then no FID."),
+            click.option("--precision", type=click.Choice(["fp32", "bf16", "fp16"]), default="fp32", help="fp32 is exact, the others faster."),
+            click.option("--draw_on", type=click.Choice(["cpu", "device"]), default="cpu", help="Where noise is drawn; cpu is the same everywhere."),
+            click.option("--repeats", type=click.IntRange(min=1), default=1, help="Disjoint seed blocks, one after the other."),
+            click.option("--device", help="cpu, cuda, cuda:1.  [default: CUDA if there is one]"),
+        ]
+    ):
+        command = option(command)
+    return command
+
+
+def calculate_fid(request: Request) -> None:
+    """Evaluate on all ranks and print one JSON object on rank 0. A user's mistake is one line on stderr and exit code 1."""
+    try:
+        with world(request.device) as ranks:
+            result = _calculate(request, ranks)
+            if ranks.is_main:
+                click.echo(json.dumps(result))
+    except (ValueError, OSError, ImportError) as error:
+        raise click.ClickException(str(error)) from error
+
+
+def _calculate(request: Request, ranks: World) -> dict[str, object]:
+    yardstick = _yardstick(request, ranks)
+    found = checkpoint.read(request.checkpoint, weights=request.weights)
+    request.family.open(request.autoencoder, ranks.device)
+    model = request.family.load(found).to(ranks.device).eval().requires_grad_(False)
+    sampling = config.Sampling(
+        uint8=request.uint8, batch=request.batch_size, draw_on=request.draw_on, precision=request.precision, options=request.options
+    )
+    source = Source(
+        family=request.family,
+        sampling=sampling,
+        labels=request.labels,
+        first_seed=request.first_seed,
+        num_classes=request.family.num_classes(model),
+    )
+    _check_size(request, source, model, ranks)
+    say(ranks, f"{request.num_images:,} images, seeds from {request.first_seed}, labels {request.labels}, {json.dumps(config.to_plain(sampling))}")
+    runs: list[Evaluation] = []
+    for repeat in range(request.repeats):
+        block = replace(source, first_seed=request.first_seed + repeat * request.num_images)
+        runs.append(evaluate(block, model, request.num_images, [yardstick], ranks, desc=f"block {repeat + 1} of {request.repeats}"))
+    return _result(request, yardstick, found, sampling, runs, ranks)
+
+
+def _yardstick(request: Request, ranks: World) -> Yardstick:
+    """First of all, so that a missing reference or extractor is said before anything slow starts."""
+    reference = read_reference(request.fid_stats)
+    extractor = open_extractor(request.extractor, path=request.inception, device=ranks.device)
+    if len(reference.mean) != extractor.dim:
+        raise ValueError(f"{request.fid_stats} holds statistics of {len(reference.mean)} features, {extractor.name} gives {extractor.dim}")
+    metrics: tuple[Metric, ...] = ("fid", "is") if extractor.num_classes else ("fid",)
+    return Yardstick(extractor=extractor, reference=reference, metrics=metrics)
+
+
+def _check_size(request: Request, source: Source, model: torch.nn.Module, ranks: World) -> None:
+    if request.img_size is None:
+        return
+    made = request.family.img_size(model)
+    if made != request.img_size:
+        raise ValueError(f"--img_size {request.img_size}: {request.checkpoint} makes images of {made} x {made} pixels")
+
+
+def _result(
+    request: Request, yardstick: Yardstick, found: checkpoint.Checkpoint, sampling: config.Sampling, runs: Sequence[Evaluation], ranks: World
+) -> dict[str, object]:
+    metric = metric_name(frechet_kind(yardstick.extractor), request.num_images, yardstick.extractor.name)
+    values = [run.metrics[metric] for run in runs]
+    reason = why_not_comparable(yardstick, request.num_images)
+    seconds = {phase: math.fsum(run.seconds[phase] for run in runs) for phase in runs[0].seconds}
+    result: dict[str, object] = {
+        "metric": metric,
+        "value": min(values),
+        "comparable": reason is None,
+        "reason": reason,
+        "metrics": runs[values.index(min(values))].metrics,
+        "num_images": request.num_images,
+        "first_seed": request.first_seed,
+        "labels": request.labels,
+        "sampling": config.to_plain(sampling),
+        "checkpoint": {"path": str(request.checkpoint), "weights": found.weights, "sha256": found.sha256},
+        "autoencoder_sha256": None if request.autoencoder is None else files.sha256_of(request.autoencoder),
+        "reference_sha256": yardstick.reference.sha256,
+        "extractor_sha256": yardstick.extractor.sha256,
+        "versions": {"neon": neon.__version__, "torch": torch.__version__},
+        "device": str(ranks.device),
+        "ranks": ranks.size,
+        "seconds": seconds,
+        "images_per_second": request.num_images * len(runs) / seconds["total"],
+    }
+    if len(runs) > 1:
+        result["repeats"] = spread(values)
+    return result
+
+
+def spread(values: Sequence[float]) -> dict[str, object]:
+    """Every value of a repeated evaluation with mean, std and minimum."""
+    std = statistics.stdev(values) if len(values) > 1 else None
+    return {"values": list(values), "mean": statistics.fmean(values), "std": std, "min": min(values), "note": "papers quote the minimum of three"}

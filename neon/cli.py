@@ -1,0 +1,166 @@
+"""The `neon` command: verbs over the library. Logs on stderr; the last line on stdout is one JSON object."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import click
+
+from neon import __version__, cli_fid, cli_files
+from neon.config import Experiment, Select, load, to_plain
+from neon.distributed import TIMEOUT_S, World, world
+from neon.files import folder_lock
+from neon.run import Run
+from neon.train_base import train_base
+
+
+class Commands(click.Group):
+    """Commands in the order in which one meets them; a user's mistake is one line on stderr and exit code 1."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except (ValueError, OSError, FloatingPointError, ImportError) as error:
+            raise click.ClickException(str(error)) from error
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="neon")
+def main() -> None:
+    """Neon (arXiv 2510.03597): improve a trained image generator by walking away from its own samples.
+
+    \b
+        theta_neon = theta_base - w (theta_syn - theta_base),   w > 0
+
+    theta_syn is the base model after a brief fine-tune on images that it sampled itself. `neon run CONFIG` does everything;
+    synth, finetune and grid are its stages, and every stage goes on where a killed one stopped. Under torchrun the same
+    commands use all ranks: torchrun --standalone --nproc_per_node=8 -m neon run CONFIG
+    """
+
+
+def experiment_options(command: Callable) -> Callable:
+    """CONFIG and the options that every verb on a config has."""
+    for option in reversed(
+        [
+            click.argument("config", type=click.Path(path_type=Path)),
+            click.option("--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Replace a value of the config; repeatable."),
+            click.option("--out", type=click.Path(path_type=Path), help="Folder of the run.  [default: runs/NAME-OF-CONFIG]"),
+            click.option("--device", help="cpu, cuda, cuda:1 or mps.  [default: CUDA if there is one]"),
+            click.option("--timeout", type=float, default=TIMEOUT_S, show_default=True, help="Seconds to wait for other ranks."),
+            click.option("--dry-run", is_flag=True, help="Check the config, print the resolved plan as JSON and stop."),
+        ]
+    ):
+        command = option(command)
+    return command
+
+
+def on_config(
+    config: Path,
+    overrides: Sequence[str],
+    out: Path | None,
+    device: str | None,
+    timeout: float,
+    dry_run: bool,  # noqa: FBT001 - a click flag
+    work: Callable[[Experiment, Path, World], dict[str, object]],
+) -> None:
+    """Load and check the config, own the run's folder, do the work on all ranks, print the result."""
+    experiment = load(config, overrides)
+    folder = out or Path("runs") / config.stem
+    if dry_run:
+        click.echo(json.dumps({"out": str(folder), **to_plain(experiment)}))  # type: ignore[dict-item]
+        return
+    with world(device, timeout) as ranks:
+        if ranks.is_main:
+            with folder_lock(folder):
+                result = work(experiment, folder, ranks)
+                ranks.barrier()
+            click.echo(json.dumps(result))
+        else:
+            work(experiment, folder, ranks)
+            ranks.barrier()
+
+
+@main.command()
+@experiment_options
+def run(config: Path, overrides: Sequence[str], out: Path | None, device: str | None, timeout: float, dry_run: bool) -> None:  # noqa: FBT001
+    """Everything: synth, finetune, select w, report on held-out noise, merged file, one page."""
+    on_config(config, overrides, out, device, timeout, dry_run, lambda e, folder, ranks: Run(e, folder, ranks).all())
+
+
+@main.command()
+@experiment_options
+def synth(config: Path, overrides: Sequence[str], out: Path | None, device: str | None, timeout: float, dry_run: bool) -> None:  # noqa: FBT001
+    """Stage 1: sample the synthetic set S with the base model's ordinary sampler."""
+
+    def work(experiment: Experiment, folder: Path, ranks: World) -> dict[str, object]:
+        found = Run(experiment, folder, ranks).synth()
+        return {"num_images": len(found), "folder": str(folder / "synth")}
+
+    on_config(config, overrides, out, device, timeout, dry_run, work)
+
+
+@main.command()
+@experiment_options
+def finetune(config: Path, overrides: Sequence[str], out: Path | None, device: str | None, timeout: float, dry_run: bool) -> None:  # noqa: FBT001
+    """Stage 2: fine-tune the base briefly on S (makes S first if it is not there)."""
+
+    def work(experiment: Experiment, folder: Path, ranks: World) -> dict[str, object]:
+        return {"snapshots": [str(path) for path in Run(experiment, folder, ranks).finetune()]}
+
+    on_config(config, overrides, out, device, timeout, dry_run, work)
+
+
+@main.command()
+@experiment_options
+def grid(config: Path, overrides: Sequence[str], out: Path | None, device: str | None, timeout: float, dry_run: bool) -> None:  # noqa: FBT001
+    """Stage 3: score every (snapshot, w, cfg_scale) on the selection seeds, with w = 0, w = -1 and a random direction."""
+
+    def work(experiment: Experiment, folder: Path, ranks: World) -> dict[str, object]:
+        winner, scores = Run(experiment, folder, ranks).select()
+        experiment.need("select", Select)
+        points = [{**to_plain(s.point), "metrics": s.metrics} for s in scores]  # type: ignore[dict-item]
+        return {"chosen": {**to_plain(winner.point), "metrics": winner.metrics}, "points": points}  # type: ignore[dict-item]
+
+    on_config(config, overrides, out, device, timeout, dry_run, work)
+
+
+@main.command("eval")
+@click.option("--checkpoint", type=click.Path(path_type=Path), help="Another model of the same family to evaluate.  [default: base.checkpoint]")
+@click.option("--weights", help="Weight set of --checkpoint.  [default: base.weights]")
+@click.option("--repeats", type=click.IntRange(min=1), default=1, show_default=True, help="Disjoint seed blocks; reports each value, mean, std and minimum.")
+@experiment_options
+def evaluate(
+    config: Path,
+    overrides: Sequence[str],
+    out: Path | None,
+    device: str | None,
+    timeout: float,
+    dry_run: bool,  # noqa: FBT001
+    checkpoint: Path | None,
+    weights: str | None,
+    repeats: int,
+) -> None:
+    """Evaluate one model under the config's [report] protocol."""
+    replaced = list(overrides)
+    if checkpoint is not None:
+        replaced.append(f"base.checkpoint={json.dumps(str(checkpoint))}")
+    if weights is not None:
+        replaced.append(f"base.weights={json.dumps(weights)}")
+    on_config(config, replaced, out, device, timeout, dry_run, lambda e, folder, ranks: Run(e, folder, ranks).evaluate_base(repeats))
+
+
+@main.command()
+@experiment_options
+def train(config: Path, overrides: Sequence[str], out: Path | None, device: str | None, timeout: float, dry_run: bool) -> None:  # noqa: FBT001
+    """Train a base model of your own from [model], [data] and [train]; writes model.safetensors."""
+    on_config(config, overrides, out, device, timeout, dry_run, train_base)
+
+
+for group in (cli_files.commands, cli_fid.commands):
+    for command in group:
+        main.add_command(command)
