@@ -52,26 +52,29 @@ class Checkpoint:
         """Of the file; of an index, over the hashes of its shards in the order of their names."""
         return content_hash(self.path, self.meta.get("shards", ()))
 
+    @property
+    def specs(self) -> Mapping[str, Tensor]:
+        """name -> shape and dtype, as tensors on the meta device where nothing was read yet."""
+        return metas(self.tensors)
+
     def load_into(self, model: nn.Module) -> None:
         """Give `model` these weights, strictly, tensor by tensor (its memory plus one tensor; a model on the meta device works).
 
-        Floats are cast to the model's dtype; an integer buffer may be stored as floats, and the other way round, if every
-        value survives. Raises ValueError, in one line, if names, shapes or values do not fit.
+        Names are those of `model.state_dict()`, its hooks included; hooks of load_state_dict do not run. Floats are cast to the
+        model's dtype; an integer buffer may be stored as floats, and the other way round, if every value survives. Raises
+        ValueError, in one line, if names, shapes or values do not fit.
         """
         targets = model.state_dict(keep_vars=True)
         self._check_fits(targets, type(model).__name__)
-        is_ours_alone = isinstance(self.tensors, StoredTensors)
-        with torch.no_grad():
-            for name, target in targets.items():
-                value = self._fitted(name, self.tensors[name], target)
-                if target.is_meta:
-                    value = value if is_ours_alone else value.clone()
-                    new = nn.Parameter(value, requires_grad=target.requires_grad) if isinstance(target, nn.Parameter) else value
-                    torch.utils.swap_tensors(target, new)
-                elif is_ours_alone:
-                    target.data = value.to(target.device)  # frees the old memory: the peak is the model and one tensor
-                else:
-                    target.copy_(value)
+        for name, target in targets.items():
+            value = self._fitted(name, self.tensors[name], target)
+            if not isinstance(self.tensors, StoredTensors):
+                value = value.clone()  # the caller's tensors stay the caller's
+            if target.is_meta:
+                new = nn.Parameter(value, requires_grad=target.requires_grad) if isinstance(target, nn.Parameter) else value
+                torch.utils.swap_tensors(target, new)
+            else:
+                target.data = value.to(target.device)  # frees the old memory at once: the peak is the model and one tensor
 
     def _fitted(self, name: str, value: Tensor, target: Tensor) -> Tensor:
         cast = value.to(target.dtype)
@@ -81,7 +84,7 @@ class Checkpoint:
         return cast.contiguous()
 
     def _check_fits(self, targets: Mapping[str, Tensor], expected: str) -> None:
-        specs = metas(self.tensors)
+        specs = self.specs
         missing = [name for name in targets if name not in specs]
         unexpected = [name for name in specs if name not in targets]
         misshapen = [
@@ -121,7 +124,7 @@ def open_checked(path: Path) -> Contents:
     source = Source.of(path)
     try:
         return layouts.open_file(source)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # a container that contains itself
         raise ValueError(f"{path}: {error}") from error
 
 

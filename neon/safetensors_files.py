@@ -102,6 +102,7 @@ def write_safetensors(
             file.seek(len(header) + offsets[name])
             file.write(raw_bytes(value))
             written.add(name)
+            del value  # before the next one is made
         missing = [name for name in kept if name not in written]
         if missing:
             raise ValueError(f"writing {path}: {len(missing)} of {len(kept)} tensors did not come; first: {', '.join(missing[:3])}")

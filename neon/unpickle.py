@@ -20,7 +20,7 @@ ALLOWED = re.compile(
     | collections\.(OrderedDict|defaultdict) | (copyreg|copy_reg)\._reconstructor | _codecs\.encode
     | argparse\.Namespace | typing\.Any | functools\.partial | pathlib\.(Posix)?Path
     | numpy\.(dtype|ndarray|(core|_core)\.multiarray\.(scalar|_reconstruct))
-    | torch\.(Size|device|\w+Storage|float\w*|bfloat16|half|double|u?int\d+|long|bool|complex\w+)
+    | torch\.(Size|device|\w+Storage|float|float\d+(_\w+)?|bfloat16|half|double|u?int\d+|long|bool|complex\d+)
     | torch\._utils\._rebuild_(tensor|tensor_v2|tensor_v3|parameter|parameter_with_state)
     | torch\.storage\.(_load_from_bytes|UntypedStorage|TypedStorage)
     | torch\.nn\.(modules\.\w+|parameter)\.[A-Z]\w*
