@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -69,7 +70,7 @@ def merge_partials(partials: Sequence[Partial]) -> Partial:
             if getattr(other, key) != getattr(first, key):
                 raise ValueError(f"the parts differ in {key}: {getattr(first, key)!r} and {getattr(other, key)!r}")
     ranges = sorted(piece for partial in partials for piece in partial.images)
-    for (_, stop), (start, _) in zip(ranges, ranges[1:], strict=False):
+    for (_, stop), (start, _) in pairwise(ranges):
         if start < stop:
             raise ValueError(f"image {start} is in two of the parts")
     total = Moments(first.moments.dim)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class FeatureStore:
-    """float32 rows (num_images, dim), row i belongs to image i whatever the batch, rank or order in which it arrives.
+    """float32 rows (num_images, dim); row i belongs to image i in whatever batch, rank or order it arrives.
 
     file: where the rows lie, so that a killed run finds them again. Without one they are in memory, or, beyond `limit_mib`, in
     a temporary file that goes away with the store.
@@ -20,16 +20,13 @@ class FeatureStore:
     def __init__(self, num_images: int, dim: int, *, file: Path | None = None, limit_mib: int = 1024):
         self.num_images, self.dim = num_images, dim
         self.has_row = torch.zeros(num_images, dtype=torch.bool)
-        self._temporary: tempfile._TemporaryFileWrapper[bytes] | None = None
+        self.path, self._is_kept, self._temporary = file, file is not None, None
         if file is None and num_images * dim * 4 > limit_mib * 2**20:
             self._temporary = tempfile.NamedTemporaryFile(prefix="neon-features-")  # noqa: SIM115 - lives as long as the store
-            file = Path(self._temporary.name)
-        self._is_kept = file is not None and self._temporary is None
-        self._rows = (
-            torch.empty(num_images, dim)
-            if file is None
-            else torch.from_file(str(file), shared=True, size=num_images * dim, dtype=torch.float32).view(num_images, dim)
-        )
+            self.path = Path(self._temporary.name)
+        size = num_images * dim
+        flat = torch.empty(size) if self.path is None else torch.from_file(str(self.path), shared=True, size=size)
+        self._rows = flat.view(num_images, dim)
 
     def put(self, indices: Sequence[int], features: Tensor) -> None:
         """Keep features (B, dim) of the images `indices`. Raises ValueError if an image comes twice or does not exist."""
@@ -48,6 +45,11 @@ class FeatureStore:
         index = other.has_row.nonzero()[:, 0]
         for part in index.split(4096):
             self.put(part.tolist(), other._rows[part])
+
+    def taken(self) -> tuple[Tensor, Tensor]:
+        """Indices (n,) of the images that are there, and their rows (n, dim)."""
+        index = self.has_row.nonzero()[:, 0]
+        return index, self._rows[index]
 
     def state(self) -> dict[str, Tensor]:
         """Which rows are there, and the rows themselves unless they lie in a file of their own."""
