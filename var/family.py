@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +14,17 @@ from neon import config
 from neon.family import Draws, Family
 from neon.seeds import ImageRng, Rng
 from var.crops import resized_crops, resized_size
+from var.layout import check_derived
 from var.loss import token_loss
 from var.presets import PATCH_NUMS
+from var.reading import read_tokeniser, transformer_arch_of
 from var.sampler import Sampling, sample_scales
 from var.transformer import Transformer, VARArch
 from var.vqvae import VQVAE
+from var.vqvae_training import TrainableVQVAE
+
+if TYPE_CHECKING:
+    from neon.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,12 +53,25 @@ class VAR(Family):
     name = "var"
     sampling = Sampling
     objective = Objective
+    trainable_autoencoder = TrainableVQVAE()
 
     def __init__(self) -> None:
         self._tokeniser: VQVAE | None = None
 
     def build(self, arch: Mapping[str, object]) -> Transformer:
         return Transformer(config.build(VARArch, arch, "arch"))
+
+    def arch_of(self, checkpoint: Checkpoint) -> Mapping[str, object]:
+        return transformer_arch_of(checkpoint.tensors) if checkpoint.arch is None else checkpoint.arch
+
+    def load(self, checkpoint: Checkpoint) -> Transformer:
+        """Also verifies what a checkpoint stores beside its parameters: a merge of the original extrapolates that too."""
+        arch = self.arch_of(checkpoint)
+        with torch.device("meta"):  # initial weights would be overwritten
+            model = self.build(arch)
+        checkpoint.load_into(model)
+        check_derived(model, checkpoint.tensors, checkpoint.path)
+        return model
 
     def open(self, autoencoder: Path | None, device: torch.device) -> None:
         if autoencoder is None:
@@ -162,7 +182,7 @@ def scales_of(num_tokens: int, patch_nums: Sequence[int]) -> Sequence[int]:
 
 def draw_paths(model: Transformer, seeds: Tensor) -> Tensor:
     """(B, depth, 2) bool: which branches survive stochastic depth, by one stream per image. seeds: (B,) int64."""
-    rates = torch.tensor([block.drop_path for block in model.blocks])
+    rates = torch.tensor([block.drop_path for block in model.stack])
     kept = ImageRng(seeds.tolist()).uniform((len(rates), 2)) >= rates[:, None]
     return kept.to(seeds.device)
 

@@ -11,13 +11,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from var.attention import Attend, Attention, BlockCausal, Memory
-from var.layout import keep_published_layout
+from var.layout import keep_published_layout, scale_levels
 
 NORM_EPS = 1e-6
 
@@ -75,9 +76,20 @@ class FeedForward(nn.Module):
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
-def modulation(embed_dim: int, parts: int) -> nn.Sequential:
-    """class embedding -> `parts` vectors of the width; index 1 is the Linear, as in the checkpoints."""
-    return nn.Sequential(nn.SiLU(), nn.Linear(embed_dim, parts * embed_dim))
+class Modulation(nn.Sequential):
+    """Class embedding (B, C) -> (B, 1, parts, C). Index 1 is the Linear, as in the checkpoints."""
+
+    def __init__(self, embed_dim: int, parts: int):
+        super().__init__(nn.SiLU(), nn.Linear(embed_dim, parts * embed_dim))
+        self.parts = parts
+
+    def forward(self, cond_BC: Tensor) -> Tensor:
+        return super().forward(cond_BC).view(cond_BC.shape[0], 1, self.parts, -1)
+
+    @property
+    def weight(self) -> Tensor:
+        """(parts, C, C)"""
+        return cast(nn.Linear, self[1]).weight.unflatten(0, (self.parts, -1))
 
 
 class Block(nn.Module):
@@ -88,14 +100,20 @@ class Block(nn.Module):
             self.ada_gss = nn.Parameter(torch.randn(1, 1, 6, arch.embed_dim) / math.sqrt(arch.embed_dim))
         self.attn = Attention(arch.embed_dim, arch.heads, l2_norm=arch.attn_l2_norm)
         self.ffn = FeedForward(arch.embed_dim)
-        if not arch.shared_aln:
-            self.ada_lin = modulation(arch.embed_dim, 6)
+        self.ada_lin = None if arch.shared_aln else Modulation(arch.embed_dim, 6)
+
+    def shrink_modulation(self) -> None:
+        """Part of the initialisation: the gammas begin near 0."""
+        six = self.ada_gss[0, 0] if self.ada_lin is None else self.ada_lin.weight
+        six[:2].mul_(1e-5)
+        six[2:].mul_(0.5)
 
     def conditioning(self, cond_BC: Tensor, shared_B16C: Tensor | None) -> Tensor:
         """(B, 1, 6, C): gamma1, gamma2, scale1, scale2, shift1, shift2; 1 = attention, 2 = feed-forward."""
-        if shared_B16C is not None:
+        if self.ada_lin is None:
+            assert shared_B16C is not None
             return self.ada_gss + shared_B16C
-        return self.ada_lin(cond_BC).view(cond_BC.shape[0], 1, 6, -1)
+        return self.ada_lin(cond_BC)
 
     def forward(self, x_BLC: Tensor, six_B16C: Tensor, attend: Attend, kept_B2: Tensor | None = None) -> Tensor:
         gamma1, gamma2, scale1, scale2, shift1, shift2 = six_B16C.unbind(2)
@@ -114,7 +132,7 @@ class Head(nn.Module):
 
     def __init__(self, embed_dim: int):
         super().__init__()
-        self.ada_lin = modulation(embed_dim, 2)
+        self.ada_lin = Modulation(embed_dim, 2)
 
 
 @dataclass(frozen=True)
@@ -129,6 +147,8 @@ class Conditioning:
 class Transformer(nn.Module):
     """Logits of every scale's tokens given the coarser scales."""
 
+    lvl_1L: Tensor  # noqa: N815 - the published name
+
     def __init__(self, arch: VARArch):
         super().__init__()
         embed_dim = arch.embed_dim
@@ -138,24 +158,29 @@ class Transformer(nn.Module):
         first, length = self.bounds[0][1], self.bounds[-1][1]
         self.pos_start = nn.Parameter(torch.empty(1, first, embed_dim))
         self.pos_1LC = nn.Parameter(torch.empty(1, length, embed_dim))
-        levels = torch.tensor([level for level, (start, end) in enumerate(self.bounds) for _ in range(start, end)])
-        self.register_buffer("lvl_1L", levels[None])
+        self.register_buffer("lvl_1L", scale_levels(arch.patch_nums))
         self.word_embed = nn.Linear(arch.code_width, embed_dim)
         self.class_emb = nn.Embedding(arch.num_classes + 1, embed_dim)
         self.lvl_embed = nn.Embedding(len(arch.patch_nums), embed_dim)
-        self.shared_ada_lin = modulation(embed_dim, 6) if arch.shared_aln else None
-        self.blocks = nn.ModuleList(Block(arch, rate) for rate in torch.linspace(0, arch.drop_path, arch.depth).tolist())
+        self.shared_ada_lin = Modulation(embed_dim, 6) if arch.shared_aln else None
+        rates = [arch.drop_path * block / max(arch.depth - 1, 1) for block in range(arch.depth)]
+        self.blocks = nn.ModuleList(Block(arch, rate) for rate in rates)
         self.head_nm = Head(embed_dim)
         self.head = nn.Linear(embed_dim, arch.vocabulary)
-        initialise(self)
+        self.initialise()
         keep_published_layout(self)
+
+    @property
+    def stack(self) -> list[Block]:
+        """The blocks, first to last."""
+        return cast("list[Block]", list(self.blocks))
 
     def conditioning(self, labels: Tensor) -> Conditioning:
         """labels: (B,) int64 in 0 .. num_classes."""
         cond_BC = self.class_emb(labels)
-        shared = None if self.shared_ada_lin is None else self.shared_ada_lin(cond_BC).view(labels.shape[0], 1, 6, -1)
-        blocks = [block.conditioning(cond_BC, shared) for block in self.blocks]
-        return Conditioning(cond_BC, blocks, self.head_nm.ada_lin(cond_BC).view(labels.shape[0], 1, 2, -1))
+        shared = None if self.shared_ada_lin is None else self.shared_ada_lin(cond_BC)
+        blocks = [block.conditioning(cond_BC, shared) for block in self.stack]
+        return Conditioning(cond_BC, blocks, self.head_nm.ada_lin(cond_BC))
 
     def positions(self, start: int, end: int) -> Tensor:
         """(1, end - start, C) sum of the position and level embeddings."""
@@ -171,7 +196,7 @@ class Transformer(nn.Module):
 
     def logits(self, x_BLC: Tensor, conditioning: Conditioning, attends: Sequence[Attend], kept: Tensor | None = None) -> Tensor:
         """(B, L, V) float32. attends: one per block. kept: (B, depth, 2) bool, which branches survive drop path."""
-        for index, block in enumerate(self.blocks):
+        for index, block in enumerate(self.stack):
             x_BLC = block(x_BLC, conditioning.blocks[index], attends[index], None if kept is None else kept[:, index])
         scale, shift = conditioning.head.unbind(2)
         return self.head(normalise(x_BLC.float(), scale, shift)).float()
@@ -200,28 +225,20 @@ class Transformer(nn.Module):
         """One empty memory per block, for one sampling call."""
         return [Memory(self.bounds[-1][0]) for _ in self.blocks]
 
-
-@torch.no_grad()
-def initialise(model: Transformer) -> None:
-    """The published initialisation: normal of variance 1/(3C), with small heads, residual branches and gammas."""
-    width = model.pos_1LC.shape[-1]
-    std = math.sqrt(1 / (3 * width))
-    for module in model.modules():
-        if isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.trunc_normal_(module.weight, std=std)
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            module.bias.zero_()
-    nn.init.trunc_normal_(model.pos_start, std=std)
-    nn.init.trunc_normal_(model.pos_1LC, std=std)
-    model.head.weight.mul_(0.02)
-    model.head_nm.ada_lin[1].weight.mul_(0.5)
-    for block in model.blocks:
-        block.attn.proj.weight.div_(math.sqrt(2 * len(model.blocks)))
-        block.ffn.fc2.weight.div_(math.sqrt(2 * len(model.blocks)))
-        gammas, others = (
-            (block.ada_gss[:, :, :2], block.ada_gss[:, :, 2:])
-            if model.shared_ada_lin is not None
-            else (block.ada_lin[1].weight[: 2 * width], block.ada_lin[1].weight[2 * width :])
-        )
-        gammas.mul_(1e-5)
-        others.mul_(0.5)
+    @torch.no_grad()
+    def initialise(self) -> None:
+        """The published initial weights: normal of variance 1/(3C), with small heads, residual branches and gammas."""
+        std = math.sqrt(1 / (3 * self.pos_1LC.shape[-1]))
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.trunc_normal_(module.weight, std=std)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                module.bias.zero_()
+        nn.init.trunc_normal_(self.pos_start, std=std)
+        nn.init.trunc_normal_(self.pos_1LC, std=std)
+        self.head.weight.mul_(0.02)
+        self.head_nm.ada_lin.weight.mul_(0.5)
+        for block in self.stack:
+            block.attn.proj.weight.div_(math.sqrt(2 * len(self.stack)))
+            block.ffn.fc2.weight.div_(math.sqrt(2 * len(self.stack)))
+            block.shrink_modulation()
