@@ -5,16 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from edm import augment
+from edm.guidance import NegativeGuidance
 from edm.loss import Objective, pixel_losses
 from edm.precond import PRECONDITIONERS, Preconditioner
 from edm.sampler import Churn, noise_levels, sample_heun
+from neon.checkpoint import Checkpoint
 from neon.family import Draws, Family
 from neon.seeds import Rng
+
+STATES = {"float64": torch.float64, "float32": torch.float32}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +43,9 @@ class Sampling:
     """Churn only noise levels below."""
     S_noise: float = 1.0
     """Standard deviation of the churned noise."""
+    state: Literal["float64", "float32"] = "float64"
+    """dtype of the image between network calls and of the churned noise. float32 is the published script for guided sampling,
+    which also draws no noise in steps that S_min and S_max exclude."""
 
     def __post_init__(self) -> None:
         if self.num_steps < 2:
@@ -45,6 +54,8 @@ class Sampling:
             raise ValueError(f"sampling needs 0 < sigma_min < sigma_max < inf, got {self.sigma_min} and {self.sigma_max}")
         if not self.rho > 0:
             raise ValueError(f"sampling.rho must be > 0, got {self.rho}")
+        if self.state not in STATES:
+            raise ValueError(f"sampling.state must be float64 or float32, got {self.state!r}")
         if not self.S_churn >= 0:
             raise ValueError(f"sampling.S_churn must be >= 0, got {self.S_churn}")
 
@@ -55,6 +66,12 @@ class EDM(Family):
     name = "edm"
     sampling = Sampling
     objective = Objective
+
+    def load(self, checkpoint: Checkpoint) -> Preconditioner:
+        with torch.device("meta"):  # memory and initial values are only for what the file brings
+            model = self.build(self.arch_of(checkpoint))
+        checkpoint.load_into(model)
+        return model
 
     def build(self, arch: Mapping[str, object]) -> Preconditioner:
         """arch: `class_name` (EDMPrecond, VPPrecond, VEPrecond or iDDPMPrecond) and that class's constructor arguments."""
@@ -71,13 +88,13 @@ class EDM(Family):
         return _checked(model).label_dim
 
     def sample(self, model: nn.Module, rng: Rng, labels: Tensor | None, how: object) -> tuple[Tensor, Tensor | None]:
-        """Pixels (B, C, R, R) in float64, not clipped.
+        """Pixels (B, C, R, R) in how.state, not clipped. model: a preconditioner or a `NegativeGuidance` of two.
 
         Every image draws in the published order: latents (float32), a class index (if the network is conditional; given
-        labels replace it, so that they do not shift what follows), one float64 noise per step (if S_churn > 0).
+        labels replace it, so that they do not shift what follows), one noise per step (if S_churn > 0).
         """
         assert isinstance(how, Sampling)
-        net = _checked(model)
+        net = model if isinstance(model, NegativeGuidance) else _checked(model)
         shape = (net.img_channels, net.img_resolution, net.img_resolution)
         latents = rng.normal(shape)
         if net.label_dim:
@@ -87,21 +104,30 @@ class EDM(Family):
             labels = None
         class_labels = one_hot(labels, net.label_dim)
         sigma_min, sigma_max = max(how.sigma_min, net.sigma_min), min(how.sigma_max, net.sigma_max)
-        sigmas = noise_levels(how.num_steps, sigma_min=sigma_min, sigma_max=sigma_max, rho=how.rho)
+        dtype = STATES[how.state]
+        sigmas = noise_levels(how.num_steps, sigma_min=sigma_min, sigma_max=sigma_max, rho=how.rho, dtype=dtype)
+        churn = Churn(S_churn=how.S_churn, S_min=how.S_min, S_max=how.S_max, S_noise=how.S_noise)
+
+        def noise(level: float) -> Tensor:
+            is_unused = churn.gamma(level, how.num_steps) == 0
+            return latents.new_zeros(()) if is_unused and how.state == "float32" else rng.normal(shape, dtype)
+
         codes = sample_heun(
             lambda x, sigma: net(x, sigma, class_labels),
             latents,
             net.round_sigma(sigmas.to(latents.device)),
-            churn=Churn(S_churn=how.S_churn, S_min=how.S_min, S_max=how.S_max, S_noise=how.S_noise),
-            noise=lambda: rng.normal(shape, torch.float64),
+            churn=churn,
+            noise=noise,
             round_sigma=net.round_sigma,
         )
         return codes, labels
 
     def draw(self, rng: Rng, codes: Tensor, labels: Tensor | None, how: object) -> Draws:
-        """level (B, 1, 1, 1), noise like codes, label_drop (B, 1)."""
+        """In this order: level (B, 1, 1, 1), augmentation (edm/augment.py), noise like codes, label_drop (B, 1)."""
         assert isinstance(how, Objective)
         draws = {"level": rng.normal((1, 1, 1)) if how.kind == "edm" else rng.uniform((1, 1, 1))}
+        if how.augment > 0:
+            draws |= augment.draw(augment.training_pipe(how.augment), rng)
         draws["noise"] = rng.normal(codes.shape[1:])
         if labels is not None:
             draws["label_drop"] = rng.uniform((1,))
@@ -109,15 +135,31 @@ class EDM(Family):
 
     def loss(self, model: nn.Module, codes: Tensor, labels: Tensor | None, draws: Draws, how: object) -> Tensor:
         """The weighted squared error of every image, summed over its pixels."""
+        return self.pixel_losses(model, codes, labels, draws, how).sum(dim=(1, 2, 3))
+
+    def pixel_losses(self, model: nn.Module, codes: Tensor, labels: Tensor | None, draws: Draws, how: object) -> Tensor:
+        """The weighted squared error of every pixel, (B, C, R, R)."""
         assert isinstance(how, Objective)
         net = _checked(model)
         images = codes.float() / 127.5 - 1 if codes.dtype == torch.uint8 else codes.float()
+        images, augment_labels = _augmented(net, images, draws, how)
         class_labels = one_hot(labels, net.label_dim)
         label_drop = net.model.label_dropout if how.label_drop is None else how.label_drop
         if class_labels is not None and label_drop:
             class_labels = class_labels * (draws["label_drop"] >= label_drop)
-        losses = pixel_losses(how, model, images, class_labels, level=draws["level"], noise=draws["noise"])
-        return losses.sum(dim=(1, 2, 3))
+        return pixel_losses(how, net, images, class_labels, level=draws["level"], noise=draws["noise"], augment_labels=augment_labels)
+
+
+def _augmented(net: Preconditioner, images: Tensor, draws: Draws, how: Objective) -> tuple[Tensor, Tensor | None]:
+    if how.augment == 0:
+        return images, None
+    pipe = augment.training_pipe(how.augment)
+    if net.augment_dim != pipe.label_dim:
+        raise ValueError(
+            f"objective.augment needs a network with augment_dim {pipe.label_dim}, this one has {net.augment_dim}: without "
+            "augmentation labels it would learn to generate augmented images. Set augment = 0"
+        )
+    return augment.augment(pipe, images, draws)
 
 
 def one_hot(labels: Tensor | None, label_dim: int) -> Tensor | None:

@@ -31,12 +31,16 @@ class Objective:
     """ve: smallest noise level."""
     sigma_max: float = 100.0
     """ve: largest noise level."""
+    augment: float = 0.0
+    """Probability of each augmentation (edm/augment.py); above 0 every image is also mirrored by a fair coin."""
     label_drop: float | None = None
     """Probability that an image is trained with the null class; None: the network's own `label_dropout`."""
 
     def __post_init__(self) -> None:
         if self.kind not in ("edm", "vp", "ve"):
             raise ValueError(f"objective.kind must be edm, vp or ve, got {self.kind!r}")
+        if not 0 <= self.augment <= 1:
+            raise ValueError(f"objective.augment must be in [0, 1], got {self.augment}")
         if self.label_drop is not None and not 0 <= self.label_drop <= 1:
             raise ValueError(f"objective.label_drop must be in [0, 1], got {self.label_drop}")
 

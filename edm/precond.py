@@ -67,6 +67,7 @@ class Preconditioner(nn.Module):
         unknown = sorted(set(model_kwargs) - set(inspect.signature(network).parameters))
         if unknown:
             raise ValueError(f"{type(self).__name__}({model_type}): unknown constructor arguments {', '.join(unknown)}")
+        self.augment_dim = int(model_kwargs.get("augment_dim", 0))  # type: ignore[call-overload]
         channels = img_channels * pixel_unshuffle**2
         self.model = network(
             img_resolution=img_resolution // pixel_unshuffle,
@@ -155,8 +156,8 @@ class VPPrecond(Preconditioner):
     ):
         super().__init__(img_resolution, img_channels, label_dim, use_fp16, model_type, pixel_unshuffle, model_kwargs)
         self.beta_d, self.beta_min, self.M, self.epsilon_t = beta_d, beta_min, M, epsilon_t
-        self.sigma_min = float(vp_sigma(torch.tensor(epsilon_t), beta_d=beta_d, beta_min=beta_min))
-        self.sigma_max = float(vp_sigma(torch.tensor(1.0), beta_d=beta_d, beta_min=beta_min))
+        self.sigma_min = float(vp_sigma(torch.tensor(epsilon_t, device="cpu"), beta_d=beta_d, beta_min=beta_min))
+        self.sigma_max = float(vp_sigma(torch.tensor(1.0, device="cpu"), beta_d=beta_d, beta_min=beta_min))
 
     def coefficients(self, sigma: Tensor) -> Coefficients:
         t = ((self.beta_min**2 + 2 * self.beta_d * (1 + sigma**2).log()).sqrt() - self.beta_min) / self.beta_d
@@ -217,8 +218,8 @@ class iDDPMPrecond(Preconditioner):  # noqa: N801 - the class name stored in che
     ):
         super().__init__(img_resolution, img_channels, label_dim, use_fp16, model_type, pixel_unshuffle, model_kwargs)
         self.M = M
-        u = torch.zeros(M + 1)
-        alpha_bar = (0.5 * math.pi * torch.arange(M + 1) / M / (C_2 + 1)).sin() ** 2
+        u = torch.zeros(M + 1, device="cpu")  # also where the network is built on the meta device: sigma_min and sigma_max need it
+        alpha_bar = (0.5 * math.pi * torch.arange(M + 1, device="cpu") / M / (C_2 + 1)).sin() ** 2
         for j in range(M, 0, -1):
             u[j - 1] = ((u[j] ** 2 + 1) / (alpha_bar[j - 1] / alpha_bar[j]).clip(min=C_1) - 1).sqrt()
         self.register_buffer("u", u)

@@ -47,15 +47,15 @@ def sample_heun(
     sigmas: Tensor,
     *,
     churn: Churn = Churn(),
-    noise: Callable[[], Tensor] | None = None,
+    noise: Callable[[float], Tensor] | None = None,
     round_sigma: Callable[[Tensor], Tensor] = lambda sigma: sigma,
 ) -> Tensor:
     """Integrate dx/dsigma = (x - D(x, sigma)) / sigma from sigmas[0] to 0.
 
     latents: (B, *) unit normal; scaled here by sigmas[0].
     sigmas: (N,) strictly decreasing and positive, in data units (pixels in [-1, 1]); 0 follows.
-    noise: gives (B, *) unit normals, asked once in every step iff S_churn > 0: also in steps that S_min and S_max
-        exclude, so that an image's noise does not depend on them.
+    noise: (B, *) unit normals for the step that starts at a level, asked once in every step iff S_churn > 0: also in steps
+        that S_min and S_max exclude, so that an image's noise need not depend on them.
     Returns (B, *) in the dtype of `sigmas`; float64 for published numbers. 2 N - 1 calls of D.
     """
     levels = [*sigmas.tolist(), 0.0]  # the control flow follows host numbers: nothing waits for the device
@@ -66,7 +66,7 @@ def sample_heun(
         if churn.S_churn > 0:
             if noise is None:
                 raise ValueError("S_churn > 0 needs a source of noise")
-            fresh, gamma = noise(), churn.gamma(level, len(levels) - 1)
+            fresh, gamma = noise(level), churn.gamma(level, len(levels) - 1)
             sigma_hat = round_sigma(sigma + gamma * sigma)
             x = x + (sigma_hat**2 - sigma**2).sqrt() * churn.S_noise * fresh
             sigma = sigma_hat

@@ -96,7 +96,9 @@ class SongUNet(nn.Module):
         return decode(self.dec, encode(self.enc, x, emb), emb)
 
     def forward(self, x: Tensor, noise_labels: Tensor, class_labels: Tensor | None, augment_labels: Tensor | None = None) -> Tensor:
-        return self.blocks(x, F.silu(self.embed(noise_labels, class_labels, augment_labels)))
+        with torch.autocast(x.device.type, enabled=False):  # cheap, and bfloat16 cannot tell neighbouring noise levels apart
+            emb = F.silu(self.embed(noise_labels, class_labels, augment_labels))
+        return self.blocks(x, emb)
 
 
 def song_style(*, emb_channels: int, dropout: float, resample_filter: Sequence[int]) -> BlockStyle:
@@ -195,7 +197,9 @@ class DhariwalUNet(nn.Module):
         return self.out_conv(F.silu(self.out_norm(decode(self.dec, encode(self.enc, x, emb), emb))))
 
     def forward(self, x: Tensor, noise_labels: Tensor, class_labels: Tensor | None, augment_labels: Tensor | None = None) -> Tensor:
-        return self.blocks(x, F.silu(self.embed(noise_labels, class_labels, augment_labels)))
+        with torch.autocast(x.device.type, enabled=False):  # cheap, and bfloat16 cannot tell neighbouring noise levels apart
+            emb = F.silu(self.embed(noise_labels, class_labels, augment_labels))
+        return self.blocks(x, emb)
 
 
 def _required(class_labels: Tensor | None) -> Tensor:
