@@ -1,0 +1,157 @@
+"""The notebook's figures. Every function returns a matplotlib Figure that can be read without the code."""
+
+# R replicas, N points
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from neon.toy.experiment import Curve, Model
+from neon.toy.target import COVARIANCE, density
+from neon.toy.warmup import WarmUp
+
+LIMIT = 4.5
+COLOURS = ("tab:blue", "tab:green", "tab:orange")
+NOTE = dict(textcoords="offset points", fontsize=8, color="0.3")
+
+
+def densities(panels: Mapping[str, Tensor]) -> Figure:
+    """The exact density, then a histogram of every panel's points (N, 2); ellipses hold two standard deviations."""
+    figure, axes = plt.subplots(1, 1 + len(panels), figsize=(2.6 * (1 + len(panels)), 2.9), sharex=True, sharey=True, layout="constrained")
+    grid = torch.linspace(-LIMIT, LIMIT, 91)
+    exact = density(torch.stack(torch.meshgrid(grid, grid, indexing="xy"), dim=-1))
+    look = dict(cmap="Blues", vmin=0, vmax=1.15 * exact.max().item())
+    axes[0].pcolormesh(grid, grid, exact, shading="gouraud", **look)
+    axes[0].set_title("exact density", fontsize=10)
+    for axis, (title, points) in zip(axes[1:], panels.items(), strict=True):
+        x, y = points.double().T.numpy()
+        axis.hist2d(x, y, bins=60, range=[[-LIMIT, LIMIT]] * 2, density=True, **look)
+        ellipse(axis, torch.cov(points.double().T), points.double().mean(0), color="tab:red", linestyle="--", label="model")
+        axis.set_title(title, fontsize=10)
+    for axis in axes:
+        ellipse(axis, COVARIANCE, torch.zeros(2), color="black", label="truth")
+        axis.set(aspect="equal", xlabel="x1")
+    axes[0].set_ylabel("x2")
+    axes[-1].legend(loc="lower right", fontsize=8, frameon=False)
+    return figure
+
+
+def ellipse(axis: Axes, covariance: Tensor, mean: Tensor, **style: str) -> None:
+    angle = torch.linspace(0, 2 * torch.pi, 100, dtype=torch.float64)
+    circle = torch.stack([angle.cos(), angle.sin()])
+    x, y = (2 * torch.linalg.cholesky(covariance) @ circle + mean.double()[:, None]).numpy()
+    axis.plot(x, y, linewidth=1.3, **style)
+
+
+def curves(model: Model, by_budget: Mapping[int, Mapping[float, Curve]], control: Curve | None = None) -> Figure:
+    """Distance against w: one panel per budget, one colour per sampler, thin lines the replicas, dashes the parabola."""
+    figure, axes = plt.subplots(1, len(by_budget), figsize=(5.2 * len(by_budget), 3.8), sharey=True, layout="constrained", squeeze=False)
+    for axis, (budget, by_knob) in zip(axes[0], by_budget.items(), strict=True):
+        for colour, (knob, curve) in zip(COLOURS, by_knob.items(), strict=False):
+            axis.plot(curve.ws, curve.values, color=colour, linewidth=0.5, alpha=0.5)
+            axis.plot(curve.ws, curve.mean, color=colour, linewidth=2, label=f"S drawn with {name_of(model, knob)}")
+            draw_parabola(axis, curve, colour)
+        axis.axhline(curve.at(0), color="0.5", linewidth=0.8, linestyle=":")
+        axis.axvline(0, color="0.5", linewidth=0.8, linestyle=":")
+        axis.annotate("base", (axis.get_xlim()[0], curve.at(0)), (4, 3), **NOTE)
+        axis.set(yscale="log", xlabel="w   (w > 0: away from the synthetic data)", title=f"{budget} steps of fine-tuning on S")
+    if control is not None:
+        axes[0, 0].plot(control.ws, control.mean, color="0.4", linewidth=1.5, linestyle="-.", label="random direction, same length")
+    axes[0, 0].set_ylabel("Frechet distance to the truth")
+    axes[0, 0].legend(fontsize=8)
+    return figure
+
+
+def draw_parabola(axis: Axes, curve: Curve, colour: str) -> None:
+    a, b, c = curve.parabola(curve.mean)
+    vertex = -b / (2 * a)
+    w = np.linspace(vertex - 3 * (curve.ws[1] - curve.ws[0]).item(), vertex + 3 * (curve.ws[1] - curve.ws[0]).item(), 50)
+    fitted = a * w**2 + b * w + c
+    axis.plot(w[fitted > 0], fitted[fitted > 0], color="black", linewidth=1, linestyle="--")
+    axis.plot(vertex, np.interp(vertex, curve.ws, curve.mean), "v", color=colour, markeredgecolor="black")
+
+
+def name_of(model: Model, knob: float) -> str:
+    kind = "ordinary" if knob == model.ordinary else "mode-seeking" if is_mode_seeking(model, knob) else "diversity-seeking"
+    return f"{model.knob} = {knob:g} ({kind})"
+
+
+def is_mode_seeking(model: Model, knob: float) -> bool:
+    """A higher zeta concentrates, a higher tau spreads."""
+    return (knob > 1) == (model.knob == "zeta")
+
+
+def cosine(model: Model, knobs: Sequence[float], values: Tensor) -> Figure:
+    """values (K, R) of `experiment.cosines`: mean and replicas."""
+    figure, axis = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
+    axis.plot(knobs, values, color="tab:blue", linewidth=0.5, alpha=0.6)
+    axis.plot(knobs, values.mean(1), "o-", color="tab:blue", markersize=4, label="mean of the seeds")
+    axis.axhline(0, color="black", linewidth=0.8)
+    axis.axvline(model.ordinary, color="tab:green", linestyle="--", linewidth=1, label=f"ordinary sampler, {model.knob} = {model.ordinary:g}")
+    low, high = axis.get_ylim()
+    axis.axhspan(min(low, -0.05), 0, color="tab:blue", alpha=0.07)
+    axis.set_ylim(min(low, -0.05), max(high, 0.05))
+    axis.annotate("anti-aligned: w > 0 helps", (0.02, 0.03), xycoords="axes fraction", fontsize=8)
+    axis.annotate("aligned: w < 0 helps", (0.02, 0.93), xycoords="axes fraction", fontsize=8)
+    sides = "diversity-seeking  <   > mode-seeking" if model.knob == "zeta" else "mode-seeking  <   > diversity-seeking"
+    axis.set(xlabel=f"{model.knob} of the sampler that draws S    ({sides})", ylabel="cosine of real and\nsynthetic gradient")
+    axis.legend(fontsize=8)
+    return figure
+
+
+def plane(ws: Tensor, wo: Tensor, values: Tensor) -> Figure:
+    """values (len(wo), len(ws)) of `experiment.plane` as a map with contours; base, minimum and both pure choices marked."""
+    figure, axis = plt.subplots(figsize=(6, 4.4), layout="constrained")
+    levels = np.geomspace(values.min().item(), values.max().item(), 12)
+    filled = axis.contourf(ws, wo, values, levels=levels, norm=LogNorm(), cmap="viridis_r")
+    axis.contour(ws, wo, values, levels=levels, colors="white", linewidths=0.4)
+    figure.colorbar(filled, label="Frechet distance to the truth", format="%.2g")
+    row, column = divmod(int(values.argmin()), values.shape[1])
+    pure = int(values[int(wo.abs().argmin())].argmin())
+    for w_s, w_o, mark, text in (
+        (0, 0, "o", "base"),
+        (ws[pure], 0, "D", "best w_s without new data (Neon)"),
+        (ws[column], wo[row], "*", "best of the plane"),
+    ):
+        axis.plot(w_s, w_o, mark, color="tab:red", markeredgecolor="white", markersize=12 if mark == "*" else 8, label=text)
+    axis.axhline(0, color="black", linewidth=0.5)
+    axis.axvline(0, color="black", linewidth=0.5)
+    axis.set(xlabel="w_s   (away from the synthetic data)", ylabel="w_o   (towards 4,000 new real points)")
+    axis.legend(fontsize=8, loc="upper left")
+    return figure
+
+
+def warm_up(problem: WarmUp, a: Tensor, excess: Tensor) -> Figure:
+    """excess (A, F) of `WarmUp.excess_nll`: its mean against a, with the exact slope at 0."""
+    figure, axis = plt.subplots(figsize=(6, 3.5), layout="constrained")
+    mean = excess.mean(1)
+    axis.fill_between(a, excess.quantile(0.1, 1), excess.quantile(0.9, 1), alpha=0.2, label="80 % of the data sets")
+    axis.plot(a, mean, linewidth=2, label="mean over data sets")
+    near = a[(mean[0] + problem.slope() * a) > mean.min()]
+    axis.plot(near, mean[0] + problem.slope() * near, "k--", linewidth=1, label="exact slope at a = 0")
+    axis.plot(a[mean.argmin()], mean.min(), "v", color="tab:blue", markeredgecolor="black")
+    axis.axhline(mean[0], color="0.5", linewidth=0.8, linestyle=":")
+    axis.set(xlabel="a = w * learning rate * (1 - tau^2) / 2", ylabel="nats worse than the truth", ylim=(0, None))
+    axis.legend(fontsize=8)
+    return figure
+
+
+def scatter_of_minima(curve: Curve) -> Figure:
+    """Every replica's own curve and minimum: nothing systematic is left if the minima lie on both sides of 0."""
+    figure, axis = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
+    axis.plot(curve.ws, curve.values, color="tab:blue", linewidth=0.6, alpha=0.6)
+    axis.plot(curve.ws, curve.mean, color="tab:blue", linewidth=2, label="mean")
+    lowest = curve.values.argmin(dim=0)
+    axis.plot(curve.ws[lowest], curve.values.amin(dim=0), "v", color="tab:orange", markeredgecolor="black", label="minimum of one seed")
+    axis.axvline(0, color="0.5", linewidth=0.8, linestyle=":")
+    axis.set(yscale="log", xlabel="w   (w > 0: away from the synthetic data)", ylabel="Frechet distance to the truth")
+    axis.legend(fontsize=8)
+    return figure
