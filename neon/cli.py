@@ -13,6 +13,7 @@ from neon.config import Experiment, Select, load, to_plain
 from neon.distributed import TIMEOUT_S, World, world
 from neon.files import folder_lock
 from neon.run import Run
+from neon.train_autoencoder import train_autoencoder
 from neon.train_base import train_base
 
 
@@ -159,6 +160,13 @@ def evaluate(
 def train(config: Path, overrides: Sequence[str], out: Path | None, device: str | None, timeout: float, dry_run: bool) -> None:  # noqa: FBT001
     """Train a base model of your own from [model], [data] and [train]; writes model.safetensors."""
     on_config(config, overrides, out, device, timeout, dry_run, train_base)
+
+
+@main.command("train-autoencoder")
+@experiment_options
+def autoencoder(config: Path, overrides: Sequence[str], out: Path | None, device: str | None, timeout: float, dry_run: bool) -> None:  # noqa: FBT001
+    """Train a small tokeniser or latent autoencoder from [autoencoder] and [data]; reports the held-out PSNR."""
+    on_config(config, overrides, out, device, timeout, dry_run, train_autoencoder)
 
 
 for group in (cli_files.commands, cli_fid.commands):

@@ -99,8 +99,9 @@ def evaluate(
             k=yardstick.k,
         )
     everywhere = {i: image for part in world.gather(shown) for i, image in part.items()} if num_shown else {}
-    if mine is not None:
-        shutil.rmtree(mine, ignore_errors=True)
+    world.barrier()
+    if partial is not None and world.is_main:
+        shutil.rmtree(partial)
     total_s = time.perf_counter() - started
     seconds = {"sampling": sampling_s, "features": feature_s, "metrics": total_s - sampling_s - feature_s, "total": total_s}
     grid = torch.stack([everywhere[i] for i in sorted(everywhere)]) if everywhere else None

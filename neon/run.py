@@ -13,13 +13,14 @@ from torch import Tensor
 
 import neon
 from fid.features import open_extractor
-from fid.metrics import metric_name
+from fid.metrics import frechet_kind, metric_name
 from fid.reference import read_reference
 from neon import checkpoint, files, grid, merge, records
 from neon import report as page
 from neon.config import Base, Experiment, Report, Sampling, Select, Synth, Training, is_guided, to_plain
 from neon.distributed import World
-from neon.evaluate import Yardstick, why_not_comparable
+from neon.calculate_fid import spread
+from neon.evaluate import Yardstick, evaluate, why_not_comparable
 from neon.generate import Source
 from neon.progress import say
 from neon.shards import Shards
@@ -142,7 +143,7 @@ class Run:
                 raise ValueError(f"{reference}: holds {len(statistics.mean)} features, {name} gives {extractor.dim}")
             if statistics.extractor not in (None, name):
                 raise ValueError(f"{reference}: made with {statistics.extractor}, the config compares {name} with it")
-            found.append(Yardstick(extractor, statistics))
+            found.append(Yardstick(extractor=extractor, reference=statistics))
         return found
 
     @cached_property
@@ -182,8 +183,7 @@ class Run:
 
     def _metric(self, num_images: int, extractor: str | None) -> str:
         yardstick = next((y for y in self.yardsticks if y.extractor.name == extractor), self.yardsticks[0])
-        kind = "fid" if yardstick.extractor.comparable is None else "fd"
-        return metric_name(kind, num_images, yardstick.extractor.name)
+        return metric_name(frechet_kind(yardstick.extractor), num_images, yardstick.extractor.name)
 
     def report(self, winner: grid.Score, scores: list[grid.Score]) -> dict[str, grid.Score]:
         """Stage 4: base, self-trained, random and Neon on held-out noise."""
@@ -269,6 +269,32 @@ class Run:
 
     def _synth_tensors(self, point: grid.Point) -> Mapping[str, Tensor]:
         return checkpoint.read(self.folder / "finetune" / f"snapshot-{point.snapshot}.safetensors", weights="any").tensors
+
+    def evaluate_base(self, repeats: int) -> dict[str, object]:
+        """`neon eval`: the model named by [base] under the [report] protocol, on `repeats` disjoint blocks of seeds."""
+        config = self.config.need("report", Report)
+        if config.cfg_scale == "selected":
+            raise ValueError("report.cfg_scale = 'selected' means nothing without a search; give a number with --set report.cfg_scale=...")
+        self._check_guidance("report", config.cfg_scale)
+        metric = self._metric(config.num_images, None)
+        runs = []
+        for repeat in range(repeats):
+            first_seed = config.first_seed + repeat * config.num_images
+            partial = self.folder / f"partial-eval-{records.key_of([self.identity, to_plain(config), first_seed])[:16]}"
+            source = self.source(config.labels, first_seed, config.cfg_scale)
+            runs.append(evaluate(source, self.model, config.num_images, self.yardsticks, self.world, partial=partial))
+        reason = why_not_comparable(self.yardsticks[0], config.num_images)
+        return {
+            "metric": metric,
+            "value": min(run.metrics[metric] for run in runs),
+            "comparable": reason is None,
+            "reason": reason,
+            "metrics": [run.metrics for run in runs],
+            "repeats": spread([run.metrics[metric] for run in runs]),
+            "seconds": [run.seconds for run in runs],
+            "checkpoint": {"path": str(self.base.path), "weights": self.base.weights, "sha256": self.base.sha256},
+            "config": to_plain(self.config),
+        }
 
     def _check_guidance(self, section: str, cfg_scale: float | None) -> None:
         if is_guided(self.family) and cfg_scale is None:

@@ -1,0 +1,164 @@
+"""The whole of Neon on the smallest family: fixed points, resumption after kills at any file, refusals."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from neon import checkpoint
+from neon.config import load
+from neon.data import open_images
+from neon.distributed import World
+from neon.run import Run
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(config: Path, folder: Path, *overrides: str) -> dict:
+    return Run(load(config, overrides), folder, World()).all()
+
+
+def without_times(value):
+    """A result without what legitimately differs between two runs."""
+    if isinstance(value, dict):
+        return {k: without_times(v) for k, v in value.items() if k not in ("seconds", "merged")}
+    return [without_times(v) for v in value] if isinstance(value, list) else value
+
+
+def test_a_run_ends_with_numbers_a_merged_file_and_a_page(line_config, tmp_path):
+    result = run(line_config, tmp_path / "run")
+    rows, points = result["rows"], result["select"]["points"]
+    assert set(rows) == {"base", "self-trained", "random direction", "neon"}
+    assert {p["w"] for p in points if p["direction"] == "synth"} == {-1.0, 0.0, 0.5, 1.0}
+    assert [p["direction"] for p in points].count("random") == 1
+    metric = result["select"]["metric"]
+    tried = {(p["w"], p["cfg_scale"], p["snapshot"]): p["metrics"][metric] for p in points if p["direction"] == "synth" and p["w"] >= 0}
+    assert min(tried, key=tried.get)[:2] == (result["w"], result["cfg_scale"])
+    page = (tmp_path / "run/report.html").read_text()
+    assert "tests.core.line:Line" in page
+    assert page.count("data:image/png") == 4
+    assert json.loads((tmp_path / "run/result.json").read_text())["value"] == rows["neon"]["metrics"][result["metric"]]
+
+    base, merged = checkpoint.read(tmp_path / "base.safetensors"), checkpoint.read(tmp_path / "run/neon.safetensors")
+    shot = checkpoint.read(tmp_path / f"run/finetune/snapshot-{result['snapshot_images']:012d}.safetensors", weights="any")
+    expected = base.tensors["mean"] - result["w"] * (shot.tensors["mean"] - base.tensors["mean"])
+    torch.testing.assert_close(merged.tensors["mean"], expected, atol=1e-6, rtol=0)
+    assert torch.equal(merged.tensors["mask"], base.tensors["mask"])  # -inf stays -inf
+
+
+def test_w_0_is_the_base_and_its_own_evaluation(line_config, tmp_path):
+    """`neon eval` of the base file gives, bit for bit, what the grid's w = 0 row says."""
+    result = run(line_config, tmp_path / "run")
+    cfg = result["rows"]["base"]["cfg_scale"]
+    alone = Run(load(line_config, [f"report.cfg_scale={cfg}"]), tmp_path / "eval", World()).evaluate_base(1)
+    assert alone["value"] == result["base_value"]
+    merged = load(line_config, [f"base.checkpoint={tmp_path / 'run/neon.safetensors'}", f"report.cfg_scale={result['cfg_scale']}"])
+    assert Run(merged, tmp_path / "eval2", World()).evaluate_base(1)["value"] == result["value"]
+
+
+def test_eval_repeats_are_disjoint_blocks(line_config, tmp_path):
+    config = load(line_config, ["report.cfg_scale=1.0"])
+    several = Run(config, tmp_path / "a", World()).evaluate_base(2)["repeats"]["values"]
+    shifted = load(line_config, ["report.cfg_scale=1.0", "report.first_seed=2040"])
+    assert several[1] == Run(shifted, tmp_path / "b", World()).evaluate_base(1)["value"]
+    assert several[0] != several[1]
+
+
+def test_a_finished_run_repeats_nothing(line_config, tmp_path):
+    first = run(line_config, tmp_path / "run")
+    ledger = (tmp_path / "run/ledger.jsonl").read_text()
+    again = run(line_config, tmp_path / "run")
+    assert (tmp_path / "run/ledger.jsonl").read_text() == ledger
+    assert without_times(again) == without_times(first)
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("synth.first_seed=5", "first_seed"),
+        ("finetune.lr=0.02", "recipe.lr"),
+        ("sampling.spread=0.3", "sampling.options.spread"),
+        ("finetune.images=192", "recipe.images"),
+    ],
+)
+def test_a_config_changed_under_a_half_done_run_is_refused_by_key(line_config, tmp_path, override, key):
+    run(line_config, tmp_path / "run")
+    merged = (tmp_path / "run/neon.safetensors").read_bytes()
+    with pytest.raises(ValueError, match=f"begun with another setting: .*{key}"):
+        run(line_config, tmp_path / "run", override)
+    assert (tmp_path / "run/neon.safetensors").read_bytes() == merged
+
+
+def test_more_points_in_the_grid_cost_only_themselves(line_config, tmp_path):
+    run(line_config, tmp_path / "run")
+    before = len((tmp_path / "run/ledger.jsonl").read_text().splitlines())
+    run(line_config, tmp_path / "run", "select.w=[0.5, 0.75, 1.0]")
+    added = len((tmp_path / "run/ledger.jsonl").read_text().splitlines()) - before
+    assert 4 <= added <= 4 + 4  # 0.75 at two guidances and two snapshots; at most another winner with its controls
+
+
+def test_the_synthetic_set_is_a_training_set(line_config, tmp_path):
+    run(line_config, tmp_path / "run")
+    images = open_images(tmp_path / "run/synth")
+    assert len(images) == 50
+    assert images.labels.tolist() == [i % 3 for i in range(50)]
+    assert images.read([49]).shape == (1, 1, 4, 4)
+
+
+def start(config: Path, folder: Path) -> subprocess.Popen:
+    command = [sys.executable, "-m", "neon", "run", str(config), "--out", str(folder), "--device", "cpu"]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def count_files(folder: Path) -> int:
+    return sum(len(names) for _, _, names in os.walk(folder))  # os.walk does not mind that folders vanish under it
+
+
+def test_killed_at_random_moments_it_ends_with_the_same_bits(line_config, tmp_path):
+    """Kills are aimed by the number of files that exist, so that they fall into every stage."""
+    unbroken = run(line_config, tmp_path / "unbroken")
+    folder = tmp_path / "killed"
+    total = count_files(tmp_path / "unbroken")
+    for target in sorted(random.Random(0).sample(range(2, total - 1), 5)):
+        process = start(line_config, folder)
+        while process.poll() is None and count_files(folder) < target:
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    process = start(line_config, folder)
+    out, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert without_times(json.loads(out.splitlines()[-1])) == without_times(json.loads(json.dumps(unbroken)))
+    assert (folder / "neon.safetensors").read_bytes() == (tmp_path / "unbroken/neon.safetensors").read_bytes()
+
+
+def test_two_runs_on_one_folder(line_config, tmp_path):
+    from neon.files import folder_lock
+
+    with folder_lock(tmp_path / "run"):
+        process = start(line_config, tmp_path / "run")
+        _, errors = process.communicate()
+    assert process.returncode == 1
+    assert "in use by process" in errors
+    assert not (tmp_path / "run/synth").exists()
+
+
+def test_a_missing_reference_is_said_before_anything_is_made(line_config, tmp_path):
+    (tmp_path / "reference.npz").unlink()
+    with pytest.raises(FileNotFoundError, match=r"reference\.npz"):
+        run(line_config, tmp_path / "run")
+    assert not (tmp_path / "run/synth").exists()
+
+
+def test_guidance_has_no_hidden_default(line_config, tmp_path):
+    text = line_config.read_text().replace("cfg_scale = 1.0\n[finetune]", "[finetune]")
+    line_config.write_text(text)
+    with pytest.raises(ValueError, match=r"synth\.cfg_scale.*no hidden default"):
+        run(line_config, tmp_path / "run")
