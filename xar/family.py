@@ -147,6 +147,9 @@ class XAR(Family):
         moments = torch.where(draws["flipped"][:, None, None, None], codes[:, 1], codes[:, 0])
         return self.autoencoder.to_latents(moments, draws["posterior_noise"])
 
+    def img_size(self, model: nn.Module) -> int:
+        return GRID * self.autoencoder.layout.downsampling
+
     def num_classes(self, model: nn.Module) -> int:
         assert isinstance(model, XARTransformer)
         return model.num_classes

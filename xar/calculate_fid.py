@@ -1,0 +1,133 @@
+"""FID of an xAR checkpoint, by the published command.
+
+    torchrun --standalone --nproc_per_node=8 xar/calculate_fid.py --model xar_large \\
+        --model_ckpt checkpoints/Neon_xARL_imagenet256.pth --cfg 2.7 --flow_steps 50 --vae_path xar/pretrained/kl16.ckpt \\
+        --num_images 50000 --batch_size 64 --img_size 256 --fid_stats fid_stats/adm_in256_stats.npz
+
+Runs as plain `python` too, and on a CPU. The numbers do not depend on the number of ranks or the batch size. Images stay in
+memory: no folder is written or deleted.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+if __name__ == "__main__":
+    sys.path[0] = str(ROOT)  # python puts this file's folder there, whose modules are not top-level ones
+
+import click  # noqa: E402
+
+from neon import checkpoint, config, quantize  # noqa: E402
+from neon.calculate_fid import PATH, Request, calculate_fid, common_options  # noqa: E402
+from xar.family import XAR, XARSampling  # noqa: E402
+from xar.presets import CFG_SCALE, NUM_STEPS, SIZES, Protocol  # noqa: E402
+from xar.transformer import XARArch  # noqa: E402
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True})
+@click.option("--model", type=click.Choice(list(SIZES)), help="Checked against the file.  [default: what the file holds]")
+@click.option("--model_ckpt", type=PATH, required=True, help="xAR weights: a published .pth, or our safetensors.")
+@click.option("--vae_path", type=PATH, default=Path("xar/pretrained/kl16.ckpt"), help="The KL-16 autoencoder (download_models.sh --bases).")
+@click.option("--cfg", type=float, help="Guidance of the last cell.  [default: 3.8 for xar_base, 2.7 for xar_large; see --protocol]")
+@click.option("--flow_steps", type=int, help="Steps per cell.  [default: 40 for xar_base, 50 for the others]")
+@click.option(
+    "--protocol",
+    type=click.Choice(["neon", "base"]),
+    default="neon",
+    help="Whose guidance is the default. base: 2.7 (xar_base), 2.3 (xar_large), 2.2 (xar_huge), for base models only.",
+)
+@click.option("--num_images", type=click.IntRange(min=2), default=50_000, help="Images; image i has class i mod 1000.")
+@click.option(
+    "--batch_size", type=click.IntRange(min=1), default=64, help="Images per network call and rank; changes speed and memory only."
+)
+@click.option("--img_size", type=int, help="Side of the images in pixels; checked against the model.  [default: the model's]")
+@click.option("--fid_stats", type=PATH, required=True, help="Reference statistics (.npz with mu and sigma).")
+@click.option("--seed", type=int, default=0, help="Image i has the seed SEED + i.")
+@click.option("--uint8", type=click.Choice(quantize.RULES), default="truncate", help="Rounding; published: truncate.")
+@common_options
+def main(
+    model: str | None,
+    model_ckpt: Path,
+    vae_path: Path,
+    cfg: float | None,
+    flow_steps: int | None,
+    protocol: Protocol,
+    num_images: int,
+    batch_size: int,
+    img_size: int | None,
+    fid_stats: Path,
+    seed: int,
+    uint8: quantize.Rule,
+    weights: str,
+    inception: Path | None,
+    extractor: str,
+    precision: config.Precision,
+    draw_on: str,
+    repeats: int,
+    device: str | None,
+) -> None:
+    """FID of an xAR checkpoint against reference statistics; the last line on stdout is one JSON object.
+
+    \b
+    torchrun --standalone --nproc_per_node=8 xar/calculate_fid.py --model xar_large \\
+        --model_ckpt checkpoints/Neon_xARL_imagenet256.pth --cfg 2.7 --flow_steps 50 --vae_path xar/pretrained/kl16.ckpt \\
+        --num_images 50000 --batch_size 64 --img_size 256 --fid_stats fid_stats/adm_in256_stats.npz
+
+    The authors sampled with --precision fp16.
+    """
+    try:
+        options = options_of(size_of(model_ckpt, weights, model), protocol, cfg, flow_steps)
+    except (ValueError, OSError) as error:
+        raise click.ClickException(str(error)) from error
+    calculate_fid(
+        Request(
+            family=XAR(),
+            checkpoint=model_ckpt,
+            autoencoder=vae_path,
+            img_size=img_size,
+            options=options,
+            uint8=uint8,
+            labels="balanced",
+            num_images=num_images,
+            batch_size=batch_size,
+            first_seed=seed,
+            fid_stats=fid_stats,
+            weights=weights,
+            inception=inception,
+            extractor=extractor,
+            precision=precision,
+            draw_on=draw_on,  # type: ignore[arg-type]  # click.Choice
+            repeats=repeats,
+            device=device,
+        )
+    )
+
+
+def size_of(path: Path, weights: str, expected: str | None) -> str | None:
+    """The published size that the file holds, None for one of your own. Raises ValueError if it is not the expected one."""
+    try:
+        arch = config.build(XARArch, XAR().arch_of(checkpoint.read(path, weights=weights)), "arch")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    found = next((name for name, size in SIZES.items() if size == arch), None)
+    if expected is not None and found != expected:
+        raise ValueError(f"--model {expected}: {path} holds {found or arch}; leave the option away or name another file")
+    return found
+
+
+def options_of(size: str | None, protocol: Protocol, cfg: float | None, flow_steps: int | None) -> XARSampling:
+    """What was asked for, completed by what is published for this size."""
+    if cfg is None and (size is None or size not in CFG_SCALE[protocol]):
+        raise ValueError(f"no {protocol} guidance is published for {size or 'a model of this size'}; name it with --cfg")
+    if flow_steps is None and size is None:
+        raise ValueError("no number of steps is published for a model of this size; name it with --flow_steps")
+    return XARSampling(
+        num_steps=NUM_STEPS[size] if flow_steps is None else flow_steps,  # type: ignore[index]
+        cfg_scale=CFG_SCALE[protocol][size] if cfg is None else cfg,  # type: ignore[index]
+    )
+
+
+if __name__ == "__main__":
+    main()
