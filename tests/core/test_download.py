@@ -1,0 +1,265 @@
+"""Downloads against a server on the loopback interface; nothing leaves the machine."""
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from fid.inception import WEIGHTS
+from neon import download
+from neon.download import DownloadError, Published
+
+ROOT = Path(__file__).parents[2]
+CONTENT = bytes(range(256)) * 4000  # about 1 MB
+SHA256 = hashlib.sha256(CONTENT).hexdigest()
+
+
+class Server(ThreadingHTTPServer):
+    """Serves `pages` {path: (status, headers, content)}; `cut_after` ends that many answers early; remembers what was asked."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.pages: dict[str, tuple[int, dict[str, str], bytes]] = {}
+        self.cut_after: list[int] = []
+        self.asked: list[tuple[str, str | None]] = []
+        self.can_resume = True
+        self.url = f"http://127.0.0.1:{self.server_port}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def log_message(self, *args: object) -> None: ...
+
+    def do_HEAD(self) -> None:
+        self.answer(is_head=True)
+
+    def do_GET(self) -> None:
+        self.answer(is_head=False)
+
+    def answer(self, *, is_head: bool) -> None:
+        wanted = self.headers.get("Range")
+        self.server.asked.append((f"{self.command} {self.path}", wanted))
+        status, headers, content = self.server.pages.get(self.path, (404, {"X-Error-Code": "EntryNotFound"}, b"no such file"))
+        is_unchanged = self.headers.get("If-Range") in (None, headers.get("ETag"))
+        first = int(re.match(r"bytes=(\d+)-", wanted)[1]) if wanted and status == 200 and self.server.can_resume and is_unchanged else 0
+        if first and first >= len(content):
+            status, headers, body = 416, {**headers, "Content-Range": f"bytes */{len(content)}"}, b""
+        elif first:
+            status, headers, body = 206, {**headers, "Content-Range": f"bytes {first}-{len(content) - 1}/{len(content)}"}, content[first:]
+        else:
+            body = content
+        self.send_response(status)
+        for key, value in {"Content-Type": "application/octet-stream", "Content-Length": str(len(body)), **headers}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if not is_head:
+            self.wfile.write(body[: self.server.cut_after.pop(0)] if self.server.cut_after else body)
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    running = Server()
+    running.pages["/model.pkl"] = (200, {"ETag": '"1"'}, CONTENT)
+    thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield running
+    running.shutdown()
+    thread.join()
+    running.server_close()
+
+
+@pytest.fixture
+def item(server):
+    return Published(name="model.pkl", group="models", source=f"{server.url}/model.pkl", sha256=SHA256[:8])
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_file_arrives_whole_with_its_hash_and_is_skipped_the_next_time(tmp_path, server, item):
+    got = download.fetch(item, tmp_path)
+    path = tmp_path / "checkpoints" / "model.pkl"
+    assert got == {"name": "model.pkl", "path": str(path), "status": "downloaded", "bytes": len(CONTENT), "sha256": SHA256}
+    assert path.read_bytes() == CONTENT
+    assert names_in(path.parent) == ["model.pkl"]
+    assert download.fetch(item, tmp_path)["status"] == "there"
+    assert len(server.asked) == 1
+
+
+@pytest.mark.parametrize("cuts", [[1000], [0], [300_000, 5, 400_000]])
+def test_a_cut_connection_is_resumed_where_it_ended(tmp_path, server, item, cuts):
+    server.cut_after = list(cuts)
+    download.fetch(item, tmp_path)
+    assert (tmp_path / "checkpoints" / "model.pkl").read_bytes() == CONTENT
+    reached = [sum(cuts[: i + 1]) for i in range(len(cuts))]
+    assert [wanted for _, wanted in server.asked] == [None, *(f"bytes={have}-" if have else None for have in reached)]
+
+
+def test_a_killed_run_is_resumed_by_the_next_one(tmp_path, server, item):
+    server.cut_after = [100_000] * download.ATTEMPTS
+    with pytest.raises(DownloadError, match=r"400000 bytes are kept, the next run goes on from there\. By hand: fetch http"):
+        download.fetch(item, tmp_path)
+    assert names_in(tmp_path / "checkpoints") == ["model.pkl.part", "model.pkl.part.etag"]
+    assert download.fetch(item, tmp_path)["sha256"] == SHA256
+    assert server.asked[-1][1] == "bytes=400000-"
+    assert names_in(tmp_path / "checkpoints") == ["model.pkl"]
+
+
+@pytest.mark.parametrize("reason", ["the file has changed", "the server cannot resume", "the part is too long"])
+def test_a_part_that_cannot_be_continued_is_fetched_afresh(tmp_path, server, item, reason):
+    part = tmp_path / "checkpoints" / "model.pkl.part"
+    part.parent.mkdir()
+    part.write_bytes(b"?" * (len(CONTENT) + 7 if reason == "the part is too long" else 5000))
+    if reason == "the file has changed":
+        part.with_name("model.pkl.part.etag").write_text('"0"')
+    server.can_resume = reason != "the server cannot resume"
+    assert download.fetch(item, tmp_path)["sha256"] == SHA256
+
+
+def test_a_part_that_is_already_whole_is_only_renamed(tmp_path, server, item):
+    part = tmp_path / "checkpoints" / "model.pkl.part"
+    part.parent.mkdir()
+    part.write_bytes(CONTENT)
+    assert download.fetch(item, tmp_path)["sha256"] == SHA256
+
+
+def test_a_wrong_hash_is_an_error_and_the_file_is_kept_aside(tmp_path, server, item):
+    server.pages["/model.pkl"] = (200, {}, b"something else")
+    with pytest.raises(
+        DownloadError, match=rf"sent has sha256 [0-9a-f]{{64}}, expected {SHA256[:8]}\.\.\.; it is kept as .*model\.pkl\.wrong"
+    ):
+        download.fetch(item, tmp_path)
+    assert names_in(tmp_path / "checkpoints") == ["model.pkl.wrong"]
+    (tmp_path / "checkpoints" / "model.pkl").write_bytes(b"an older one")
+    with pytest.raises(DownloadError, match=r"model\.pkl has sha256 .* Move it away"):
+        download.fetch(item, tmp_path)
+    assert (tmp_path / "checkpoints" / "model.pkl").read_bytes() == b"an older one"
+
+
+def test_404_says_so_once_and_where_to_put_the_file(tmp_path, server, item):
+    server.pages.clear()
+    with pytest.raises(DownloadError, match=r"model\.pkl: 404: it was moved or renamed\. By hand: .*put it at .*checkpoints/model\.pkl"):
+        download.fetch(item, tmp_path)
+    assert len(server.asked) == 1
+    assert names_in(tmp_path / "checkpoints") == []
+
+
+@pytest.mark.parametrize("content_type", ["text/html; charset=utf-8", "application/octet-stream"])
+def test_an_html_page_is_not_taken_for_the_file(tmp_path, server, content_type):
+    server.pages["/model.pkl"] = (200, {"Content-Type": content_type}, b"\n<!DOCTYPE html><title>Log in</title>")
+    unknown = Published(name="model.pkl", group="models", source=f"{server.url}/model.pkl")
+    with pytest.raises(DownloadError, match="HTML page, not the file"):
+        download.fetch(unknown, tmp_path)
+    assert not (tmp_path / "checkpoints" / "model.pkl").exists()
+
+
+def test_an_html_page_does_not_destroy_the_part_that_is_there(tmp_path, server, item):
+    server.cut_after = [100_000] * download.ATTEMPTS
+    with pytest.raises(DownloadError):
+        download.fetch(item, tmp_path)
+    good = server.pages["/model.pkl"]
+    server.pages["/model.pkl"] = (200, {"Content-Type": "text/html"}, b"<html>")
+    with pytest.raises(DownloadError, match="HTML"):
+        download.fetch(item, tmp_path)
+    server.pages["/model.pkl"] = good
+    assert download.fetch(item, tmp_path)["sha256"] == SHA256
+
+
+def test_a_busy_server_is_asked_again_and_not_for_ever(tmp_path, server, item):
+    server.pages["/model.pkl"] = (503, {}, b"busy")
+    with pytest.raises(DownloadError, match="the server says 503"):
+        download.fetch(item, tmp_path)
+    assert len(server.asked) == download.ATTEMPTS
+
+
+def test_without_a_network_or_offline_the_message_says_what_to_do(tmp_path, server, item, monkeypatch):
+    nowhere = Published(name="model.pkl", group="models", source="http://127.0.0.1:9/model.pkl")
+    with pytest.raises(DownloadError, match=r"could not be fetched .* no network\?\. By hand: fetch http"):
+        download.fetch(nowhere, tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(DownloadError, match="HF_HUB_OFFLINE is set: nothing is downloaded"):
+        download.fetch(item, tmp_path)
+    assert server.asked == []
+    (tmp_path / "checkpoints" / "model.pkl").write_bytes(CONTENT)
+    assert download.fetch(item, tmp_path)["status"] == "there"
+
+
+def run(tmp_path: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "PYTHON": sys.executable, "NO_PROXY": "127.0.0.1", "HF_HOME": str(tmp_path / "hf"), **environment}
+    command = ["bash", str(ROOT / "download_models.sh"), "--root", str(tmp_path), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env, check=False)
+
+
+def test_the_script_fetches_hub_files_and_says_404(tmp_path, server):
+    """huggingface_hub itself, against a server that answers as the Hub does."""
+    headers = {"ETag": '"abc"', "X-Repo-Commit": "0" * 40}
+    server.pages["/sinaalemohammad/Neon/resolve/main/adm_in256_stats.npz"] = (200, headers, CONTENT)
+    done = run(tmp_path, "adm_in256_stats", "adm_in512_stats.npz", HF_ENDPOINT=server.url)
+    assert done.returncode == 1
+    result = json.loads(done.stdout.splitlines()[-1])
+    path = tmp_path / "fid_stats" / "adm_in256_stats.npz"
+    assert result["files"] == [{"name": path.name, "path": str(path), "status": "downloaded", "bytes": len(CONTENT), "sha256": SHA256}]
+    assert path.read_bytes() == CONTENT
+    (failed,) = result["failed"]
+    assert failed["name"] == "adm_in512_stats.npz"
+    assert "404: the Hub has no sinaalemohammad/Neon/adm_in512_stats.npz" in failed["error"]
+    assert f"fetch {server.url}/sinaalemohammad/Neon/resolve/main/adm_in512_stats.npz" in failed["error"]
+    assert "\r" not in done.stderr  # no progress bar where nobody is looking
+
+
+def test_the_hub_without_a_network(tmp_path, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # huggingface_hub tries again for half a minute
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    (item,) = download.select(["kl16"], [])
+    with pytest.raises(
+        DownloadError, match=r"the Hub could not be reached for xwen99/mar-vae-kl16/kl16\.ckpt .*By hand: fetch http://127\.0\.0\.1:9/"
+    ):
+        download.fetch(item, tmp_path)
+
+
+def test_the_script_names_missing_modules(tmp_path):
+    bare = tmp_path / "python"
+    bare.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')  # no site-packages
+    bare.chmod(0o755)
+    done = run(tmp_path, "kl16", PYTHON=str(bare))
+    assert done.returncode == 1
+    assert "No module named 'click'" in done.stderr
+    assert "Run: pip install -e ." in done.stderr
+
+
+def test_names_groups_and_the_table():
+    models = download.select([], ["models"])
+    assert len(models) == 10
+    assert {item.name for item in models} >= {"Neon_xARL_imagenet256.pth", "Neon_imm_imagenet256.pkl", "adm_in512_stats.npz"}
+    assert [item.name for item in download.select(["var_d16", "var_d16.pth"], [])] == ["var_d16.pth"]
+    with pytest.raises(ValueError, match=r"no published file 'var_d17'; did you mean var_d16\.pth"):
+        download.select(["var_d17"], [])
+    targets = [item.target(Path()) for item in download.TABLE]
+    assert len(set(targets)) == len(targets)
+    (inception,) = download.select([WEIGHTS.files[0]], [])
+    assert inception.sha256 == "6726825d"
+    assert all(item.group in download.GROUPS and item.source.startswith(("hub:", "https://")) for item in download.TABLE)
+
+
+def test_list_fetches_nothing_and_says_what_is_there(tmp_path):
+    (tmp_path / "fid_stats").mkdir()
+    (tmp_path / "fid_stats" / "cifar10-32x32.npz").write_bytes(b"PK")
+    done = CliRunner().invoke(download.download, ["--list", "--root", str(tmp_path)])
+    assert done.exit_code == 0
+    assert [row["name"] for row in json.loads(done.stdout.splitlines()[-1]) if row["there"] and row["path"].startswith(str(tmp_path))] == [
+        "cifar10-32x32.npz"
+    ]
