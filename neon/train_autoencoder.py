@@ -44,7 +44,8 @@ def train_autoencoder(config: Experiment, folder: Path, world: World) -> dict[st
     def write(trainer: Trainer, path: Path) -> None:
         checkpoint.write(path, trainer.weights(), metadata={"family": config.family_name, "arch": dict(section.arch), "weights": weights})
 
-    identity = {"autoencoder": to_plain(section), "data": {"path": data.path, "pad": data.pad, "num_images": len(training)}, "world": world.size}
+    source = {"path": data.path, "pad": data.pad, "num_images": len(training)}
+    identity = {"autoencoder": to_plain(section), "data": source}
     shots = train(trainable, model, training, section.train, folder / "autoencoder", identity, write, world)
     checkpoint.read(shots[-1], weights="any").load_into(model)
     model.to(world.device).eval()
@@ -64,7 +65,9 @@ def train_autoencoder(config: Experiment, folder: Path, world: World) -> dict[st
 def split(images: ImageSet, held_out: int) -> tuple[ImageSet, ImageSet]:
     """(training, held out): the last `held_out` images are held out."""
     if len(images) <= held_out:
-        raise ValueError(f"{images.path}: {len(images)} images, but autoencoder.held_out = {held_out}; nothing is left to train on")
+        raise ValueError(
+            f"{images.path}: {len(images)} images, but {held_out} are held out: nothing is left to train on"
+        )
     border = len(images) - held_out
     return images.subset(range(border)), images.subset(range(border, len(images)))
 
