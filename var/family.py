@@ -145,6 +145,11 @@ class VAR(Family):
         )
         return tokeniser.image_to_indices(crops.float() / 127.5 - 1)
 
+    def img_size(self, model: nn.Module) -> int:
+        assert isinstance(model, Transformer)
+        encoder = self.tokeniser(model.patch_nums).encoder
+        return model.patch_nums[-1] * 2 ** (len(encoder.down) - 1)
+
     def num_classes(self, model: nn.Module) -> int:
         assert isinstance(model, Transformer)
         return model.num_classes

@@ -28,9 +28,12 @@ def family():
 @pytest.fixture
 def model():
     torch.manual_seed(0)
-    return Transformer(
-        VARArch(depth=4, embed_dim=32, heads=2, patch_nums=PATCH_NUMS, num_classes=5, vocabulary=20, code_width=8, drop_path=0.6)
-    )
+    arch = VARArch(depth=4, embed_dim=32, heads=2, patch_nums=PATCH_NUMS, num_classes=5, vocabulary=20, code_width=8, drop_path=0.6)
+    network = Transformer(arch)
+    with torch.no_grad():
+        for parameter in network.parameters():  # the initial gammas are almost 0
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return network
 
 
 @pytest.fixture

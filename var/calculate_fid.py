@@ -1,0 +1,128 @@
+"""FID of a VAR checkpoint, by the published command.
+
+    torchrun --standalone --nproc_per_node=8 var/calculate_fid.py --var_ckpt checkpoints/Neon_VARd16_imagenet256.pth \\
+        --num_images 50000 --batch_size 64 --img_size 256 --fid_stats fid_stats/adm_in256_stats.npz
+
+Runs as plain `python` too, and on a CPU. The numbers do not depend on the number of ranks or the batch size.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+if __name__ == "__main__":
+    sys.path[0] = str(ROOT)  # python puts this file's folder there, whose modules are not top-level ones
+
+import click  # noqa: E402
+
+from neon import checkpoint, config, quantize  # noqa: E402
+from neon.calculate_fid import PATH, Request, calculate_fid, common_options  # noqa: E402
+from var.family import VAR  # noqa: E402
+from var.presets import CFG_SCALE, PATCH_NUMS, TOP_K, TOP_P, Protocol  # noqa: E402
+from var.sampler import Sampling  # noqa: E402
+from var.transformer import VARArch  # noqa: E402
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True})
+@click.option("--var_ckpt", type=PATH, required=True, help="VAR weights: a published .pth of any depth, or our safetensors.")
+@click.option("--num_images", "--N", type=click.IntRange(min=2), default=50_000, help="Images; image i has class i mod 1000.")
+@click.option(
+    "--batch_size", type=click.IntRange(min=1), default=64, help="Images per network call and rank; changes speed and memory only."
+)
+@click.option("--img_size", type=int, help="Side of the images in pixels; checked against the model.  [default: the model's]")
+@click.option("--model_depth", type=int, help="Checked against the model.  [default: the model's]")
+@click.option("--fid_stats", type=PATH, required=True, help="Reference statistics (.npz with mu and sigma).")
+@click.option("--vae_ckpt", type=PATH, default=Path("checkpoints/vae_ch160v4096z32.pth"), help="The VQ-VAE (download_models.sh --bases).")
+@click.option("--cfg", type=float, help="Guidance.  [default: 2.8 at 256 and 3.2 at 512 px; 1.5 and 2.0 with --protocol base]")
+@click.option("--top_k", type=int, default=TOP_K, help="Draw from the k likeliest tokens; 0: all.")
+@click.option("--top_p", type=float, default=TOP_P, help="... and of those from the likeliest with this probability; 0: all.")
+@click.option("--more_smooth", is_flag=True, help="Average codes instead of drawing them: prettier pictures, not for numbers.")
+@click.option("--protocol", type=click.Choice(["neon", "base"]), default="neon", help="Whose guidance is the default.")
+@click.option("--seed", type=int, default=0, help="Image i has the seed SEED + i.")
+@click.option("--uint8", type=click.Choice(quantize.RULES), default="truncate", help="Rounding; published: truncate.")
+@common_options
+def main(
+    var_ckpt: Path,
+    num_images: int,
+    batch_size: int,
+    img_size: int | None,
+    model_depth: int | None,
+    fid_stats: Path,
+    vae_ckpt: Path,
+    cfg: float | None,
+    top_k: int,
+    top_p: float,
+    more_smooth: bool,
+    protocol: Protocol,
+    seed: int,
+    uint8: quantize.Rule,
+    weights: str,
+    inception: Path | None,
+    extractor: str,
+    precision: config.Precision,
+    draw_on: str,
+    repeats: int,
+    device: str | None,
+) -> None:
+    """FID of a VAR checkpoint against reference statistics; the last line on stdout is one JSON object.
+
+    \b
+    torchrun --standalone --nproc_per_node=8 var/calculate_fid.py --var_ckpt checkpoints/Neon_VARd16_imagenet256.pth \\
+        --num_images 50000 --batch_size 64 --img_size 256 --fid_stats fid_stats/adm_in256_stats.npz
+
+    The authors sampled with --precision fp16.
+    """
+    try:
+        arch = arch_of(var_ckpt, weights, model_depth)
+        scale = default_cfg(arch, protocol) if cfg is None else cfg
+        options = Sampling(cfg_scale=scale, top_k=top_k, top_p=top_p, more_smooth=more_smooth)
+    except (ValueError, OSError) as error:
+        raise click.ClickException(str(error)) from error
+    calculate_fid(
+        Request(
+            family=VAR(),
+            checkpoint=var_ckpt,
+            autoencoder=vae_ckpt,
+            img_size=img_size,
+            options=options,
+            uint8=uint8,
+            labels="balanced",
+            num_images=num_images,
+            batch_size=batch_size,
+            first_seed=seed,
+            fid_stats=fid_stats,
+            weights=weights,
+            inception=inception,
+            extractor=extractor,
+            precision=precision,
+            draw_on=draw_on,  # type: ignore[arg-type]  # click.Choice
+            repeats=repeats,
+            device=device,
+        )
+    )
+
+
+def arch_of(path: Path, weights: str, depth: int | None) -> VARArch:
+    """What the file holds. Raises ValueError if that is not a VAR, or one of another depth."""
+    found = checkpoint.read(path, weights=weights)
+    try:
+        arch = config.build(VARArch, VAR().arch_of(found), "arch")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    if depth is not None and depth != arch.depth:
+        raise ValueError(f"--model_depth {depth}: {path} holds a VAR of depth {arch.depth}; leave the option away or name another file")
+    return arch
+
+
+def default_cfg(arch: VARArch, protocol: Protocol) -> float:
+    """The published guidance at the resolution of these scales."""
+    for side, scale in CFG_SCALE[protocol].items():
+        if PATCH_NUMS[side] == arch.patch_nums:
+            return scale
+    raise ValueError(f"nothing is published for a VAR with patch_nums {list(arch.patch_nums)}; name its guidance with --cfg")
+
+
+if __name__ == "__main__":
+    main()
