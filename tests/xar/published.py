@@ -1,0 +1,63 @@
+"""Files as the published command finds them: a bare state dict, `kl16.ckpt` with its wrapper, reference statistics."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fid.features import Extractor, Features, to_rgb
+from fid.moments import Moments
+from fid.reference import write_reference
+from neon import checkpoint
+from tests import goldens
+from tests.xar.test_transformer import ARCH
+from xar.transformer import XARArch, XARTransformer
+from xar.vae import KL16, KL16Arch
+
+TINY_VAE = {
+    "ch": 8,
+    "ch_mult": [1, 2],
+    "num_res_blocks": 1,
+    "num_groups": 4,
+    "resolution": 32,
+    "encoder_attn_resolutions": [],
+}
+
+
+class Quarters(Extractor):
+    """The mean colour of every quarter of the image: 12 features."""
+
+    name, dim, sha256, comparable = "quarters", 12, "0" * 64, "not the FID Inception"
+
+    def extract(self, images: Tensor) -> Features:
+        return Features(nn.functional.adaptive_avg_pool2d(to_rgb(images).float(), 2).flatten(1), None)
+
+
+def open_quarters(*, path: Path | None, device: torch.device | str, allow_unknown_weights: bool) -> Extractor:
+    return Quarters(device)
+
+
+def write_statistics(path: Path) -> None:
+    moments = Moments(Quarters.dim)
+    moments.update(Quarters()(torch.randint(256, (64, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)).pool)
+    write_reference(path, moments, {"extractor": Quarters.name})
+
+
+def write_tiny(folder: Path) -> None:
+    """A base model, a fine-tuned one under `model_ema`, and an autoencoder of 32 x 32 images, which states its sizes."""
+    model = goldens.seed_by_name(XARTransformer(ARCH))
+    torch.save(model.state_dict(), folder / "base.pth")
+    tuned = {**model.state_dict(), **{name: nn.Parameter(value * 1.01) for name, value in model.named_parameters()}}
+    torch.save({"model_ema": tuned, "epoch": 3}, folder / "tuned.pth")
+    vae = goldens.seed_by_name(KL16(KL16Arch(**{k: tuple(v) if isinstance(v, list) else v for k, v in TINY_VAE.items()})))  # type: ignore[arg-type]
+    checkpoint.write(folder / "vae.safetensors", vae.state_dict(), metadata={"arch": TINY_VAE})
+    write_statistics(folder / "stats.npz")
+
+
+def write_real(folder: Path, size: XARArch) -> None:
+    """The true layout in the true size, with random weights."""
+    torch.save(goldens.seed_by_name(XARTransformer(size)).state_dict(), folder / "model.pth")
+    torch.save({"model": goldens.seed_by_name(KL16(KL16Arch())).state_dict()}, folder / "kl16.ckpt")
+    write_statistics(folder / "stats.npz")
