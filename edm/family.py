@@ -12,9 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edm import augment
-from edm.guidance import NegativeGuidance
 from edm.loss import Objective, pixel_losses
-from edm.precond import PRECONDITIONERS, Preconditioner
+from edm.precond import PRECONDITIONERS, Denoiser, Preconditioner
 from edm.sampler import Churn, noise_levels, sample_heun
 from neon.checkpoint import Checkpoint
 from neon.family import Draws, Family
@@ -67,7 +66,7 @@ class EDM(Family):
     sampling = Sampling
     objective = Objective
 
-    def load(self, checkpoint: Checkpoint) -> Preconditioner:
+    def load(self, checkpoint: Checkpoint) -> Denoiser:
         with torch.device("meta"):  # memory and initial values are only for what the file brings
             model = self.build(self.arch_of(checkpoint))
         checkpoint.load_into(model)
@@ -85,16 +84,19 @@ class EDM(Family):
             raise ValueError(f"the constructor arguments in arch do not fit {class_name}: {error}") from error
 
     def num_classes(self, model: nn.Module) -> int:
-        return _checked(model).label_dim
+        return _denoiser(model).label_dim
+
+    def img_size(self, model: nn.Module) -> int:
+        return _denoiser(model).img_resolution
 
     def sample(self, model: nn.Module, rng: Rng, labels: Tensor | None, how: object) -> tuple[Tensor, Tensor | None]:
-        """Pixels (B, C, R, R) in how.state, not clipped. model: a preconditioner or a `NegativeGuidance` of two.
+        """Pixels (B, C, R, R) in how.state, not clipped. model: a `Denoiser`.
 
         Every image draws in the published order: latents (float32), a class index (if the network is conditional; given
         labels replace it, so that they do not shift what follows), one noise per step (if S_churn > 0).
         """
         assert isinstance(how, Sampling)
-        net = model if isinstance(model, NegativeGuidance) else _checked(model)
+        net = _denoiser(model)
         shape = (net.img_channels, net.img_resolution, net.img_resolution)
         latents = rng.normal(shape)
         if net.label_dim:
@@ -140,7 +142,7 @@ class EDM(Family):
     def pixel_losses(self, model: nn.Module, codes: Tensor, labels: Tensor | None, draws: Draws, how: object) -> Tensor:
         """The weighted squared error of every pixel, (B, C, R, R)."""
         assert isinstance(how, Objective)
-        net = _checked(model)
+        net = _preconditioner(model)
         images = codes.float() / 127.5 - 1 if codes.dtype == torch.uint8 else codes.float()
         images, augment_labels = _augmented(net, images, draws, how)
         class_labels = one_hot(labels, net.label_dim)
@@ -173,9 +175,15 @@ def one_hot(labels: Tensor | None, label_dim: int) -> Tensor | None:
     return F.one_hot(labels, label_dim).float()
 
 
-def _checked(model: nn.Module) -> Preconditioner:
+def _denoiser(model: nn.Module) -> Denoiser:
+    if not isinstance(model, Denoiser):
+        raise ValueError(f"family edm samples from one of {', '.join(PRECONDITIONERS)}, got {type(model).__name__}")
+    return model
+
+
+def _preconditioner(model: nn.Module) -> Preconditioner:
     if not isinstance(model, Preconditioner):
-        raise ValueError(f"family edm needs one of {', '.join(PRECONDITIONERS)}, got {type(model).__name__}")
+        raise ValueError(f"family edm trains one of {', '.join(PRECONDITIONERS)}, got {type(model).__name__}")
     return model
 
 

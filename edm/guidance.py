@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from pathlib import Path
 
-from edm.precond import Preconditioner
+from torch import Tensor
+
+from edm.family import EDM
+from edm.precond import Denoiser
+from neon import checkpoint
 
 
-class NegativeGuidance(nn.Module):
+class NegativeGuidance(Denoiser):
     """D = (1 + g) D_net - g D_guide, at the price of two networks (arXiv 2406.02507).
 
     With the self-trained model as the guide this is, to first order in the weights, Neon's merge with w = g; the scripts of
     arXiv 2510.03597 compare the two. g = 0 is the net and g = -1 the guide, one network each.
     """
 
-    def __init__(self, net: Preconditioner, guide: Preconditioner, guidance: float):
+    def __init__(self, net: Denoiser, guide: Denoiser, guidance: float):
         super().__init__()
         for name in ("img_resolution", "img_channels", "label_dim"):
             if getattr(net, name) != getattr(guide, name):
@@ -33,3 +37,13 @@ class NegativeGuidance(nn.Module):
         if self.guidance == -1:
             return denoised_guide
         return (1 + self.guidance) * self.net(x, sigma, class_labels) - self.guidance * denoised_guide
+
+
+class GuidedEDM(EDM):
+    """EDM whose loaded models are guided by the model in the file `guide`."""
+
+    def __init__(self, guide: Path, guidance: float, *, weights: str = "ema"):
+        self.guide, self.guidance, self.weights = guide, guidance, weights
+
+    def load(self, checkpoint_: checkpoint.Checkpoint) -> Denoiser:
+        return NegativeGuidance(super().load(checkpoint_), super().load(checkpoint.read(self.guide, weights=self.weights)), self.guidance)

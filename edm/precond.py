@@ -29,7 +29,21 @@ class Coefficients(NamedTuple):
     noise: Tensor
 
 
-class Preconditioner(nn.Module):
+class Denoiser(nn.Module):
+    """What a sampler asks of a model: forward(x, sigma, class_labels) -> expected clean image (B, C, R, R) float32."""
+
+    img_resolution: int
+    img_channels: int
+    label_dim: int
+    sigma_min: float = 0.0
+    sigma_max: float = math.inf
+
+    def round_sigma(self, sigma: Tensor) -> Tensor:
+        """The nearest noise level that the network knows, in sigma's dtype."""
+        return sigma
+
+
+class Preconditioner(Denoiser):
     """What the four formulations share: the network and the assembly of D.
 
     pixel_unshuffle: an addition of ours. The network sees images folded by this factor (28 x 28 grey -> 14 x 14 with 4
@@ -56,8 +70,6 @@ class Preconditioner(nn.Module):
         self.label_dim = label_dim
         self.use_fp16 = use_fp16
         self.pixel_unshuffle = pixel_unshuffle
-        self.sigma_min = 0.0
-        self.sigma_max = math.inf
         model_type = model_type or self.default_model
         if model_type not in NETWORKS:
             raise ValueError(f"model_type must be one of {', '.join(NETWORKS)}, got {model_type!r}")
@@ -80,10 +92,6 @@ class Preconditioner(nn.Module):
     def coefficients(self, sigma: Tensor) -> Coefficients:
         """sigma: (B or 1, 1, 1, 1) float32."""
         raise TypeError(f"{type(self).__name__} defines no preconditioning; use one of {', '.join(PRECONDITIONERS)}")
-
-    def round_sigma(self, sigma: Tensor) -> Tensor:
-        """The nearest noise level that the network knows, in sigma's dtype."""
-        return sigma
 
     def forward(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None, augment_labels: Tensor | None = None) -> Tensor:
         """The expected clean image, float32.

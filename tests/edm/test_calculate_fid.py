@@ -1,0 +1,142 @@
+"""The published command: from a pickle of the original layout to one JSON object, alone and under torchrun."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from edm.calculate_fid import main
+from edm.family import EDM, Sampling
+from edm.guidance import NegativeGuidance
+from edm.presets import MODELS
+from fid.frechet import frechet_distance
+from fid.moments import Moments
+from fid.reference import read_reference, write_reference
+from neon import checkpoint
+from neon.quantize import to_uint8
+from neon.seeds import ImageRng
+from tests.edm import published
+from tests.imm.published import Quarters, write_statistics
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def patch():
+    with pytest.MonkeyPatch.context() as context:
+        yield context
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory, patch):
+    """A folder with a small conditional network, a second one of the same kind, and statistics."""
+    folder = tmp_path_factory.mktemp("published")
+    net = published.write_checkpoint(patch, folder / "model.pkl", published.TINY)
+    other = {name: value * 0.9 for name, value in net.state_dict().items()}
+    checkpoint.write(folder / "other.safetensors", other, metadata={"family": "edm", "arch": published.TINY, "weights": "ema"})
+    write_statistics(folder / "stats.npz", 8)
+    return folder
+
+
+def arguments(folder, *options, extractor="tests.imm.published:open_quarters"):
+    files = ["--network_pkl", str(folder / "model.pkl"), "--ref", str(folder / "stats.npz")]
+    return [*files, "--extractor", extractor, "--device", "cpu", *map(str, options)]
+
+
+def here(folder, *options):
+    """In this process."""
+    return CliRunner().invoke(main, arguments(folder, *options))
+
+
+def started(call, cwd, *, ranks):
+    """As users start it: in a folder of its own, uninstalled, so the script must find the project by itself."""
+    launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    script = str(ROOT / "edm" / "calculate_fid.py")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *launcher, script, *call], cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def result(done):
+    assert done.exit_code == 0, done.output
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def by_hand(folder, model, seeds, how):
+    codes, _ = EDM().sample(model.eval(), ImageRng(seeds), None, how)
+    moments = Moments(Quarters.dim)
+    moments.update(Quarters()(to_uint8(codes, "edm")).pool)
+    return frechet_distance(generated=moments.gaussian(), reference=read_reference(folder / "stats.npz"))
+
+
+def test_the_number_is_the_one_of_the_parts(tiny):
+    """Sampled, quantised and measured here by hand: the same Frechet distance."""
+    found = result(here(tiny, "--seeds", "5-27", "--max_batch_size", 7, "--num_steps", 3))
+    model = EDM().load(checkpoint.read(tiny / "model.pkl"))
+    assert found["value"] == pytest.approx(by_hand(tiny, model, range(5, 28), Sampling(num_steps=3)), rel=1e-3)
+    assert found["metric"] == "fd23[quarters]"
+    assert (found["num_images"], found["first_seed"], found["labels"]) == (23, 5, "drawn")
+    assert found["sampling"]["uint8"] == "edm"
+    assert found["comparable"] is False
+
+
+def test_guidance_by_a_second_model(tiny):
+    how = Sampling(num_steps=3)
+    found = result(here(tiny, "--seeds", "0-19", "--num_steps", 3, "--guide", tiny / "other.safetensors", "--guidance", 0.5))
+    net, other = (EDM().load(checkpoint.read(tiny / name)).eval() for name in ("model.pkl", "other.safetensors"))
+    assert found["value"] == pytest.approx(by_hand(tiny, NegativeGuidance(net, other, 0.5), range(20), how), rel=1e-3)
+    assert found["value"] != pytest.approx(by_hand(tiny, net, range(20), how), rel=1e-2)
+
+
+def test_options_reach_the_sampler(tiny):
+    plain = result(here(tiny, "--seeds", "0-9", "--num_steps", 4))["value"]
+    for option in (("--num_steps", 3), ("--S_churn", 3), ("--rho", 3), ("--sigma_max", 20), ("--sigma_min", 0.5), ("--uint8", "round")):
+        assert result(here(tiny, "--seeds", "0-9", "--num_steps", 4, *option))["value"] != plain, option
+
+
+def test_ranks_and_batches_do_not_change_the_number(tiny):
+    call = arguments(tiny, "--seeds", "3-13", "--num_steps", 2, "--max_batch_size", 4)
+    one, two = (started(call, tiny, ranks=ranks) for ranks in (1, 2))
+    assert two["ranks"] == 2
+    assert two["value"] == pytest.approx(one["value"], rel=1e-4)
+    assert two["value"] == pytest.approx(result(here(tiny, "--seeds", "3-13", "--num_steps", 2, "--max_batch_size", 11))["value"], rel=1e-4)
+
+
+@pytest.mark.parametrize("seeds", ["7", "9-3", "5-5", "0-3,8-11", "a-b"])
+def test_seeds_must_be_one_block(tiny, seeds):
+    done = here(tiny, "--seeds", seeds)
+    assert done.exit_code == 2
+    assert "FIRST-LAST" in done.output
+
+
+def test_a_missing_file_is_one_line(tiny):
+    done = CliRunner().invoke(main, ["--network_pkl", str(tiny / "model.pkl"), "--ref", str(tiny / "none.npz")])
+    assert done.exit_code == 1
+    assert "none.npz" in done.output
+    assert "Traceback" not in done.output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "num_steps"), [("edm-cifar10-32x32-cond-vp", 18), ("edm-cifar10-32x32-uncond-vp", 18), ("edm-ffhq-64x64-uncond-vp", 40)]
+)
+def test_published_command_at_real_size(tmp_path, patch, name, num_steps):
+    """Real sizes, true pickle layout, the FID Inception's architecture; the weights of both are seeded by name."""
+    published.write_checkpoint(patch, tmp_path / "model.pkl", dict(MODELS[name]))
+    extractor = published.open_seeded_inception(path=None, device="cpu", allow_unknown_weights=False)
+    size = int(MODELS[name]["img_resolution"])
+    moments = Moments(extractor.dim)
+    moments.update(extractor(torch.randint(256, (4, 3, size, size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)).pool)
+    write_reference(tmp_path / "stats.npz", moments, {"extractor": extractor.name})
+    options = ("--seeds", "0-1", "--max_batch_size", 256, "--num_steps", num_steps)
+    call = arguments(tmp_path, *options, extractor="tests.edm.published:open_seeded_inception")
+    found = started(call, tmp_path, ranks=1)
+    assert found["value"] > 0
+    assert found["num_images"] == 2
+    assert found["sampling"]["options"]["num_steps"] == num_steps

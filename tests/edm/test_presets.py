@@ -1,0 +1,75 @@
+"""Published sizes, configs of the published rows, and the scripts that reproduce them."""
+
+import itertools
+import json
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from edm.calculate_fid import main as calculate_fid
+from edm.presets import MODELS, NUM_STEPS
+from neon import config
+from neon.cli import main as neon
+from tests import goldens
+
+ROOT = Path(__file__).resolve().parents[2]
+ROWS = {"edm_cifar10_cond": 10, "edm_cifar10_uncond": 0, "edm_ffhq64": 0}
+
+
+def test_models_are_those_of_the_manifests():
+    about = json.loads((goldens.MANIFESTS / "edm" / "_configs.json").read_text())
+    expected = {name: {"class_name": entry["precond"], **entry["init_kwargs"]} for name, entry in about.items()}
+    assert {name: dict(arch) for name, arch in MODELS.items()} == expected
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_config(row):
+    experiment = config.load(ROOT / "configs" / f"{row}.toml")
+    arch = MODELS[Path(experiment.base.checkpoint).stem]
+    assert arch["label_dim"] == ROWS[row]
+    assert experiment.sampling.options.num_steps == NUM_STEPS[arch["img_resolution"]]
+    assert experiment.finetune.arch["dropout"] == arch["dropout"]
+    blocks = [(part.first_seed, part.first_seed + part.num_images) for part in (experiment.synth, experiment.select, experiment.report)]
+    assert all(stop <= start for (_, stop), (start, _) in itertools.pairwise(blocks)), "seed blocks overlap"
+    assert -1 not in experiment.select.w  # the endpoints are always there
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_dry_run_needs_no_files(row, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(neon, ["run", str(ROOT / "configs" / f"{row}.toml"), "--dry-run"])
+    assert done.exit_code == 0, done.output
+    plan = json.loads(done.stdout.strip().splitlines()[-1])
+    assert plan["out"] == f"runs/{row}"
+    assert plan["finetune"]["lr_ramp_images"] == 10_000_000
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_reproduction_script(row, tmp_path):
+    """Run with a launcher that only writes down what it was asked: the commands are the published ones and parse."""
+    log = tmp_path / "calls"
+    for name in ("torchrun", "fetch"):
+        (tmp_path / name).write_text(f'#!/bin/sh\necho "{name} $*" >> {log}\n')
+        (tmp_path / name).chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": str(tmp_path / "fetch")}
+    subprocess.run(["bash", str(ROOT / "scripts" / "reproduce" / f"{row}.sh"), "2"], env=environment, check=True, cwd=tmp_path)
+    calls = log.read_text().splitlines()
+    fetched = [call for call in calls if "neon.download" in call]
+    published, base, run = [call for call in calls if call.startswith("torchrun")]
+    experiment = config.load(ROOT / "configs" / f"{row}.toml")
+    assert Path(experiment.base.checkpoint).name in fetched[0]
+    for call, network in ((published, "checkpoints/Neon_EDM_"), (base, experiment.base.checkpoint)):
+        launch, _, flags = call.partition(" edm/calculate_fid.py ")
+        assert launch == "torchrun --standalone --nproc_per_node=2"
+        options = calculate_fid.make_context("calculate_fid", flags.split()).params
+        assert str(options["network_pkl"]).startswith(network)
+        assert options["network_pkl"].name in fetched[0]
+        assert str(options["ref"]) == experiment.report.extractors["inception-2015-12-05"]
+        assert options["seeds"] == range(50_000)
+        assert (options["max_batch_size"], options["num_steps"]) == (256, experiment.sampling.options.num_steps)
+    assert re.fullmatch(rf"torchrun --standalone --nproc_per_node=2 -m neon run configs/{row}.toml", run)
