@@ -75,8 +75,8 @@ def read_state_dict(file: Path, *, into: nn.Module) -> None:
     """
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{file}: not a plain PyTorch state dict ({str(error).splitlines()[0]})") from error
+    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError) as error:  # what torch raises on foreign bytes
+        raise ValueError(f"{file}: not a plain PyTorch state dict ({type(error).__name__}: {str(error).partition(chr(10))[0]})") from error
     if not isinstance(state, dict):
         raise ValueError(f"{file}: expected a state dict, found {type(state).__name__}")
     expected = into.state_dict()

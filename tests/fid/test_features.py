@@ -52,9 +52,17 @@ def test_an_extractor_of_ones_own(own_module):
         open_extractor("inception")
 
 
-def test_full_precision_inside_and_the_callers_settings_afterwards(monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
+@pytest.fixture
+def tf32():
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, matmul.allow_tf32
+    cudnn.allow_tf32 = matmul.allow_tf32 = True
+    yield
+    cudnn.allow_tf32, matmul.allow_tf32 = before
+
+
+@pytest.mark.usefixtures("tf32")
+def test_full_precision_inside_and_the_callers_settings_afterwards():
     probe = Probe()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         probe(images())
