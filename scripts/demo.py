@@ -51,7 +51,7 @@ def table(rows: dict[str, dict], title: str) -> str:
 
 def grid_table(points: list[dict]) -> str:
     metrics = list(points[0]["metrics"])
-    lines = ["Search for w (1,000 images of the selection seeds)", f"  {'':<18}{'w':>6}" + "".join(f"{m:>22}" for m in metrics)]
+    lines = ["Search for w (500 images of the selection seeds)", f"  {'':<18}{'w':>6}" + "".join(f"{m:>22}" for m in metrics)]
     for p in sorted(points, key=lambda p: (p["direction"], p["w"])):
         name = {"random": "random direction"}.get(p["direction"], "base" if p["w"] == 0 else "self-trained" if p["w"] == -1 else "neon")
         lines.append(f"  {name:<18}{p['w']:>6g}" + "".join(f"{p['metrics'][m]:>22.3f}" for m in metrics))
@@ -61,7 +61,7 @@ def grid_table(points: list[dict]) -> str:
 def three_seeds(num_seeds: int, out: Path) -> dict:
     """Every seed of S at 8 and at 18 steps, with real-against-real beside them. The base's rows are shared through the ledger."""
     runs: dict[str, list[dict]] = {}
-    for steps, more in ((8, ()), (18, ("select.w=[0.5, 1.0, 1.5]", "select.num_images=500"))):  # 18 steps cost 2.3 times as much
+    for steps, more in ((8, ()), (18, ("synth.num_images=500", "select.w=[1.0, 1.5]", "select.num_images=250"))):  # 18 steps cost 2.3 times as much
         for seed in range(num_seeds):
             folder = out / f"steps{steps}-seed{seed}"
             first = out / f"steps{steps}-seed0"
