@@ -291,7 +291,7 @@ def parse_idx(data: bytes, name: str) -> np.ndarray:
     if len(data) < 4 or data[:3] != b"\x00\x00\x08":
         raise ValueError(f"{name}: not an IDX file of unsigned bytes (expected the header 00 00 08, found {data[:3].hex(' ')})")
     shape = struct.unpack(f">{data[3]}I", data[4 : 4 + 4 * data[3]])
-    body = np.frombuffer(data, np.uint8, offset=4 + 4 * data[3])
+    body = np.frombuffer(bytearray(data), np.uint8, offset=4 + 4 * data[3])  # writable, as torch wants it
     if body.size != int(np.prod(shape)):
         raise ValueError(f"{name}: the header announces {shape}, the file holds {body.size} bytes (truncated?)")
     return body.reshape(shape)

@@ -93,7 +93,7 @@ class Run:
         corpus = self.synth()
         folder = self.folder / "finetune"
         synth_manifest = records.read_json(self.folder / "synth" / "manifest.json")
-        identity = {"recipe": to_plain(recipe), "synth": synth_manifest, "world": self.world.size}
+        identity = {"recipe": to_plain(recipe), "synth": synth_manifest}
         if snapshots(folder) and self._is_finished(folder, recipe):
             return self._check_finished(folder, identity)
         codes = corpus

@@ -1,0 +1,120 @@
+"""Image sets: every format gives the same images; what cannot be used is named and counted."""
+
+import json
+import struct
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from neon.data import UnreadableImages, open_images, write_zip
+
+
+@pytest.fixture
+def pixels() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (7, 6, 5, 3), dtype=np.uint8)
+
+
+def save_folder(folder, pixels, names=None):
+    for i, image in enumerate(pixels):
+        path = folder / (names[i] if names else f"{i:03d}.png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+    return folder
+
+
+def test_every_format_gives_the_same_images(tmp_path, pixels):
+    expected = torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())
+    folder = save_folder(tmp_path / "folder", pixels)
+    np.savez(tmp_path / "nhwc.npz", arr_0=pixels, arr_1=np.arange(7))
+    np.savez(tmp_path / "nchw.npz", images=np.ascontiguousarray(expected.numpy()), labels=np.arange(7))
+    write_zip(tmp_path / "set.zip", open_images(folder).batches(2), torch.arange(7))
+    for path in (folder, tmp_path / "nhwc.npz", tmp_path / "nchw.npz", tmp_path / "set.zip"):
+        images = open_images(path)
+        assert images.shape == (3, 6, 5)
+        assert torch.equal(torch.cat(list(images.batches(3))), expected), path
+        assert torch.equal(images.read([6, 0]), expected[[6, 0]])
+        if path != folder:
+            assert images.labels.tolist() == list(range(7))
+            assert open_images(path, use_labels=False).labels is None
+
+
+def test_idx_with_its_labels(tmp_path):
+    images = np.random.default_rng(1).integers(0, 256, (4, 3, 2), dtype=np.uint8)
+    header = b"\x00\x00\x08"
+    (tmp_path / "train-images-idx3-ubyte").write_bytes(header + b"\x03" + struct.pack(">3I", 4, 3, 2) + images.tobytes())
+    (tmp_path / "train-labels-idx1-ubyte").write_bytes(header + b"\x01" + struct.pack(">I", 4) + bytes([3, 1, 2, 0]))
+    found = open_images(tmp_path / "train-images-idx3-ubyte")
+    assert torch.equal(found.read(range(4))[:, 0], torch.from_numpy(images))
+    assert found.labels.tolist() == [3, 1, 2, 0]
+    (tmp_path / "cut-images-idx3-ubyte").write_bytes(header + b"\x03" + struct.pack(">3I", 4, 3, 2) + b"abc")
+    with pytest.raises(ValueError, match=r"announces \(4, 3, 2\), the file holds 3 bytes"):
+        open_images(tmp_path / "cut-images-idx3-ubyte")
+
+
+def test_class_folders_and_dataset_json(tmp_path, pixels):
+    folder = save_folder(tmp_path / "set", pixels[:3], ["cat/1.png", "ant/2.png", "cat/3.png"])
+    images = open_images(folder)
+    assert list(images.names) == ["ant/2.png", "cat/1.png", "cat/3.png"]
+    assert images.labels.tolist() == [0, 1, 1]
+    (folder / "dataset.json").write_text(json.dumps({"labels": [["cat/1.png", 5], ["ant/2.png", 6], ["cat/3.png", 7]]}))
+    assert open_images(folder).labels.tolist() == [6, 5, 7]
+    (folder / "dataset.json").write_text(json.dumps({"labels": [["cat/1.png", 5]]}))
+    with pytest.raises(ValueError, match=r"no label for 2 of 3 images, first: ant/2\.png"):
+        open_images(folder)
+
+
+def test_mirror_and_pad(tmp_path, pixels):
+    folder = save_folder(tmp_path / "set", pixels)
+    plain, both = open_images(folder), open_images(folder, mirror=True)
+    assert len(both) == 14
+    assert torch.equal(both.read([8]), plain.read([1]).flip(-1))
+    padded = open_images(folder, pad=2)
+    assert padded.shape == (3, 10, 9)
+    assert torch.equal(padded.read([0])[..., 2:-2, 2:-2], plain.read([0]))
+    assert padded.read([0])[..., :2, :].sum() == 0
+
+
+def test_unusable_files_are_named_and_counted(tmp_path, pixels):
+    folder = save_folder(tmp_path / "set", pixels)
+    (folder / "001.png").write_bytes(b"not an image")
+    Image.fromarray(pixels[0]).convert("RGBA").save(folder / "002.png")
+    Image.fromarray(np.zeros((6, 5), np.uint16)).save(folder / "003.png")
+    Image.fromarray(pixels[0][:4]).save(folder / "004.png")
+    with pytest.raises(UnreadableImages, match="4 image file.s. cannot be used") as error:
+        list(open_images(folder).batches(2))
+    text = " ".join(error.value.problems)
+    for reason in ("001.png: cannot be decoded", "002.png: is of mode RGBA (an alpha channel)", "003.png", "004.png: size (3, 4, 5) differs"):
+        assert reason in text
+
+
+def test_nothing_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no image set at"):
+        open_images(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "notes.txt").write_text("hello")
+    with pytest.raises(ValueError, match=r"no images found; looked for \*\.png.* in 1 file"):
+        open_images(tmp_path / "empty")
+    np.savez(tmp_path / "other.npz", mu=np.zeros(3))
+    with pytest.raises(ValueError, match="found the keys mu"):
+        open_images(tmp_path / "other.npz")
+    (tmp_path / "fake.zip").write_bytes(b"<html>")
+    with pytest.raises(ValueError, match="not a readable zip"):
+        open_images(tmp_path / "fake.zip")
+
+
+def test_pickled_arrays_are_refused(tmp_path):
+    np.savez(tmp_path / "evil.npz", images=np.array([print], dtype=object))
+    with pytest.raises(ValueError, match="allow_pickle"):
+        open_images(tmp_path / "evil.npz")
+
+
+def test_zip_layout_is_nvidias(tmp_path, pixels):
+    count = write_zip(tmp_path / "a.zip", iter([torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())]), None)
+    with zipfile.ZipFile(tmp_path / "a.zip") as archive:
+        assert count == 7
+        assert archive.namelist()[0] == "00000/img00000000.png"
+        assert json.loads(archive.read("dataset.json")) == {"labels": None}
+        assert all(info.compress_type == zipfile.ZIP_STORED for info in archive.infolist())
