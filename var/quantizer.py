@@ -105,9 +105,8 @@ class MultiScaleQuantizer(nn.Module):
         self.register_buffer("ema_vocab_hit_SV", torch.zeros(len(patch_nums), vocab_size))
         self.quant_resi = phi_bank(z_channels, len(patch_nums), ratio=quant_resi, share=share_quant_resi)
         self.embedding = nn.Embedding(vocab_size, z_channels)
-        nn.init.uniform_(
-            self.embedding.weight, -1 / vocab_size, 1 / vocab_size
-        )  # far smaller than the features: no code starts out of reach
+        # far smaller than the features, so that no code starts out of their reach
+        nn.init.uniform_(self.embedding.weight, -1 / vocab_size, 1 / vocab_size)
 
     @property
     def num_scales(self) -> int:
