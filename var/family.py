@@ -77,6 +77,7 @@ class VAR(Family):
         if autoencoder is None:
             raise ValueError("VAR works on tokens: name its autoencoder, base.autoencoder (published: vae_ch160v4096z32.pth)")
         self.use(read_tokeniser(autoencoder).to(device))
+        self.tokeniser().encoder.cpu()  # only training on images needs it, and sends for it
 
     def use(self, tokeniser: VQVAE) -> None:
         """Work with a tokeniser that is in memory already."""
@@ -98,9 +99,10 @@ class VAR(Family):
         assert isinstance(model, Transformer)
         assert isinstance(how, Sampling)
         labels = rng.uniform_class(model.num_classes) if labels is None else labels
-        quantizer = self.tokeniser(model.patch_nums).quantize
-        scales = list(sample_scales(model, quantizer, rng, labels, how))
-        return scales[-1].f_hat if how.more_smooth else torch.cat([scale.indices for scale in scales], dim=1), labels
+        indices = []
+        for scale in sample_scales(model, self.tokeniser(model.patch_nums).quantize, rng, labels, how):
+            indices.append(scale.indices)
+        return scale.f_hat if how.more_smooth else torch.cat(indices, dim=1), labels
 
     def decode(self, codes: Tensor) -> Tensor:
         tokeniser, f_hat = self.tokeniser(), codes
@@ -116,8 +118,8 @@ class VAR(Family):
         # one stream per image: the number of blocks, and so of draws, is the network's
         draws["path_seed"] = rng.integers(1 << 32)
         if is_images(codes):
-            side = codes.shape[-1]
-            height, width = resized_size(codes.shape[2], side, round(how.resize * side))
+            side = min(codes.shape[2:])
+            height, width = resized_size(*codes.shape[2:], round(how.resize * side))
             draws["flipped"] = rng.uniform(()) < how.flip
             draws["top"], draws["left"] = rng.integers(height - side + 1), rng.integers(width - side + 1)
         return draws
@@ -139,7 +141,8 @@ class VAR(Family):
         patch_nums = tokeniser.quantize.patch_nums
         if not is_images(codes):
             return split_scales(codes, patch_nums)
-        side = codes.shape[-1]
+        tokeniser.encoder.to(codes.device)
+        side = min(codes.shape[2:])
         crops = resized_crops(
             codes, shorter=round(how.resize * side), side=side, top=draws["top"], left=draws["left"], is_flipped=draws["flipped"]
         )
