@@ -71,7 +71,7 @@ store = "{store}"
 [finetune]
 images = 48
 batch = 12
-lr = 1e-3
+lr = 2e-4
 optimizer = "adamw"
 weight_decay = 0.02
 max_grad_norm = 1.0
