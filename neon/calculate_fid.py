@@ -62,8 +62,12 @@ def common_options(command: Callable) -> Callable:
             click.option("--weights", default="ema", help="Weight set of a file that holds several."),
             click.option("--inception", type=PATH, help="Weights of the FID Inception.  [default: $NEON_CACHE or ~/.cache/neon]"),
             click.option("--extractor", default="inception-2015-12-05", help="Another feature network; the value is then no FID."),
-            click.option("--precision", type=click.Choice(["fp32", "bf16", "fp16"]), default="fp32", help="fp32 is exact, the others faster."),
-            click.option("--draw_on", type=click.Choice(["cpu", "device"]), default="cpu", help="Where noise is drawn; cpu is the same everywhere."),
+            click.option(
+                "--precision", type=click.Choice(["fp32", "bf16", "fp16"]), default="fp32", help="fp32 is exact, the others faster."
+            ),
+            click.option(
+                "--draw_on", type=click.Choice(["cpu", "device"]), default="cpu", help="Where noise is drawn; cpu is the same everywhere."
+            ),
             click.option("--repeats", type=click.IntRange(min=1), default=1, help="Disjoint seed blocks, one after the other."),
             click.option("--device", help="cpu, cuda, cuda:1.  [default: CUDA if there is one]"),
         ]
@@ -99,7 +103,10 @@ def _calculate(request: Request, ranks: World) -> dict[str, object]:
         num_classes=request.family.num_classes(model),
     )
     _check_size(request, source, model, ranks)
-    say(ranks, f"{request.num_images:,} images, seeds from {request.first_seed}, labels {request.labels}, {json.dumps(config.to_plain(sampling))}")
+    say(
+        ranks,
+        f"{request.num_images:,} images, seeds from {request.first_seed}, labels {request.labels}, {json.dumps(config.to_plain(sampling))}",
+    )
     runs: list[Evaluation] = []
     for repeat in range(request.repeats):
         block = replace(source, first_seed=request.first_seed + repeat * request.num_images)
@@ -126,7 +133,12 @@ def _check_size(request: Request, source: Source, model: torch.nn.Module, ranks:
 
 
 def _result(
-    request: Request, yardstick: Yardstick, found: checkpoint.Checkpoint, sampling: config.Sampling, runs: Sequence[Evaluation], ranks: World
+    request: Request,
+    yardstick: Yardstick,
+    found: checkpoint.Checkpoint,
+    sampling: config.Sampling,
+    runs: Sequence[Evaluation],
+    ranks: World,
 ) -> dict[str, object]:
     metric = metric_name(frechet_kind(yardstick.extractor), request.num_images, yardstick.extractor.name)
     values = [run.metrics[metric] for run in runs]
@@ -160,4 +172,10 @@ def _result(
 def spread(values: Sequence[float]) -> dict[str, object]:
     """Every value of a repeated evaluation with mean, std and minimum."""
     std = statistics.stdev(values) if len(values) > 1 else None
-    return {"values": list(values), "mean": statistics.fmean(values), "std": std, "min": min(values), "note": "papers quote the minimum of three"}
+    return {
+        "values": list(values),
+        "mean": statistics.fmean(values),
+        "std": std,
+        "min": min(values),
+        "note": "papers quote the minimum of three",
+    }

@@ -49,7 +49,9 @@ def experiment_options(command: Callable) -> Callable:
     for option in reversed(
         [
             click.argument("config", type=click.Path(path_type=Path)),
-            click.option("--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Replace a value of the config; repeatable."),
+            click.option(
+                "--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Replace a value of the config; repeatable."
+            ),
             click.option("--out", type=click.Path(path_type=Path), help="Folder of the run.  [default: runs/NAME-OF-CONFIG]"),
             click.option("--device", help="cpu, cuda, cuda:1 or mps.  [default: CUDA if there is one]"),
             click.option("--timeout", type=float, default=TIMEOUT_S, show_default=True, help="Seconds to wait for other ranks."),
@@ -66,7 +68,7 @@ def on_config(
     out: Path | None,
     device: str | None,
     timeout: float,
-    dry_run: bool,  # noqa: FBT001 - a click flag
+    dry_run: bool,
     work: Callable[[Experiment, Path, World], dict[str, object]],
 ) -> None:
     """Load and check the config, own the run's folder, do the work on all ranks, print the result."""
@@ -88,14 +90,14 @@ def on_config(
 
 @main.command()
 @experiment_options
-def run(config: Path, overrides: Sequence[str], out: Path | None, device: str | None, timeout: float, dry_run: bool) -> None:  # noqa: FBT001
+def run(config: Path, overrides: Sequence[str], out: Path | None, device: str | None, timeout: float, dry_run: bool) -> None:
     """Everything: synth, finetune, select w, report on held-out noise, merged file, one page."""
     on_config(config, overrides, out, device, timeout, dry_run, lambda e, folder, ranks: Run(e, folder, ranks).all())
 
 
 @main.command()
 @experiment_options
-def synth(config: Path, overrides: Sequence[str], out: Path | None, device: str | None, timeout: float, dry_run: bool) -> None:  # noqa: FBT001
+def synth(config: Path, overrides: Sequence[str], out: Path | None, device: str | None, timeout: float, dry_run: bool) -> None:
     """Stage 1: sample the synthetic set S with the base model's ordinary sampler."""
 
     def work(experiment: Experiment, folder: Path, ranks: World) -> dict[str, object]:
@@ -107,7 +109,7 @@ def synth(config: Path, overrides: Sequence[str], out: Path | None, device: str 
 
 @main.command()
 @experiment_options
-def finetune(config: Path, overrides: Sequence[str], out: Path | None, device: str | None, timeout: float, dry_run: bool) -> None:  # noqa: FBT001
+def finetune(config: Path, overrides: Sequence[str], out: Path | None, device: str | None, timeout: float, dry_run: bool) -> None:
     """Stage 2: fine-tune the base briefly on S (makes S first if it is not there)."""
 
     def work(experiment: Experiment, folder: Path, ranks: World) -> dict[str, object]:
@@ -118,7 +120,7 @@ def finetune(config: Path, overrides: Sequence[str], out: Path | None, device: s
 
 @main.command()
 @experiment_options
-def grid(config: Path, overrides: Sequence[str], out: Path | None, device: str | None, timeout: float, dry_run: bool) -> None:  # noqa: FBT001
+def grid(config: Path, overrides: Sequence[str], out: Path | None, device: str | None, timeout: float, dry_run: bool) -> None:
     """Stage 3: score every (snapshot, w, cfg_scale) on the selection seeds, with w = 0, w = -1 and a random direction."""
 
     def work(experiment: Experiment, folder: Path, ranks: World) -> dict[str, object]:
@@ -131,9 +133,17 @@ def grid(config: Path, overrides: Sequence[str], out: Path | None, device: str |
 
 
 @main.command("eval")
-@click.option("--checkpoint", type=click.Path(path_type=Path), help="Another model of the same family to evaluate.  [default: base.checkpoint]")
+@click.option(
+    "--checkpoint", type=click.Path(path_type=Path), help="Another model of the same family to evaluate.  [default: base.checkpoint]"
+)
 @click.option("--weights", help="Weight set of --checkpoint.  [default: base.weights]")
-@click.option("--repeats", type=click.IntRange(min=1), default=1, show_default=True, help="Disjoint seed blocks; reports each value, mean, std and minimum.")
+@click.option(
+    "--repeats",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Disjoint seed blocks; reports each value, mean, std and minimum.",
+)
 @experiment_options
 def evaluate(
     config: Path,
@@ -141,7 +151,7 @@ def evaluate(
     out: Path | None,
     device: str | None,
     timeout: float,
-    dry_run: bool,  # noqa: FBT001
+    dry_run: bool,
     checkpoint: Path | None,
     weights: str | None,
     repeats: int,
@@ -157,14 +167,14 @@ def evaluate(
 
 @main.command()
 @experiment_options
-def train(config: Path, overrides: Sequence[str], out: Path | None, device: str | None, timeout: float, dry_run: bool) -> None:  # noqa: FBT001
+def train(config: Path, overrides: Sequence[str], out: Path | None, device: str | None, timeout: float, dry_run: bool) -> None:
     """Train a base model of your own from [model], [data] and [train]; writes model.safetensors."""
     on_config(config, overrides, out, device, timeout, dry_run, train_base)
 
 
 @main.command("train-autoencoder")
 @experiment_options
-def autoencoder(config: Path, overrides: Sequence[str], out: Path | None, device: str | None, timeout: float, dry_run: bool) -> None:  # noqa: FBT001
+def autoencoder(config: Path, overrides: Sequence[str], out: Path | None, device: str | None, timeout: float, dry_run: bool) -> None:
     """Train a small tokeniser or latent autoencoder from [autoencoder] and [data]; reports the held-out PSNR."""
     on_config(config, overrides, out, device, timeout, dry_run, train_autoencoder)
 

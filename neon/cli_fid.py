@@ -33,7 +33,12 @@ def fid() -> None:
 def extractor_options(command: Callable) -> Callable:
     for option in reversed(
         [
-            click.option("--extractor", default="inception-2015-12-05", show_default=True, help="Feature network; also efficientnet-lite0, fashion-cnn, pixel-pca64 or 'module:attribute'."),
+            click.option(
+                "--extractor",
+                default="inception-2015-12-05",
+                show_default=True,
+                help="Feature network; also efficientnet-lite0, fashion-cnn, pixel-pca64 or 'module:attribute'.",
+            ),
             click.option("--inception", type=PATH, help="Weights of the extractor.  [default: $NEON_CACHE or ~/.cache/neon]"),
             click.option("--allow-unknown-weights", is_flag=True, help="Accept weights of another hash; the result is then no FID."),
             click.option("--batch", type=click.IntRange(min=1), default=64, show_default=True, help="Images per network call."),
@@ -44,7 +49,9 @@ def extractor_options(command: Callable) -> Callable:
     return command
 
 
-def collect(source: Path, extractor: Extractor, metrics: Sequence[Metric], batch: int, ranks: World, desc: str) -> tuple[ImageSet, Collector]:
+def collect(
+    source: Path, extractor: Extractor, metrics: Sequence[Metric], batch: int, ranks: World, desc: str
+) -> tuple[ImageSet, Collector]:
     """One pass over an image set. Warns of lossy formats; unreadable files are an error that names and counts them."""
     images = open_images(source, use_labels=False)
     if len(images) < 2:
@@ -66,7 +73,9 @@ def collect(source: Path, extractor: Extractor, metrics: Sequence[Metric], batch
 @click.option("--data", "source", type=PATH, required=True, help="Folder, .zip, .npz, IDX file or a run's synth folder.")
 @click.option("--out", type=PATH, required=True, help="The .npz to write (mu, sigma, count, provenance).")
 @extractor_options
-def ref(source: Path, out: Path, extractor: str, inception: Path | None, allow_unknown_weights: bool, batch: int, device: str | None) -> None:  # noqa: FBT001
+def ref(
+    source: Path, out: Path, extractor: str, inception: Path | None, allow_unknown_weights: bool, batch: int, device: str | None
+) -> None:
     """Make reference statistics of an image set, streaming: no feature matrix is kept.
 
     \b
@@ -95,7 +104,13 @@ def ref(source: Path, out: Path, extractor: str, inception: Path | None, allow_u
 @click.option("--ref", "reference", type=PATH, required=True, help="Reference statistics (.npz).")
 @click.option("--ref-data", type=PATH, help="Reference images, for kid, precision, recall, density and coverage.")
 @click.option("--metric", "metrics", type=click.Choice(METRICS), multiple=True, default=("fid",), show_default=True, help="Repeatable.")
-@click.option("--k", type=click.IntRange(min=1), default=3, show_default=True, help="Nearest neighbours of precision, recall, density, coverage (the paper: 5).")
+@click.option(
+    "--k",
+    type=click.IntRange(min=1),
+    default=3,
+    show_default=True,
+    help="Nearest neighbours of precision, recall, density, coverage (the paper: 5).",
+)
 @extractor_options
 def calc(
     source: Path,
@@ -105,7 +120,7 @@ def calc(
     k: int,
     extractor: str,
     inception: Path | None,
-    allow_unknown_weights: bool,  # noqa: FBT001
+    allow_unknown_weights: bool,
     batch: int,
     device: str | None,
 ) -> None:
@@ -139,7 +154,9 @@ def compare(a: Path, b: Path) -> None:
     if first.extractor and second.extractor and first.extractor != second.extractor:
         raise ValueError(f"{a} was made with {first.extractor}, {b} with {second.extractor}: their distance means nothing")
     value = frechet_distance(generated=first, reference=second)
-    click.echo(json.dumps({"frechet_distance": value, "a_sha256": first.sha256, "b_sha256": second.sha256, "counts": [first.count, second.count]}))
+    click.echo(
+        json.dumps({"frechet_distance": value, "a_sha256": first.sha256, "b_sha256": second.sha256, "counts": [first.count, second.count]})
+    )
 
 
 @fid.command("info")

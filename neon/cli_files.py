@@ -1,4 +1,4 @@
-"""Verbs on files: merge, info, convert, data, download, train-autoencoder."""
+"""Verbs on files: merge, info, convert, data, download."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import click
+import torch
 
 from neon import checkpoint, files, merge
 from neon.data import write_zip
+from neon.download import download
 from neon.family import resolve
 from neon.merge import OnMismatch
 from neon.sources import open_source
@@ -20,10 +22,18 @@ PATH = click.Path(path_type=Path)
 @click.command("merge")
 @click.argument("base", type=PATH)
 @click.argument("synth", type=PATH)
-@click.option("--w", type=float, required=True, help="theta_base - W (theta_syn - theta_base): W > 0 moves away from SYNTH, 0 is BASE, -1 is SYNTH.")
+@click.option(
+    "--w", type=float, required=True, help="theta_base - W (theta_syn - theta_base): W > 0 moves away from SYNTH, 0 is BASE, -1 is SYNTH."
+)
 @click.option("--out", type=PATH, required=True, help="The safetensors file to write.")
 @click.option("--weights", default="ema", show_default=True, help="Weight set of both files.")
-@click.option("--on-mismatch", type=click.Choice(["error", "keep_base"]), default="error", show_default=True, help="What to do with entries that cannot be extrapolated.")
+@click.option(
+    "--on-mismatch",
+    type=click.Choice(["error", "keep_base"]),
+    default="error",
+    show_default=True,
+    help="What to do with entries that cannot be extrapolated.",
+)
 def merge_files(base: Path, synth: Path, w: float, out: Path, weights: str, on_mismatch: OnMismatch) -> None:
     """Merge two checkpoints of one network, tensor by tensor: memory for three tensors is enough.
 
@@ -32,11 +42,22 @@ def merge_files(base: Path, synth: Path, w: float, out: Path, weights: str, on_m
     b, s = checkpoint.read(base, weights=weights), checkpoint.read(synth, weights=weights)
     parameters = parameter_names(b)
     entries = merge.merged_entries(b.tensors, s.tensors, w, parameters=parameters, on_mismatch=on_mismatch)
-    metadata = {**b.meta, "family": b.family, "arch": b.arch, "weights": b.weights, "w": w, "base_sha256": b.sha256, "synth_sha256": s.sha256}
+    metadata = {
+        **b.meta,
+        "family": b.family,
+        "arch": b.arch,
+        "weights": b.weights,
+        "w": w,
+        "base_sha256": b.sha256,
+        "synth_sha256": s.sha256,
+    }
     checkpoint.write_streaming(out, b.tensors, entries, metadata=metadata)
     step = merge.step_size(b.tensors, s.tensors, w, parameters or [name for name in b.tensors if b.tensors[name].is_floating_point()])
     if step["swallowed"] > 0.01:
-        click.echo(f"warning: {100 * step['swallowed']:.0f} % of the moved entries did not change: their dtype is too coarse for this step", err=True)
+        click.echo(
+            f"warning: {100 * step['swallowed']:.0f} % of the moved entries did not change: their dtype is too coarse for this step",
+            err=True,
+        )
     formula = "theta_base - w (theta_syn - theta_base)"
     click.echo(json.dumps({"out": str(out), "w": w, "formula": formula, "sha256": files.sha256_of(out), **step}))
 
@@ -45,8 +66,6 @@ def parameter_names(found: checkpoint.Checkpoint) -> set[str] | None:
     """Names of the network's parameters, if the file says how it is built; None: every entry counts as one."""
     if found.family is None or found.arch is None:
         return None
-    import torch
-
     with torch.device("meta"):
         return {name for name, _ in resolve(found.family).build(found.arch).named_parameters()}
 
@@ -84,7 +103,11 @@ def data(source: Path, out: Path, split: str) -> None:
     if images.is_lossy:
         click.echo("warning: some files are of a lossy format; its artefacts become part of the set", err=True)
     count = write_zip(out, images.batches(256), images.labels)
-    click.echo(json.dumps({"out": str(out), "num_images": count, "shape": images.shape, "num_classes": images.num_classes, "sha256": files.sha256_of(out)}))
+    click.echo(
+        json.dumps(
+            {"out": str(out), "num_images": count, "shape": images.shape, "num_classes": images.num_classes, "sha256": files.sha256_of(out)}
+        )
+    )
 
 
-commands: Sequence[click.Command] = (merge_files, info, convert, data)
+commands: Sequence[click.Command] = (merge_files, info, convert, data, download)

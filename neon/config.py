@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tomllib
 import types
 import typing
@@ -316,7 +317,8 @@ def to_plain(value: object) -> object:
         return {str(key): to_plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [to_plain(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
+    is_not_json = isinstance(value, Path) or (isinstance(value, float) and not math.isfinite(value))
+    return str(value) if is_not_json else value
 
 
 def _with_family_options(kind: type[Section], table: Mapping[str, object], where: str, attribute: str, options: type) -> Section:
@@ -353,7 +355,12 @@ def _check_together(config: Experiment, family: Family) -> None:
             raise ValueError(f"{name}.cfg_scale: the family {config.family_name!r} has no guidance")
     if config.report is not None and config.report.cfg_scale == "selected" and (config.select is None or config.select.cfg_scale is None):
         raise ValueError("report.cfg_scale = 'selected' needs select.cfg_scale, the values to select from")
-    if config.select is not None and config.select.metric is not None and config.report is not None and config.select.metric not in config.report.extractors:
+    if (
+        config.select is not None
+        and config.select.metric is not None
+        and config.report is not None
+        and config.select.metric not in config.report.extractors
+    ):
         raise ValueError(f"select.metric: {config.select.metric!r} is not among report.extractors ({', '.join(config.report.extractors)})")
     blocks = [(name, section) for name in ("synth", "select", "report") if (section := getattr(config, name)) is not None]
     for i, (name, a) in enumerate(blocks):

@@ -62,10 +62,10 @@ class ImageSet:
             indices = range(start, min(start + batch, len(self)))
             try:
                 yield self.read(indices)
-            except UnreadableImages as error:
+            except UnreadableImagesError as error:
                 bad.extend(error.problems)
         if bad:
-            raise UnreadableImages(bad)
+            raise UnreadableImagesError(bad)
 
     def subset(self, indices: Sequence[int]) -> ImageSet:
         """The images `indices`, in that order."""
@@ -85,7 +85,6 @@ class ImageSet:
         labels = None if self.labels is None else torch.cat([self.labels, self.labels])
         return ImageSet(self.path, [*self.names, *self.names], self.shape, labels, read)
 
-
     def padded(self, pad: int) -> ImageSet:
         """The set with `pad` black pixels on every side of its images."""
         channels, height, width = self.shape
@@ -93,13 +92,15 @@ class ImageSet:
         return ImageSet(self.path, self.names, shape, self.labels, lambda want: F.pad(self.read(want), (pad,) * 4))
 
 
-class UnreadableImages(ValueError):
+class UnreadableImagesError(ValueError):
     """Files of an image set that cannot be used, each with its reason."""
 
     def __init__(self, problems: Sequence[str]):
         self.problems = list(problems)
         shown = "; ".join(self.problems[:3])
-        super().__init__(f"{len(self.problems)} image file(s) cannot be used, first: {shown}. Mend or remove them; none is skipped silently")
+        super().__init__(
+            f"{len(self.problems)} image file(s) cannot be used, first: {shown}. Mend or remove them; none is skipped silently"
+        )
 
 
 def open_images(
@@ -181,14 +182,16 @@ def _open_files(path: Path, files: _FolderFiles | _ZipFiles) -> ImageSet:
             try:
                 image = _decode(names[i], files.bytes(names[i]))
                 if image.shape != shape:
-                    raise ValueError(f"{names[i]}: size {tuple(image.shape)} differs from the first image's {shape} (channels, height, width)")
+                    raise ValueError(
+                        f"{names[i]}: size {tuple(image.shape)} differs from the first image's {shape} (channels, height, width)"
+                    )
                 images.append(image)
-            except UnreadableImages as error:
+            except UnreadableImagesError as error:
                 bad.extend(error.problems)
             except ValueError as error:
                 bad.append(str(error))
         if bad:
-            raise UnreadableImages(bad)
+            raise UnreadableImagesError(bad)
         return torch.from_numpy(np.stack(images))
 
     return ImageSet(path, names, shape, _file_labels(path, names, files, every), read)  # type: ignore[arg-type]
@@ -204,10 +207,12 @@ def _decode(name: str, data: bytes) -> np.ndarray:
             image.load()
             mode, array = image.mode, np.asarray(image.convert("RGB") if image.mode == "P" and "transparency" not in image.info else image)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UnreadableImages([f"{name}: cannot be decoded ({error})"]) from error
+        raise UnreadableImagesError([f"{name}: cannot be decoded ({error})"]) from error
     if array.dtype != np.uint8 or mode not in ("L", "RGB", "P") or array.ndim not in (2, 3):
         hints = {"RGBA": "an alpha channel", "LA": "an alpha channel", "I;16": "16 bits per channel", "I": "16 or 32 bits per channel"}
-        raise UnreadableImages([f"{name}: is of mode {mode} ({hints.get(mode, 'not 8-bit grey or RGB')}); convert it to 8-bit grey or RGB first"])
+        raise UnreadableImagesError(
+            [f"{name}: is of mode {mode} ({hints.get(mode, 'not 8-bit grey or RGB')}); convert it to 8-bit grey or RGB first"]
+        )
     return array[None] if array.ndim == 2 else np.ascontiguousarray(array.transpose(2, 0, 1))
 
 

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TypeVar
 
@@ -24,7 +24,7 @@ class World:
 
     rank: int = 0
     size: int = 1
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     timeout_s: float = TIMEOUT_S
 
     @property
@@ -108,7 +108,9 @@ def _device(device: str | None) -> torch.device:
     chosen = torch.device(device)
     if chosen.type == "cuda":
         if not torch.cuda.is_available():
-            raise ValueError(f"--device {device}: this machine or this build of torch has no CUDA device; leave --device away to use the CPU")
+            raise ValueError(
+                f"--device {device}: this machine or this build of torch has no CUDA device; leave --device away to use the CPU"
+            )
         if chosen.index is None:
             chosen = torch.device("cuda", local_rank)
         torch.cuda.set_device(chosen)

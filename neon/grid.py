@@ -104,7 +104,11 @@ class Grid:
 
     def _entry(self, point: Point, block: Block) -> dict[str, object]:
         moved = point.w != 0  # w = 0 is the base whatever the snapshot: computed once
-        weights = {"w": point.w, "direction": point.direction if moved else "none", "synth_sha256": self._snapshots[point.snapshot][0] if moved else None}
+        weights = {
+            "w": point.w,
+            "direction": point.direction if moved else "none",
+            "synth_sha256": self._snapshots[point.snapshot][0] if moved else None,
+        }
         images = {"labels": block.labels, "first_seed": block.first_seed, "num_images": block.num_images, "num_shown": block.num_shown}
         return {"point": {**weights, "cfg_scale": point.cfg_scale}, "block": images, "protocol": dict(self._protocol)}
 

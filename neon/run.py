@@ -17,9 +17,9 @@ from fid.metrics import frechet_kind, metric_name
 from fid.reference import read_reference
 from neon import checkpoint, files, grid, merge, records
 from neon import report as page
+from neon.calculate_fid import spread
 from neon.config import Base, Experiment, Report, Sampling, Select, Synth, Training, is_guided, to_plain
 from neon.distributed import World
-from neon.calculate_fid import spread
 from neon.evaluate import Yardstick, evaluate, why_not_comparable
 from neon.generate import Source
 from neon.progress import say
@@ -158,8 +158,13 @@ class Run:
                 for y in self.yardsticks
             ],
         }
-        readers = {name: (files.sha256_of(path), lambda path=path: dict(checkpoint.read(path, weights="any").tensors)) for name, path in shots.items()}
-        return grid.Grid(self.source("balanced", 0), self.model, self.base_tensors, readers, self.yardsticks, self.folder, protocol, self.world)
+        readers = {
+            name: (files.sha256_of(path), lambda path=path: dict(checkpoint.read(path, weights="any").tensors))
+            for name, path in shots.items()
+        }
+        return grid.Grid(
+            self.source("balanced", 0), self.model, self.base_tensors, readers, self.yardsticks, self.folder, protocol, self.world
+        )
 
     def select(self) -> tuple[grid.Score, list[grid.Score]]:
         """Stage 3: the grid on the selection block. Returns the chosen score and all scores (the random control last)."""
@@ -189,7 +194,10 @@ class Run:
         """Stage 4: base, self-trained, random and Neon on held-out noise."""
         config, select = self.config.need("report", Report), self.config.need("select", Select)
         block = grid.Block(
-            labels=config.labels, first_seed=config.first_seed, num_images=config.num_images, num_shown=min(config.num_shown, config.num_images)
+            labels=config.labels,
+            first_seed=config.first_seed,
+            num_images=config.num_images,
+            num_shown=min(config.num_shown, config.num_images),
         )
         metric = self._metric(select.num_images, select.metric)
         cfg_scale = winner.point.cfg_scale if config.cfg_scale == "selected" else config.cfg_scale
@@ -251,7 +259,10 @@ class Run:
             "cfg_scale": rows["neon"].point.cfg_scale,
             "snapshot_images": int(winner.point.snapshot),
             "formula": "theta_neon = theta_base - w (theta_syn - theta_base)",
-            "rows": {name: {"w": s.point.w, "cfg_scale": s.point.cfg_scale, "metrics": s.metrics, "seconds": s.seconds} for name, s in rows.items()},
+            "rows": {
+                name: {"w": s.point.w, "cfg_scale": s.point.cfg_scale, "metrics": s.metrics, "seconds": s.seconds}
+                for name, s in rows.items()
+            },
             "select": {
                 "metric": select_metric,
                 "parabola_w": grid.parabola_minimum(curve, select_metric),
@@ -259,8 +270,12 @@ class Run:
             },
             "config": to_plain(self.config),
             "hashes": {**{k: v for k, v in self.identity.items() if k.endswith("sha256")}, "neon_sha256": files.sha256_of(merged)},
-            "references": {y.extractor.name: {"sha256": y.reference.sha256, "extractor_sha256": y.extractor.sha256} for y in self.yardsticks},
-            "step": merge.step_size(self.base_tensors, self._synth_tensors(winner.point), winner.point.w, [n for n, _ in self.model.named_parameters()]),
+            "references": {
+                y.extractor.name: {"sha256": y.reference.sha256, "extractor_sha256": y.extractor.sha256} for y in self.yardsticks
+            },
+            "step": merge.step_size(
+                self.base_tensors, self._synth_tensors(winner.point), winner.point.w, [n for n, _ in self.model.named_parameters()]
+            ),
             "versions": {"neon": neon.__version__, "torch": torch.__version__, "python": platform.python_version()},
             "device": str(self.world.device),
             "ranks": self.world.size,

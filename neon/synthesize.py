@@ -16,7 +16,9 @@ from neon.generate import Source, generate, to_images
 from neon.progress import progress
 
 
-def synthesize(source: Source, model: nn.Module, config: Synth, folder: Path, identity: Mapping[str, object], world: World) -> shards.Shards:
+def synthesize(
+    source: Source, model: nn.Module, config: Synth, folder: Path, identity: Mapping[str, object], world: World
+) -> shards.Shards:
     """Sample S into `folder` and open it; shards that are already there are kept.
 
     identity: everything S depends on; goes into manifest.json. Raises ValueError naming the key in which an existing

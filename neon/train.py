@@ -237,7 +237,9 @@ def train(
         bar.update(min(trainer.images_seen, recipe.images) - before)
         bar.set_postfix(loss=f"{loss:.4g}", refresh=False)
         is_done = trainer.images_seen >= recipe.images
-        is_due = is_done or (recipe.snapshot_images is not None and before // recipe.snapshot_images != trainer.images_seen // recipe.snapshot_images)
+        is_due = is_done or (
+            recipe.snapshot_images is not None and before // recipe.snapshot_images != trainer.images_seen // recipe.snapshot_images
+        )
         if world.is_main:
             _log(folder, trainer, loss, is_due)
             if is_due:
@@ -265,5 +267,10 @@ def _truncate_log(folder: Path, step: int) -> None:
 
 def _log(folder: Path, trainer: Trainer, loss: float, is_due: bool) -> None:
     if is_due or trainer.step % 50 == 0 or trainer.step == 1:
-        line = {"step": trainer.step, "images": trainer.images_seen, "loss": loss, "lr": lr_at(trainer.recipe, trainer.images_seen - trainer.recipe.batch)}
+        line = {
+            "step": trainer.step,
+            "images": trainer.images_seen,
+            "loss": loss,
+            "lr": lr_at(trainer.recipe, trainer.images_seen - trainer.recipe.batch),
+        }
         records.append_line(folder / "log.jsonl", line)

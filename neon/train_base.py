@@ -40,7 +40,12 @@ def train_base(config: Experiment, folder: Path, world: World) -> dict[str, obje
     say(world, f"train: {sum(p.numel() for p in model.parameters()):,} parameters, {len(images):,} images, {recipe.images:,} images seen")
 
     def write(trainer: Trainer, path: Path) -> None:
-        metadata = {"family": config.family_name, "arch": dict(arch), "weights": "ema" if recipe.has_ema else "raw", "images_seen": trainer.images_seen}
+        metadata = {
+            "family": config.family_name,
+            "arch": dict(arch),
+            "weights": "ema" if recipe.has_ema else "raw",
+            "images_seen": trainer.images_seen,
+        }
         checkpoint.write(path, trainer.weights(), metadata=metadata)
 
     shots = train(family, model, corpus, recipe, folder, identity, write, world)

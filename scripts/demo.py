@@ -1,7 +1,7 @@
 """The demo: Neon end to end on a real model and real images, both shipped with the project.
 
-    bash scripts/demo.sh                    # set up, then this script: about 5 minutes on 2 CPU cores
-    python scripts/demo.py --synth-seeds 3  # what made results/demo.json: three synthetic sets, 8 and 18 steps (about an hour)
+bash scripts/demo.sh                    # set up, then this script: about 5 minutes on 2 CPU cores
+python scripts/demo.py --synth-seeds 3  # what made results/demo.json: three synthetic sets, 8 and 18 steps (about an hour)
 """
 
 from __future__ import annotations
@@ -61,7 +61,10 @@ def grid_table(points: list[dict]) -> str:
 def three_seeds(num_seeds: int, out: Path) -> dict:
     """Every seed of S at 8 and at 18 steps, with real-against-real beside them. The base's rows are shared through the ledger."""
     runs: dict[str, list[dict]] = {}
-    for steps, more in ((8, ()), (18, ("synth.num_images=500", "select.w=[1.0, 1.5]", "select.num_images=250"))):  # 18 steps cost 2.3 times as much
+    for steps, more in (
+        (8, ()),
+        (18, ("synth.num_images=500", "select.w=[1.0, 1.5]", "select.num_images=250")),
+    ):  # 18 steps cost 2.3 times as much
         for seed in range(num_seeds):
             folder = out / f"steps{steps}-seed{seed}"
             first = out / f"steps{steps}-seed0"
@@ -108,7 +111,9 @@ def real_against_real() -> dict[str, float] | None:
 
 @click.command(help=__doc__)
 @click.option("--out", type=click.Path(path_type=Path), default=ROOT / "runs" / "demo", help="Folder of the run.")
-@click.option("--synth-seeds", type=click.IntRange(min=1), help="Instead: run this many synthetic sets at 8 and 18 steps and write results/demo.json.")
+@click.option(
+    "--synth-seeds", type=click.IntRange(min=1), help="Instead: run this many synthetic sets at 8 and 18 steps and write results/demo.json."
+)
 def main(out: Path, synth_seeds: int | None) -> None:
     if synth_seeds is not None:
         found = three_seeds(synth_seeds, out.with_name("demo-seeds"))

@@ -74,7 +74,7 @@ class Pixels(Extractor):
         return Features(images.flatten(1).float() / 255, None)
 
 
-def open_pixels(*, path: Path | None, device: torch.device | str, allow_unknown_weights: bool) -> Pixels:  # noqa: FBT001
+def open_pixels(*, path: Path | None, device: torch.device | str, allow_unknown_weights: bool) -> Pixels:
     extractor = Pixels(device)
     extractor.name = "tests.core.line:open_pixels"
     return extractor

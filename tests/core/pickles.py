@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import pickle
 import sys
 import types
@@ -50,9 +49,8 @@ def write(patch: pytest.MonkeyPatch, path: Path, value: object, protocol: int = 
         raise RuntimeError("the pickle was executed")
 
     stand_in(patch, "torch_utils.persistence", "_reconstruct_persistent_obj", _reconstruct_persistent_obj)
-    stream = io.BytesIO()
-    pickle.Pickler(stream, protocol=protocol).dump(value)
-    path.write_bytes(stream.getvalue())
+    with path.open("wb") as file:
+        pickle.Pickler(file, protocol=protocol).dump(value)
     return path
 
 

@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from neon import checkpoint
+from neon import checkpoint, files
 
 
 def network(width: int = 3) -> nn.Module:
@@ -131,6 +131,7 @@ def test_a_hugging_face_index_with_two_shards(tmp_path):
     found = checkpoint.read(index)
     assert_equal(found.tensors, EMA)
     before = found.sha256
+    assert checkpoint.convert(index, tmp_path / "one.safetensors").sha256 == files.sha256_of(tmp_path / "one.safetensors")
     safetensors.torch.save_file({name: RAW[name].contiguous() for name in names[3:]}, tmp_path / "a-2.safetensors")
     assert checkpoint.read(index).sha256 != before
     index.write_text(json.dumps({"weight_map": weight_map | {"extra": "a-1.safetensors"}}))

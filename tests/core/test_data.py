@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from neon.data import UnreadableImages, open_images, write_zip
+from neon.data import UnreadableImagesError, open_images, write_zip
 
 
 @pytest.fixture
@@ -83,10 +83,15 @@ def test_unusable_files_are_named_and_counted(tmp_path, pixels):
     Image.fromarray(pixels[0]).convert("RGBA").save(folder / "002.png")
     Image.fromarray(np.zeros((6, 5), np.uint16)).save(folder / "003.png")
     Image.fromarray(pixels[0][:4]).save(folder / "004.png")
-    with pytest.raises(UnreadableImages, match="4 image file.s. cannot be used") as error:
+    with pytest.raises(UnreadableImagesError, match=r"4 image file\(s\) cannot be used") as error:
         list(open_images(folder).batches(2))
     text = " ".join(error.value.problems)
-    for reason in ("001.png: cannot be decoded", "002.png: is of mode RGBA (an alpha channel)", "003.png", "004.png: size (3, 4, 5) differs"):
+    for reason in (
+        "001.png: cannot be decoded",
+        "002.png: is of mode RGBA (an alpha channel)",
+        "003.png",
+        "004.png: size (3, 4, 5) differs",
+    ):
         assert reason in text
 
 

@@ -35,7 +35,7 @@ def test_half_precision_is_rounded_once():
     merged = reverse_merge(base, synth, 0.3)["a.weight"]
     b, s = base["a.weight"].float(), synth["a.weight"].float()
     assert torch.equal(merged, torch.add(b, s - b, alpha=-0.3).bfloat16())
-    half = (base["a.weight"] - torch.tensor(0.3, dtype=torch.bfloat16) * (synth["a.weight"] - base["a.weight"]))
+    half = base["a.weight"] - torch.tensor(0.3, dtype=torch.bfloat16) * (synth["a.weight"] - base["a.weight"])
     assert not torch.equal(merged, half)  # arithmetic in bfloat16 is measurably something else
 
 
@@ -59,7 +59,7 @@ def test_equal_masks_with_infinities_and_counters_are_copied():
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_entries_that_are_not_finite(bad):
     base, synth = {"p": torch.tensor([1.0, 2.0])}, {"p": torch.tensor([3.0, bad])}
-    with pytest.raises(ValueError, match="p: differs.*not finite"):
+    with pytest.raises(ValueError, match=r"p: differs.*not finite"):
         reverse_merge(base, synth, 1.0)
     assert reverse_merge(base, synth, 1.0, on_mismatch="keep_base")["p"].tolist() == [-1.0, 2.0]
     assert reverse_merge({"p": torch.tensor([1.0, bad])}, {"p": torch.tensor([3.0, 4.0])}, 1.0, on_mismatch="keep_base")["p"][0] == -1.0
@@ -115,7 +115,9 @@ def test_random_direction_has_the_norm_of_the_step_in_every_tensor():
     base, synth = state(0), state(1)
     control = random_direction(base, synth, list(base), seed=3)
     for name in base:
-        torch.testing.assert_close(difference(base[name], control[name]).norm(), difference(base[name], synth[name]).norm(), rtol=1e-5, atol=0)
+        torch.testing.assert_close(
+            difference(base[name], control[name]).norm(), difference(base[name], synth[name]).norm(), rtol=1e-5, atol=0
+        )
         assert not torch.allclose(control[name], synth[name])
     again = random_direction(base, synth, list(base), seed=3)
     assert all(torch.equal(control[name], again[name]) for name in base)

@@ -22,8 +22,6 @@ def torchrun(ranks: int, *command: str, timeout: float = 120) -> subprocess.Comp
     return subprocess.run([*launcher, *command], cwd=ROOT, capture_output=True, text=True, env=environment, timeout=timeout)
 
 
-
-
 def run_on(ranks: int, config: Path, folder: Path, batch: int) -> dict:
     done = torchrun(ranks, "-m", "neon", "run", str(config), "--out", str(folder), "--device", "cpu", "--set", f"sampling.batch={batch}")
     assert done.returncode == 0, done.stderr
@@ -99,7 +97,9 @@ def test_a_killed_rank_ends_the_others_by_name(tmp_path):
 
 
 def test_a_user_error_on_ranks_is_one_line_and_not_success(line_config, tmp_path):
-    done = torchrun(2, "-m", "neon", "run", str(line_config), "--out", str(tmp_path / "run"), "--device", "cpu", "--set", "report.num_images=1")
+    done = torchrun(
+        2, "-m", "neon", "run", str(line_config), "--out", str(tmp_path / "run"), "--device", "cpu", "--set", "report.num_images=1"
+    )
     assert done.returncode != 0
     assert "num_images must be >= 2" in done.stderr
 

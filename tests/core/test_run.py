@@ -114,7 +114,9 @@ def test_the_synthetic_set_is_a_training_set(line_config, tmp_path):
 
 def start(config: Path, folder: Path) -> subprocess.Popen:
     command = [sys.executable, "-m", "neon", "run", str(config), "--out", str(folder), "--device", "cpu"]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
 
 
 def count_files(folder: Path) -> int:

@@ -10,7 +10,12 @@ from neon.seeds import ImageRng, SharedRng, derived_seed, image_rng
 def test_an_images_draws_do_not_depend_on_its_batch_mates():
     whole = ImageRng([5, 6, 7])
     alone = ImageRng([6])
-    for draw in (lambda r: r.normal((2, 3)), lambda r: r.uniform((4,), torch.float64), lambda r: r.integers(10), lambda r: r.exponential((3,))):
+    for draw in (
+        lambda r: r.normal((2, 3)),
+        lambda r: r.uniform((4,), torch.float64),
+        lambda r: r.integers(10),
+        lambda r: r.exponential((3,)),
+    ):
         assert torch.equal(draw(whole)[1:2], draw(alone))
 
 

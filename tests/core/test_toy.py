@@ -1,14 +1,30 @@
 """neon/toy against closed forms."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
 from torch import nn
 
 from neon import reverse_merge
-from neon.toy import Autoregressive, Curve, Diffusion, ExactDiffusion, WarmUp, cosines, distance, evaluation_noise, fine_tune, plane
-from neon.toy import random_control, real_points, self_train, sweep, train_base
+from neon.toy import (
+    Autoregressive,
+    Curve,
+    Diffusion,
+    ExactDiffusion,
+    WarmUp,
+    cosines,
+    distance,
+    evaluation_noise,
+    fine_tune,
+    plane,
+    random_control,
+    real_points,
+    self_train,
+    sweep,
+    train_base,
+)
 from neon.toy.diffusion import LAST_TIME, signal
 from neon.toy.experiment import gradient, inner, score
 from neon.toy.stack import num_parameters, repeat, split, stack
@@ -53,7 +69,7 @@ def test_density_of_the_target():
 
 def test_real_points_have_the_target_law_and_differ_between_replicas():
     real = real_points(2, 100_000, seed=0)
-    assert distance(real).max() < 1e-3                     # about 5 / N
+    assert distance(real).max() < 1e-3  # about 5 / N
     assert not torch.equal(real[0], real[1])
 
 
@@ -63,7 +79,7 @@ def test_exact_sampler_is_the_product_of_its_steps(num_steps, zeta):
     times = torch.linspace(LAST_TIME, 0, num_steps + 1, dtype=torch.float64)
     for axis, variance in ((torch.tensor([[[1.0, 1.0]]]), 3.0), (torch.tensor([[[1.0, -1.0]]]), 1.0)):
         factor = 1.0
-        for time, time_next in zip(times[:-1], times[1:], strict=True):
+        for time, time_next in pairwise(times):
             c2, c2_next = signal(time).item(), signal(time_next).item()
             noise = zeta * math.sqrt(1 - c2) / (c2 * variance + 1 - c2)
             factor *= math.sqrt(c2_next / c2) * (1 - math.sqrt(1 - c2) * noise) + math.sqrt(max(1 - c2_next, 0)) * noise
@@ -107,7 +123,7 @@ def test_diffusion_network_equals_torch_modules():
 def test_diffusion_loss_of_a_silent_network_is_the_noise_power():
     weights = {name: torch.zeros_like(value) for name, value in weights_of(Diffusion()).items()}
     generator = torch.Generator().manual_seed(3)
-    torch.rand(1, 50_000, 1, generator=generator)           # the times
+    torch.rand(1, 50_000, 1, generator=generator)  # the times
     want = torch.randn(1, 50_000, 2, generator=generator).square().mean()
     got = Diffusion().loss(weights, torch.randn(1, 50_000, 2), torch.Generator().manual_seed(3))
     torch.testing.assert_close(got, want[None])
@@ -152,7 +168,7 @@ def test_a_budget_is_a_snapshot_of_the_longer_run():
     assert all(torch.equal(both[3][name], short[3][name]) for name in base)
     assert any(not torch.equal(both[3][name], both[6][name]) for name in base)
     moved = max((both[3][name] - base[name]).abs().max().item() for name in base)
-    assert 1e-4 < moved < 3.1e-4                            # an Adam step is at most about lr
+    assert 1e-4 < moved < 3.1e-4  # an Adam step is at most about lr
 
 
 def test_training_learns_the_target():
