@@ -163,6 +163,7 @@ h1{font-weight:650;letter-spacing:-.01em}h2{margin-top:2.2rem;font-size:1.15rem}
 .plot{max-width:100%}table{border-collapse:collapse}td,th{padding:.3rem .9rem .3rem 0;text-align:left;border-bottom:1px solid #e5e5ea}
 th{font-weight:500;font-size:.85rem}td small{color:#6b7280}.grids{display:flex;gap:1.2rem;flex-wrap:wrap}
 figure{margin:0;flex:1 1 16rem;max-width:20rem}
-figure img{width:100%;image-rendering:pixelated}figcaption{font-size:.9rem;color:#444}pre{overflow:auto;background:#f6f6f8;padding:1rem;font-size:.8rem}
+figure img{width:100%;image-rendering:pixelated}figcaption{font-size:.9rem;color:#444}
+pre{overflow:auto;background:#f6f6f8;padding:1rem;font-size:.8rem}
 </style></head><body>BODY</body></html>
 """
