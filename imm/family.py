@@ -88,6 +88,10 @@ class IMM(Family):
     def open(self, autoencoder: Path | None, device: torch.device) -> None:
         self.encoder = PixelEncoder() if autoencoder is None else read_autoencoder(autoencoder).to(device)
 
+    def img_size(self, model: nn.Module) -> int:
+        codes = _imm(model).img_resolution
+        return codes if isinstance(self.encoder, PixelEncoder) else codes * self.encoder.vae.layout.downsampling
+
     def num_classes(self, model: nn.Module) -> int:
         return _imm(model).label_dim
 

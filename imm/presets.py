@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 IMAGENET256: dict[str, object] = {
     "class_name": "IMMPrecond",
     "img_resolution": 32,
@@ -57,11 +59,12 @@ MODELS = {
 }
 """Constructor arguments by the name of the manifest that their state dict equals."""
 
-SAMPLING: dict[str, dict[int, dict[str, object]]] = {
-    "imagenet256": {steps: {"grid": "uniform", "num_steps": steps, "cfg_scale": 1.5} for steps in (1, 2, 4, 8)},
-    "cifar10": {1: {"grid": "explicit", "mid_nt": ()}, 2: {"grid": "explicit", "mid_nt": (1.4,)}},
-}
-"""Sampler options by model and number of steps, as published for the base models (pushforward)."""
+Protocol = Literal["neon", "base"]
+CFG_SCALE: dict[Protocol, float] = {"neon": 1.8, "base": 1.5}
+"""Guidance on ImageNet-256. neon: of the 8-step row, those of 1, 2 and 4 steps were not stated. base: of every base row and of S."""
 
-NEON_CFG_SCALE = 1.8
-"""Guidance of Neon's 8-step row; those of 1, 2 and 4 steps were not stated and are searched for."""
+SAMPLING: dict[str, dict[int, dict[str, object]]] = {
+    "imagenet256": {steps: {"num_steps": steps, "cfg_scale": CFG_SCALE["base"]} for steps in (1, 2, 4, 8)},
+    "cifar10": {1: {"num_steps": 1}, 2: {"num_steps": 2, "grid": "explicit", "mid_nt": (1.4,)}},
+}
+"""Options of the pushforward sampler by model and number of steps, as published for the base models; else the grid is uniform."""

@@ -1,0 +1,106 @@
+"""FID of an IMM checkpoint, by the published command.
+
+    torchrun --standalone --nproc_per_node=8 imm/calculate_fid.py --model_ckpt checkpoints/Neon_imm_imagenet256.pkl \\
+        --num_images 50000 --batch_size 64 --img_size 256 --fid_stats fid_stats/adm_in256_stats.npz
+
+Runs as plain `python` too, and on a CPU. The numbers do not depend on the number of ranks or the batch size.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+if __name__ == "__main__":
+    sys.path[0] = str(ROOT)  # python puts this file's folder there, whose modules are not top-level ones
+
+import click  # noqa: E402
+
+from imm.autoencoder import autoencoder_file  # noqa: E402
+from imm.family import IMM, Sampling  # noqa: E402
+from imm.presets import CFG_SCALE, Protocol  # noqa: E402
+from neon import checkpoint, config, quantize  # noqa: E402
+from neon.calculate_fid import PATH, Request, calculate_fid, common_options  # noqa: E402
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True})
+@click.option("--model_ckpt", type=PATH, required=True, help="IMM weights: a published .pkl, or our safetensors.")
+@click.option("--num_images", type=click.IntRange(min=2), default=50_000, help="Images; image i has class i mod 1000.")
+@click.option(
+    "--batch_size", type=click.IntRange(min=1), default=64, help="Images per network call and rank; changes speed and memory only."
+)
+@click.option("--img_size", type=int, help="Side of the images in pixels; checked against the model.  [default: the model's]")
+@click.option("--fid_stats", type=PATH, required=True, help="Reference statistics (.npz with mu and sigma).")
+@click.option("--steps", type=click.IntRange(min=1), default=8, help="Steps of the pushforward sampler on the uniform grid.")
+@click.option("--cfg_scale", type=float, help="Guidance.  [default: 1.8; 1.5 with --protocol base; 1 for an unconditional model]")
+@click.option("--protocol", type=click.Choice(["neon", "base"]), default="neon", help="Whose guidance is the default.")
+@click.option(
+    "--vae", type=PATH, default=Path("checkpoints/sd-vae-ft-ema"), help="SD autoencoder, a file or a folder; unused by pixel models."
+)
+@click.option("--seed", type=int, default=0, help="Image i has the seed SEED + i.")
+@click.option("--uint8", type=click.Choice(quantize.RULES), help="Rounding.  [default, published: truncate; edm for pixel models]")
+@common_options
+def main(
+    model_ckpt: Path,
+    num_images: int,
+    batch_size: int,
+    img_size: int | None,
+    fid_stats: Path,
+    steps: int,
+    cfg_scale: float | None,
+    protocol: Protocol,
+    vae: Path,
+    seed: int,
+    uint8: quantize.Rule | None,
+    weights: str,
+    inception: Path | None,
+    extractor: str,
+    precision: config.Precision,
+    draw_on: str,
+    repeats: int,
+    device: str | None,
+) -> None:
+    """FID of an IMM checkpoint against reference statistics; the last line on stdout is one JSON object.
+
+    \b
+    torchrun --standalone --nproc_per_node=8 imm/calculate_fid.py --model_ckpt checkpoints/Neon_imm_imagenet256.pkl \\
+        --num_images 50000 --batch_size 64 --img_size 256 --fid_stats fid_stats/adm_in256_stats.npz
+
+    The authors sampled with the network in float32 (TF32) and the autoencoder in float16.
+    """
+    try:
+        family = IMM()
+        arch = family.arch_of(checkpoint.read(model_ckpt, weights=weights))
+        is_pixel_space = arch.get("img_channels") in (1, 3)
+        scale = (CFG_SCALE[protocol] if arch.get("label_dim") else 1.0) if cfg_scale is None else cfg_scale
+        options = Sampling(num_steps=steps, cfg_scale=scale)
+        autoencoder = None if is_pixel_space else autoencoder_file(vae)
+    except (ValueError, OSError) as error:
+        raise click.ClickException(str(error)) from error
+    calculate_fid(
+        Request(
+            family=family,
+            checkpoint=model_ckpt,
+            autoencoder=autoencoder,
+            img_size=img_size,
+            options=options,
+            uint8=uint8 or ("edm" if is_pixel_space else "truncate"),
+            labels="balanced",
+            num_images=num_images,
+            batch_size=batch_size,
+            first_seed=seed,
+            fid_stats=fid_stats,
+            weights=weights,
+            inception=inception,
+            extractor=extractor,
+            precision=precision,
+            draw_on=draw_on,  # type: ignore[arg-type]  # click.Choice
+            repeats=repeats,
+            device=device,
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""The published command: from a pickle of the original layout to one JSON object, alone and under torchrun."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from fid.frechet import frechet_distance
+from fid.moments import Moments
+from fid.reference import read_reference
+from imm.calculate_fid import main
+from imm.family import IMM, Sampling
+from imm.presets import MODELS
+from neon import checkpoint
+from neon.quantize import to_uint8
+from neon.seeds import image_rng
+from tests.imm import published
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def patch():
+    with pytest.MonkeyPatch.context() as context:
+        yield context
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory, patch):
+    """A folder with everything that the command needs, sizes of a test."""
+    folder = tmp_path_factory.mktemp("published")
+    published.write_checkpoint(patch, folder / "model.pkl", published.TINY_ARCH)
+    published.write_vae(folder / "vae", published.TINY_VAE)
+    published.write_statistics(folder / "stats.npz", 16)
+    return folder
+
+
+def arguments(folder, *options):
+    files = {"--model_ckpt": "model.pkl", "--vae": "vae", "--fid_stats": "stats.npz"}
+    paths = [part for name, file in files.items() for part in (name, str(folder / file))]
+    return [*paths, "--extractor", "tests.imm.published:open_quarters", "--device", "cpu", *map(str, options)]
+
+
+def here(folder, *options):
+    """In this process."""
+    return CliRunner().invoke(main, arguments(folder, *options))
+
+
+def started(folder, *options, ranks):
+    """As users start it: in a folder of its own, uninstalled, so the script must find the project by itself."""
+    launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    call = [sys.executable, *launcher, str(ROOT / "imm" / "calculate_fid.py"), *arguments(folder, *options)]
+    done = subprocess.run(call, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def result(done):
+    assert done.exit_code == 0, done.output
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def test_the_number_is_the_one_of_the_parts(tiny):
+    """Sampled, decoded, quantised and measured here by hand: the same Frechet distance."""
+    found = result(here(tiny, "--num_images", 23, "--batch_size", 7, "--img_size", 16, "--steps", 2, "--seed", 5))
+    family = IMM()
+    model = family.load(checkpoint.read(tiny / "model.pkl")).eval()
+    family.open(tiny / "vae", torch.device("cpu"))
+    codes, _ = family.sample(model, image_rng(5, range(23), "cpu"), torch.arange(23) % 10, Sampling(num_steps=2, cfg_scale=1.8))
+    moments = Moments(published.Quarters.dim)
+    moments.update(published.Quarters()(to_uint8(family.decode(codes), "truncate")).pool)
+    expected = frechet_distance(generated=moments.gaussian(), reference=read_reference(tiny / "stats.npz"))
+    assert found["value"] == pytest.approx(expected, rel=1e-3)
+    assert found["metric"] == "fd23[quarters]"
+    assert (found["sampling"]["options"]["cfg_scale"], found["comparable"]) == (1.8, False)
+
+
+def test_ranks_and_batches_do_not_change_the_number(tiny):
+    options = ("--num_images", 23, "--img_size", 16, "--steps", 2)
+    alone = result(here(tiny, *options, "--batch_size", 64))
+    together = started(tiny, *options, "--batch_size", 4, ranks=2)
+    assert together["ranks"] == 2
+    assert together["value"] == pytest.approx(alone["value"], rel=1e-3)
+    other = result(here(tiny, *options, "--seed", 1, "--protocol", "base"))
+    assert other["sampling"]["options"]["cfg_scale"] == 1.5
+    assert abs(other["value"] - alone["value"]) > 1e-2 * alone["value"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--model_ckpt", "absent.pkl"), "no checkpoint absent.pkl"),
+        (("--fid_stats", "absent.npz"), "no reference statistics"),
+        (("--vae", "absent"), "no autoencoder at absent"),
+        (("--img_size", 512), "makes images of 16 x 16"),
+        (("--extractor", "inception-2015-12-05", "--inception", "absent.pkl"), "absent.pkl"),
+    ],
+)
+def test_what_is_missing_is_named_in_one_line(tiny, options, message):
+    done = here(tiny, "--img_size", 16, *options)
+    assert done.exit_code == 1
+    assert message in done.stderr
+    assert isinstance(done.exception, SystemExit)  # a message, not a traceback
+
+
+LOAD = """
+import re
+from pathlib import Path
+from imm.family import IMM
+from neon import checkpoint
+
+def status(key):
+    return int(re.search(rf"{key}:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+Path("/proc/self/clear_refs").write_text("5")
+before = status("VmRSS")
+model = IMM().load(checkpoint.read("model.pkl"))
+peak = status("VmHWM") - before
+print(peak / sum(p.numel() * p.element_size() for p in model.parameters()))
+print(sum(float(p.double().sum()) for p in model.parameters()))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="resident memory is measured through /proc (Linux)")
+def test_the_real_size_loads_in_little_more_than_its_own_memory_and_makes_images(tmp_path, patch):
+    """DiT-XL/2 (676,735,504 parameters) from a pickle of the true layout, the real VAE, the command as printed but for the count."""
+    arch = {key: value for key, value in MODELS["Neon_imm_imagenet256"].items() if key != "class_name"}
+    model = published.write_checkpoint(patch, tmp_path / "model.pkl", arch)
+    checksum = sum(float(parameter.double().sum()) for parameter in model.parameters())
+    del model
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", LOAD], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    ratio, loaded = map(float, done.stdout.split())
+    print(f"peak memory while loading: {ratio:.3f} x the parameters' bytes")
+    assert ratio <= 1.5
+    assert loaded == pytest.approx(checksum, abs=1e-3)
+    published.write_vae(tmp_path / "vae", published.SD_VAE)
+    published.write_statistics(tmp_path / "stats.npz", 256)
+    options = ("--num_images", 2, "--batch_size", 1, "--img_size", 256, "--steps", 1)
+    alone = started(tmp_path, *options, ranks=1)
+    assert alone["value"] > 0
+    assert started(tmp_path, *options, ranks=2)["value"] == pytest.approx(alone["value"], rel=1e-3)
