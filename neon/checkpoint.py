@@ -38,6 +38,7 @@ class Checkpoint:
     arch: constructor arguments where the file has them (pickles add `class_name`).
     weights: "ema", "raw" or what our own files say; "unnamed" if the file holds one set and does not say which.
     meta: our own metadata, or what else the file says about itself.
+    shards: the files that an index names.
     """
 
     tensors: Mapping[str, Tensor]
@@ -46,11 +47,12 @@ class Checkpoint:
     weights: str
     path: Path
     meta: dict = field(default_factory=dict)
+    shards: tuple[str, ...] = ()
 
     @cached_property
     def sha256(self) -> str:
         """Of the file; of an index, over the hashes of its shards in the order of their names."""
-        return content_hash(self.path, self.meta.get("shards", ()))
+        return content_hash(self.path, self.shards)
 
     @property
     def specs(self) -> Mapping[str, Tensor]:
@@ -116,8 +118,7 @@ def read(path: str | Path, *, weights: str = "ema") -> Checkpoint:
     if stripped:
         log.warning("%s: dropped the prefix %s of its names", path, "".join(stripped))
     family = found.family or layouts.looks_like(entries)[0]
-    meta = found.meta | ({"dropped_prefixes": stripped} if stripped else {})
-    return Checkpoint(StoredTensors(entries), found.arch, family, label, path, meta)
+    return Checkpoint(StoredTensors(entries), found.arch, family, label, path, found.meta, found.shards)
 
 
 def open_checked(path: Path) -> Contents:
@@ -170,7 +171,7 @@ def describe(path: str | Path) -> dict[str, object]:
         return about | {"format": "npz", "arrays": npz_arrays(path), "sha256": files.sha256_of(path)}
     contents = open_checked(path)
     sets = {label: describe_set(found) for label, found in contents.sets.items()}
-    shards = [shard for found in contents.sets.values() for shard in found.meta.get("shards", ())]
+    shards = [shard for found in contents.sets.values() for shard in found.shards]
     return about | {"format": contents.format, "weights": sets, "sha256": content_hash(path, shards)}
 
 
@@ -192,10 +193,11 @@ def describe_set(found: layouts.WeightSet) -> dict[str, object]:
 
 
 def is_npz(path: Path) -> bool:
-    if not zipfile.is_zipfile(path):
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return all(name.endswith(".npy") for name in archive.namelist())
+    except (zipfile.BadZipFile, NotImplementedError, ValueError):
         return False
-    with zipfile.ZipFile(path) as archive:
-        return all(name.endswith(".npy") for name in archive.namelist())
 
 
 def npz_arrays(path: Path) -> dict[str, dict[str, object]]:

@@ -44,13 +44,14 @@ FAMILIES = {"IMMPrecond": "imm", "EDMPrecond": "edm", "VPPrecond": "edm", "VEPre
 
 @dataclass(frozen=True)
 class WeightSet:
-    """One state dict of a file. `where` is its place in the file, for messages."""
+    """One state dict of a file. `where` is its place in the file, for messages; `shards` are the files that an index names."""
 
     where: str
     entries: dict[str, StoredTensor]
     arch: dict | None = None
     family: str | None = None
     meta: dict = field(default_factory=dict)
+    shards: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -84,8 +85,8 @@ def open_file(source: Source) -> Contents:
 def safetensors(source: Source) -> Contents:
     entries, metadata = read_safetensors(source)
     neon = json.loads(metadata.get("neon", "{}"))
-    if neon.get("format", 1) != 1:
-        raise ValueError(f"it has format {neon['format']} of our metadata, this version reads format 1; update neon")
+    if not isinstance(neon, dict) or neon.get("format", 1) != 1:
+        raise ValueError(f"expected format 1 of our metadata, found {metadata['neon']:.80}; a newer version of neon may read it")
     found = WeightSet("the file", entries, neon.get("arch"), neon.get("family"), neon or dict(metadata))
     return Contents("safetensors", {neon.get("weights") or UNNAMED: found})
 
@@ -109,7 +110,7 @@ def sharded(source: Source) -> Contents:
             f"{len(missing)} of {len(names)} tensors are not in the shards that the index names; first: {', '.join(missing[:3])}"
         )
     entries = {name: shards[shard][name] for name, shard in names.items()}
-    return Contents("sharded", {UNNAMED: WeightSet("the index", entries, meta={"shards": sorted(shards)})})
+    return Contents("sharded", {UNNAMED: WeightSet("the index", entries, shards=tuple(sorted(shards)))})
 
 
 def pickled(source: Source, value: object, format: str) -> Contents:

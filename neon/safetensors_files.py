@@ -31,6 +31,8 @@ def read_safetensors(source: Source) -> tuple[dict[str, StoredTensor], dict[str,
     """(entries, metadata) of a file. Raises ValueError if header and size do not fit each other."""
     header, start = read_header(source)
     metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        raise ValueError("its metadata is not a mapping of texts")
     entries = {name: locate(source, start, name, entry) for name, entry in header.items()}
     spans = sorted(entry["data_offsets"] for entry in header.values())
     if any(end > begin for (_, end), (begin, _) in pairwise(spans)):

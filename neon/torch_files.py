@@ -34,36 +34,46 @@ def read_zip(source: Source) -> object:
     """The value that torch.save wrote to a zip archive. Raises ValueError for a damaged file or one of another kind."""
     with source.open() as file:
         try:
-            archive = zipfile.ZipFile(file)
-        except zipfile.BadZipFile as error:
-            raise ValueError(f"the zip archive has no directory ({error}): truncated, copy or download it again") from error
-        members = {name.partition("/")[2]: info for name, info in archive.NameToInfo.items()}
+            members = {info.filename.partition("/")[2]: info for info in zipfile.ZipFile(file).infolist()}
+        except (zipfile.BadZipFile, NotImplementedError) as error:
+            raise ValueError(f"the zip archive has no readable directory ({error}): truncated, copy or download it again") from error
         if "data.pkl" not in members or "constants.pkl" in members:
-            what = "a TorchScript program" if "constants.pkl" in members else f"an archive of {', '.join(list(archive.namelist())[:3])}"
+            names = [info.filename for info in members.values()]
+            what = "a TorchScript program" if "constants.pkl" in members else f"an archive of {', '.join(names[:3])}"
             raise ValueError(f"expected what torch.save writes, found {what}")
-        if "byteorder" in members and archive.read(members["byteorder"]) != b"little":
+        if "byteorder" in members and read_record(file, members["byteorder"]) != b"little":
             raise ValueError("it was written on a big-endian machine")
         storages: dict[str, Storage] = {}
 
         def storage(identity: tuple) -> Storage:
             dtype, key, num_elements = storage_type(identity), str(identity[2]), int(identity[4])
             if key not in storages:
-                info = members[f"data/{key}"]
-                itemsize = dtype.itemsize
-                if info.compress_type != zipfile.ZIP_STORED or num_elements * itemsize > info.file_size:
-                    raise ValueError(f"storage {key} claims {num_elements * itemsize} bytes, its record has {info.file_size}")
-                storages[key] = Storage(source, dtype, num_elements, record_offset(file, info))
+                offset, num_bytes = locate_record(file, members[f"data/{key}"])
+                if num_elements * dtype.itemsize > min(num_bytes, source.size - offset):
+                    raise ValueError(f"storage {key} claims {num_elements * dtype.itemsize} bytes, its record has {num_bytes}")
+                storages[key] = Storage(source, dtype, num_elements, offset)
             return storages[key]
 
-        content = Bounded(io.BytesIO(archive.read(members["data.pkl"])))
+        content = Bounded(io.BytesIO(read_record(file, members["data.pkl"])))
         return Machine(content, rebuilders(content, source), storage).load()
 
 
-def record_offset(file: BinaryIO, info: zipfile.ZipInfo) -> int:
-    """Where a stored record's bytes begin: its local header repeats the name and pads with an extra field."""
+def read_record(file: BinaryIO, info: zipfile.ZipInfo) -> bytes:
+    offset, num_bytes = locate_record(file, info)
+    bounded = Bounded(file)
+    bounded.seek(offset)
+    return bounded.read(num_bytes)
+
+
+def locate_record(file: BinaryIO, info: zipfile.ZipInfo) -> tuple[int, int]:
+    """(offset, size) of a record's bytes: its local header repeats the name and pads with an extra field."""
+    if info.compress_type != zipfile.ZIP_STORED:
+        raise ValueError(f"{info.filename} is compressed; torch.save stores its records as they are")
     file.seek(info.header_offset + 26)
-    name_length, extra_length = np.frombuffer(file.read(4), "<u2")
-    return info.header_offset + 30 + int(name_length) + int(extra_length)
+    lengths = file.read(4)
+    if len(lengths) < 4:
+        raise ValueError(f"{info.filename} lies outside of the file: truncated or damaged")
+    return info.header_offset + 30 + int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little"), info.file_size
 
 
 def read_pickle(source: Source) -> object:
