@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -12,6 +11,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from fid.atomic import whole_file
 from fid.moments import Moments
 
 
@@ -27,19 +27,15 @@ class Partial:
 
 
 def write_partial(path: Path, partial: Partial) -> None:
-    """Write a partial sum; the file appears by renaming."""
+    """Write a partial sum; there is never half a file under its name."""
     header = {
         "extractor": partial.extractor,
         "extractor_sha256": partial.extractor_sha256,
         "source": partial.source,
         "images": json.dumps(partial.images),
     }
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with whole_file(Path(path)) as temporary:
         save_file({name: value.cpu() for name, value in partial.moments.state().items()}, temporary, metadata=header)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_partial(path: Path) -> Partial:

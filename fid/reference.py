@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from fid.atomic import whole_file
 from fid.frechet import Gaussian
 from fid.moments import Moments
 
@@ -67,7 +67,7 @@ _ADVICE = "convert them where you trust them, with numpy.savez(FILE, mu=mean, si
 def write_reference(path: Path | str, moments: Moments, provenance: Mapping[str, object]) -> None:
     """Write mu, sigma (float64), count and provenance (JSON; give it "extractor", the extractor's name) as an .npz.
 
-    The file appears by renaming, so there is never half a file under its name. Raises ValueError for fewer than 2 images or
+    There is never half a file under its name. Raises ValueError for fewer than 2 images or
     provenance that is not JSON.
     """
     try:
@@ -75,15 +75,6 @@ def write_reference(path: Path | str, moments: Moments, provenance: Mapping[str,
     except TypeError as error:
         raise ValueError(f"the provenance of {path} is not JSON: {error}") from error
     gaussian = moments.gaussian()
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as stream:
-            mu, sigma = gaussian.mean.numpy(), gaussian.covariance.numpy()
-            np.savez_compressed(stream, mu=mu, sigma=sigma, count=np.int64(moments.count), provenance=np.str_(text))
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    mu, sigma = gaussian.mean.numpy(), gaussian.covariance.numpy()
+    with whole_file(Path(path)) as temporary, open(temporary, "wb") as stream:
+        np.savez_compressed(stream, mu=mu, sigma=sigma, count=np.int64(moments.count), provenance=np.str_(text))
