@@ -136,7 +136,7 @@ def resolve(name: str) -> Family:
         if error.name is None or not target[0].startswith(error.name):
             raise  # the family exists, something that it imports does not
         raise ValueError(
-            f"no family {name!r}: there is no module {target[0]!r}. Use one of the shipped names (edm, var, xar, imm, flow) "
+            f"no family {name!r}: there is no module {target[0]!r}. Use one of the shipped names (edm, var, xar, imm) "
             "or 'module:ClassName' of your own"
         ) from error
     found = getattr(module, target[1], None)

