@@ -23,6 +23,8 @@ SHIFT = 0.125
 """Translations: largest for whole pixels, standard deviation for fractions; as a share of the image."""
 SCALE_STD = 0.2
 """Scalings: standard deviation of log2."""
+ANISO_ROTATED = 0.5
+"""Share of images whose anisotropic scaling is along a random direction; whatever p is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +165,7 @@ def _geometry(pipe: Pipe, images: Tensor, draws: Draws, labels: list[Tensor]) ->
     if pipe.aniso > 0:
         w = _gated(pipe, "aniso", draws, draws["aniso"])
         r = (draws["aniso_angle"] * 2 - 1) * math.pi
-        r = torch.where(draws["aniso_angle_gate"] < 0.5, r, torch.zeros_like(r))
+        r = torch.where(draws["aniso_angle_gate"] < ANISO_ROTATED, r, torch.zeros_like(r))
         s = (w * SCALE_STD).exp2()
         inverse = inverse @ rotate2d(-r) @ scale2d(1 / s, s) @ rotate2d(r)
         labels += [w * r.cos(), w * r.sin()]

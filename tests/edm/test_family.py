@@ -11,7 +11,9 @@ from edm.family import EDM, Sampling, one_hot
 from edm.guidance import NegativeGuidance
 from edm.layers import GroupNorm
 from edm.loss import Objective
+from edm.precond import PRECONDITIONERS
 from edm.warp import rotate2d, translate2d, warp
+from neon import checkpoint
 from neon.seeds import ImageRng, SharedRng
 from tests import goldens
 
@@ -78,7 +80,7 @@ def test_an_image_without_noise_stays():
 
 def test_one_noise_level_for_the_batch_is_the_same_as_one_each():
     net, x = network(), torch.randn(3, 3, 8, 8)
-    goldens.assert_close(net(x, torch.tensor(2.0)), net(x, torch.full([3], 2.0)), atol=1e-6)
+    goldens.assert_close(net(x, torch.tensor(2.0)), net(x, torch.full([3], 2.0)), atol=1e-5)
 
 
 def step(net, how, num_images=6, seed=0):
@@ -175,7 +177,7 @@ def test_warp_shifts_by_what_it_is_told(dx, dy):
 
 def test_warp_rotates():
     moved = warp(smooth_image(33), rotate2d(torch.tensor([math.pi / 2])))
-    goldens.assert_close(moved, torch.rot90(smooth_image(33), 1, (2, 3)), atol=0.01)
+    goldens.assert_close(moved, torch.rot90(smooth_image(33), 1, (2, 3)), atol=0.03)  # sym6 is not quite symmetric
 
 
 def test_norm_groups():
@@ -223,6 +225,20 @@ def test_a_network_that_cannot_be_built(change, message):
     arch = {key: value for key, value in {**ARCH, **change}.items() if value is not None}
     with pytest.raises(ValueError, match=message):
         EDM().build(arch)
+
+
+@pytest.mark.parametrize("class_name", PRECONDITIONERS)
+@torch.no_grad()
+def test_a_file_gives_back_the_network(tmp_path, class_name):
+    """Loading builds on the meta device: what is computed in the constructor must come out the same."""
+    arch = {**ARCH, "class_name": class_name, "model_type": "SongUNet", "embedding_type": "fourier", "resample_filter": [1, 3, 3, 1]}
+    net = EDM().build(arch).eval()
+    checkpoint.write(tmp_path / "net.safetensors", net.state_dict(), metadata={"family": "edm", "arch": arch, "weights": "ema"})
+    loaded = EDM().load(checkpoint.read(tmp_path / "net.safetensors")).eval()
+    assert (loaded.sigma_min, loaded.sigma_max) == (net.sigma_min, net.sigma_max)
+    codes, _ = EDM().sample(net, ImageRng([0, 1]), None, Sampling(num_steps=2))
+    again, _ = EDM().sample(loaded, ImageRng([0, 1]), None, Sampling(num_steps=2))
+    assert torch.equal(again, codes)
 
 
 @pytest.mark.parametrize("change", [{"num_steps": 1}, {"sigma_min": 90.0}, {"rho": 0.0}, {"S_churn": -1.0}, {"state": "float16"}])
