@@ -77,7 +77,11 @@ class IMM(Family):
         class_name = arch.get("class_name", "IMMPrecond")
         if class_name != "IMMPrecond":
             raise ValueError(f"arch.class_name: the imm family builds IMMPrecond, the checkpoint holds a {class_name}")
-        return IMMPrecond(**{key: value for key, value in arch.items() if key != "class_name"})  # type: ignore[arg-type]
+        arguments = {key: value for key, value in arch.items() if key != "class_name"}
+        try:
+            return IMMPrecond(**arguments)  # type: ignore[arg-type]  # names and values come from a file
+        except TypeError as error:
+            raise ValueError(f"the constructor arguments in arch do not fit IMMPrecond: {error}") from error
 
     def load(self, checkpoint: Checkpoint) -> IMMPrecond:
         with torch.device("meta"):  # memory and initial values are only for what the file brings

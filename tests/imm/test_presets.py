@@ -51,3 +51,8 @@ def test_arguments_of_other_networks_are_left_out_as_stored_recipes_mix_them():
 def test_choices_that_do_not_exist_are_errors(change):
     with pytest.raises(ValueError, match=next(iter(change))):
         on_meta({**MODELS["imm_imagenet256_ts_a2"], **change})
+
+
+def test_a_missing_argument_is_named():
+    with pytest.raises(ValueError, match="img_resolution"):
+        IMM().build({"img_channels": 3})
