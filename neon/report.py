@@ -58,9 +58,9 @@ def curve_figure(result: Mapping) -> Figure:
 
 def summary_figure(result: Mapping, pictures: Mapping[str, Tensor]) -> Figure:
     """The curve beside the same noise through base, self-trained model and Neon: one picture that says what happened."""
-    figure = Figure(figsize=(13, 4.2), dpi=130, layout="constrained")
+    figure = Figure(figsize=(15, 3.9), dpi=120, layout="constrained")
     names = [name for name in ("self-trained", "base", "neon") if name in pictures]
-    axes = figure.subplots(1, 1 + len(names), width_ratios=[1.7, *(1 for _ in names)])
+    axes = figure.subplots(1, 1 + len(names), width_ratios=[1.25, *(1 for _ in names)])
     draw_curve(axes[0], result)
     for axis, name in zip(axes[1:], names, strict=True):
         axis.imshow(tile(pictures[name]), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
