@@ -46,7 +46,7 @@ def network_calls(num_steps: int) -> int:
 @torch.inference_mode()
 def measure(
     model: XARTransformer, batch: int, num_steps: int, cfg_scale: float, precision: Precision, device: torch.device
-) -> tuple[dict[str, object], Tensor]:
+) -> tuple[dict[str, float], Tensor]:
     """Time and memory of one batch, and its latents. Peak memory on a CPU is that of the process so far."""
     labels = torch.arange(batch, device=device) % model.num_classes
     for is_rehearsal in ([True] if device.type == "cuda" else []) + [False]:  # on CUDA the first call chooses kernels
@@ -62,7 +62,7 @@ def measure(
         wall, processor = time.perf_counter() - start, time.process_time() - processor_start
     is_cuda = device.type == "cuda"
     peak = torch.cuda.max_memory_allocated() / 2**20 if is_cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    row: dict[str, object] = {"precision": precision, "seconds": wall, "processor_seconds": processor, "images_per_second": batch / wall}
+    row = {"seconds": wall, "processor_seconds": processor, "images_per_second": batch / wall}
     row["seconds_per_network_call"] = wall / network_calls(num_steps)
     return row | {"peak_mib": peak, "load_average": os.getloadavg()[0]}, latents
 
@@ -81,7 +81,7 @@ def main(device: str, model: str, batch: int, num_steps: int, out: Path) -> None
     for precision in modes:
         row, made = measure(network, batch, num_steps, cfg_scale, precision, where)
         share = network_calls(num_steps) / network_calls(NUM_STEPS[model])
-        rows.append(row | {"images_per_second_at_published_steps": batch / float(str(row["seconds"])) * share})
+        rows.append({"precision": precision, **row, "images_per_second_at_published_steps": row["images_per_second"] * share})
         latents.append(made.double())
         click.echo(json.dumps(rows[-1]), err=True)
     exact, fast = latents
