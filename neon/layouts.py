@@ -152,7 +152,10 @@ def arch_of(module: Record) -> dict:
     state = cast(dict, module.state)
     if state.get("_init_args"):
         raise ValueError(f"{module.name} was built with positional arguments {plain(state['_init_args'])}, their names are not in the file")
-    return {"class_name": module.name, **cast(dict, plain(state.get("_init_kwargs") or {}))}
+    arguments = plain(state.get("_init_kwargs", {}))
+    if not isinstance(arguments, dict):
+        raise ValueError(f"the constructor arguments of {module.name} are {arguments!r:.80}, expected a dict")
+    return {"class_name": module.name, **arguments}
 
 
 def held(value: Mapping) -> str:

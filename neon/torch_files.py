@@ -69,9 +69,9 @@ def locate_record(file: BinaryIO, info: zipfile.ZipInfo) -> tuple[int, int]:
     """(offset, size) of a record's bytes: its local header repeats the name and pads with an extra field."""
     if info.compress_type != zipfile.ZIP_STORED:
         raise ValueError(f"{info.filename} is compressed; torch.save stores its records as they are")
-    file.seek(info.header_offset + 26)
+    file.seek(max(info.header_offset, 0) + 26)
     lengths = file.read(4)
-    if len(lengths) < 4:
+    if info.header_offset < 0 or len(lengths) < 4:
         raise ValueError(f"{info.filename} lies outside of the file: truncated or damaged")
     return info.header_offset + 30 + int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little"), info.file_size
 
@@ -99,8 +99,8 @@ def read_legacy(content: Bounded, source: Source | bytes, start: int) -> object:
         raise ValueError(f"unknown version of torch.save's older format ({protocol}, {system})")
     value = Machine(content, tables, storage).load()
     keys = Machine(content, tables).load()
-    if not isinstance(keys, list):
-        raise ValueError("the list of storages is damaged")
+    if not isinstance(keys, list) or set(map(str, keys)) != storages.keys():
+        raise ValueError("the list of storages does not belong to the tensors")
     for key in map(str, keys):
         num_elements = int.from_bytes(content.read(8), "little", signed=True)
         if num_elements != storages[key].num_elements:
@@ -195,7 +195,8 @@ def numpy_scalar(dtype: object, raw: bytes) -> object:
 def state_dict_of(module: object, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, StoredTensor]]:
     """state_dict() of a pickled module: own parameters, own persistent buffers, then the children."""
     state = module.state if isinstance(module, Record) else None
-    if not isinstance(state, dict) or "_modules" not in state or depth > MAX_DEPTH:
+    tables = [state.get(name) for name in ("_parameters", "_buffers", "_modules")] if isinstance(state, dict) else [None]
+    if not isinstance(state, dict) or not all(isinstance(table, dict) for table in tables) or depth > MAX_DEPTH:
         raise ValueError(f"{prefix or 'the model'} is not a pickled module")
     transient = state.get("_non_persistent_buffers_set") or ()
     buffers = {name: value for name, value in state["_buffers"].items() if name not in transient}

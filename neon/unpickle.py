@@ -235,7 +235,9 @@ class Machine:
         return values
 
     def pop_to_mark(self) -> list:
-        start = next(i for i in reversed(range(len(self.stack))) if self.stack[i] is MARK)
+        start = next((i for i in reversed(range(len(self.stack))) if self.stack[i] is MARK), None)
+        if start is None:
+            raise IndexError("there is no mark on the stack")
         values = self.stack[start + 1 :]
         del self.stack[start:]
         return values

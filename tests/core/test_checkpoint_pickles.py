@@ -271,15 +271,16 @@ def test_a_truncated_file_is_an_error_that_names_it(tmp_path, monkeypatch, kind,
         checkpoint.read(path)
 
 
-@pytest.mark.parametrize("kind", ["a.pkl", "a.pth", "a.safetensors"])
+@pytest.mark.parametrize("kind", ["a.pkl", "a.pth", "old.pth", "a.safetensors"])
 def test_random_damage_never_gives_another_kind_of_error(tmp_path, kind):
     path = tmp_path / kind
     if kind == "a.pkl":
         path.write_bytes(GOOD[0].read_bytes())
-    elif kind == "a.pth":
-        torch.save({"model_ema": torch.nn.Linear(4, 4).state_dict(), "args": argparse.Namespace(lr=1)}, path)
-    else:
+    elif kind == "a.safetensors":
         checkpoint.write(path, torch.nn.Linear(4, 4).state_dict(), metadata={"family": "edm"})
+    else:
+        saved = {"model_ema": torch.nn.Linear(4, 4).state_dict(), "args": argparse.Namespace(lr=1)}
+        torch.save(saved, path, _use_new_zipfile_serialization=kind == "a.pth")
     content = np.frombuffer(path.read_bytes(), np.uint8)
     rng = np.random.default_rng(0)
     for _ in range(30 if kind == "a.pkl" else 300):
