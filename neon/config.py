@@ -329,13 +329,13 @@ def _with_family_options(kind: type[Section], table: Mapping[str, object], where
         if key not in own_names | family_names:
             raise ValueError(f"[{where}] has no key {key!r}; known keys: {', '.join(sorted(own_names | family_names))}")
     own = build(kind, {k: v for k, v in table.items() if k in own_names}, where)
-    family_part = build(options, {k: v for k, v in table.items() if k not in own_names}, where)
+    family_part: object = build(options, {k: v for k, v in table.items() if k not in own_names}, where)
     return replace(own, **{attribute: family_part})  # type: ignore[type-var]
 
 
 def _training(table: Mapping[str, object], objective: type, where: str) -> Training:
     own = {k: v for k, v in table.items() if k != "objective"}
-    options = build(objective, _table(table.get("objective", {}), f"{where}.objective"), f"{where}.objective")
+    options: object = build(objective, _table(table.get("objective", {}), f"{where}.objective"), f"{where}.objective")
     return replace(build(Training, own, where), objective=options)
 
 

@@ -194,7 +194,7 @@ def _open_files(path: Path, files: _FolderFiles | _ZipFiles) -> ImageSet:
             raise UnreadableImagesError(bad)
         return torch.from_numpy(np.stack(images))
 
-    return ImageSet(path, names, shape, _file_labels(path, names, files, every), read)  # type: ignore[arg-type]
+    return ImageSet(path, names, shape, _file_labels(path, names, files, every), read)
 
 
 def _decode(name: str, data: bytes) -> np.ndarray:

@@ -87,7 +87,7 @@ def world(device: str | None = None, timeout_s: float = TIMEOUT_S) -> Iterator[W
         return
     limit = timedelta(seconds=timeout_s)
     dist.init_process_group("nccl" if where.type == "cuda" else "gloo", rank=rank, world_size=size, timeout=limit)
-    _control_group = dist.new_group(backend="gloo", timeout=limit)
+    _control_group = dist.new_group(backend="gloo", timeout=limit)  # type: ignore[assignment] # every rank is a member
     try:
         yield World(rank, size, where, timeout_s)
         dist.barrier(group=_control_group)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +30,7 @@ class Yardstick:
 
     extractor: Extractor
     reference: Reference
-    metrics: Collection[Metric] = ("fid",)
+    metrics: Sequence[Metric] = ("fid",)
     reference_features: Tensor | None = None
     """(M, dim) features of reference images; kid, precision, recall, density and coverage need them."""
     k: int = 3

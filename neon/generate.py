@@ -50,7 +50,7 @@ def generate(source: Source, model: nn.Module, batches: Iterable[Sequence[int]],
     """Sample the images of `batches` (indices within the block; image i has seed first_seed + i)."""
     model.eval()
     if source.sampling.channels_last:
-        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model = model.to(memory_format=torch.channels_last)
     for indices in batches:
         rng = image_rng(source.first_seed, indices, device, draw_on_device=source.sampling.draw_on == "device")
         labels = None

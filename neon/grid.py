@@ -155,13 +155,13 @@ class Grid:
         self._live[1].set_w(point.w)
 
 
-def points(snapshots: Sequence[str], w: Sequence[float], cfg_scales: Sequence[float] | None) -> list[Point]:
+def points_to_try(snapshots: Sequence[str], w: Sequence[float], cfg_scales: Sequence[float] | None) -> list[Point]:
     """The points to try: every w, with w = 0 and w = -1, for every snapshot and cfg_scale; the base only once per cfg_scale."""
     tried = sorted({0.0, -1.0, *w})
     found = [
         Point(w=value, snapshot=snapshot, cfg_scale=cfg_scale)
         for snapshot in snapshots
-        for cfg_scale in (cfg_scales or [None])
+        for cfg_scale in (cfg_scales or (None,))
         for value in tried
         if value != 0 or snapshot == snapshots[-1]
     ]

@@ -15,13 +15,14 @@ import neon
 from fid.features import open_extractor
 from fid.metrics import frechet_kind, metric_name
 from fid.reference import read_reference
-from neon import checkpoint, files, grid, merge, records
+from neon import checkpoint, files, merge, records
 from neon import report as page
 from neon.calculate_fid import spread
 from neon.config import Base, Experiment, Report, Sampling, Select, Synth, Training, is_guided, to_plain
 from neon.distributed import World
 from neon.evaluate import Yardstick, evaluate, why_not_comparable
 from neon.generate import Source
+from neon.grid import Block, Grid, Point, Score, best, parabola_minimum, points_to_try
 from neon.progress import say
 from neon.shards import Shards
 from neon.synthesize import encoded, synthesize
@@ -147,7 +148,7 @@ class Run:
         return found
 
     @cached_property
-    def grid(self) -> grid.Grid:
+    def grid(self) -> Grid:
         shots = {path.stem.removeprefix("snapshot-"): path for path in snapshots(self.folder / "finetune")}
         if not shots:
             raise ValueError(f"{self.folder / 'finetune'}: no snapshots; run `neon finetune` first")
@@ -162,38 +163,36 @@ class Run:
             name: (files.sha256_of(path), lambda path=path: dict(checkpoint.read(path, weights="any").tensors))
             for name, path in shots.items()
         }
-        return grid.Grid(
-            self.source("balanced", 0), self.model, self.base_tensors, readers, self.yardsticks, self.folder, protocol, self.world
-        )
+        return Grid(self.source("balanced", 0), self.model, self.base_tensors, readers, self.yardsticks, self.folder, protocol, self.world)
 
-    def select(self) -> tuple[grid.Score, list[grid.Score]]:
+    def select(self) -> tuple[Score, list[Score]]:
         """Stage 3: the grid on the selection block. Returns the chosen score and all scores (the random control last)."""
         config = self.config.need("select", Select)
         if is_guided(self.family) and config.cfg_scale is None:
             raise ValueError("select.cfg_scale: this family is guided, name the values to try (there is no hidden default)")
         names = [path.stem.removeprefix("snapshot-") for path in snapshots(self.folder / "finetune")]
         chosen = names if config.snapshots == "all" else names[-1:]
-        block = grid.Block(labels=config.labels, first_seed=config.first_seed, num_images=config.num_images)
+        block = Block(labels=config.labels, first_seed=config.first_seed, num_images=config.num_images)
         metric = self._metric(config.num_images, config.metric)
         say(self.world, f"select: {metric} on seeds {config.first_seed} .. {config.first_seed + config.num_images - 1}")
-        scores = [self.grid.score(point, block) for point in grid.points(chosen, config.w, config.cfg_scale)]
-        winner = grid.best([s for s in scores if s.point.w >= 0], metric)
+        scores = [self.grid.score(point, block) for point in points_to_try(chosen, config.w, config.cfg_scale)]
+        winner = best([s for s in scores if s.point.w >= 0], metric)
         control = self.grid.score(self._control(winner.point), block)
         return winner, [*scores, control]
 
     @staticmethod
-    def _control(point: grid.Point) -> grid.Point:
+    def _control(point: Point) -> Point:
         """A random direction at the chosen point's step; at w = 0 there is no step, so at w = 1."""
-        return grid.Point(w=point.w or 1.0, snapshot=point.snapshot, cfg_scale=point.cfg_scale, direction="random")
+        return Point(w=point.w or 1.0, snapshot=point.snapshot, cfg_scale=point.cfg_scale, direction="random")
 
     def _metric(self, num_images: int, extractor: str | None) -> str:
         yardstick = next((y for y in self.yardsticks if y.extractor.name == extractor), self.yardsticks[0])
         return metric_name(frechet_kind(yardstick.extractor), num_images, yardstick.extractor.name)
 
-    def report(self, winner: grid.Score, scores: list[grid.Score]) -> dict[str, grid.Score]:
+    def report(self, winner: Score, scores: list[Score]) -> dict[str, Score]:
         """Stage 4: base, self-trained, random and Neon on held-out noise."""
         config, select = self.config.need("report", Report), self.config.need("select", Select)
-        block = grid.Block(
+        block = Block(
             labels=config.labels,
             first_seed=config.first_seed,
             num_images=config.num_images,
@@ -201,18 +200,18 @@ class Run:
         )
         metric = self._metric(select.num_images, select.metric)
         cfg_scale = winner.point.cfg_scale if config.cfg_scale == "selected" else config.cfg_scale
-        base_cfg = grid.best([s for s in scores if s.point.w == 0], metric).point.cfg_scale if config.cfg_scale == "selected" else cfg_scale
-        point = grid.Point(w=winner.point.w, snapshot=winner.point.snapshot, cfg_scale=cfg_scale)
+        base_cfg = best([s for s in scores if s.point.w == 0], metric).point.cfg_scale if config.cfg_scale == "selected" else cfg_scale
+        point = Point(w=winner.point.w, snapshot=winner.point.snapshot, cfg_scale=cfg_scale)
         say(self.world, f"report: {config.num_images} images of held-out noise, seeds from {config.first_seed}")
         rows = {
-            "base": grid.Point(w=0.0, snapshot=point.snapshot, cfg_scale=base_cfg),
-            "self-trained": grid.Point(w=-1.0, snapshot=point.snapshot, cfg_scale=cfg_scale),
+            "base": Point(w=0.0, snapshot=point.snapshot, cfg_scale=base_cfg),
+            "self-trained": Point(w=-1.0, snapshot=point.snapshot, cfg_scale=cfg_scale),
             "random direction": self._control(point),
             "neon": point,
         }
         return {name: self.grid.score(p, block) for name, p in rows.items()}
 
-    def write_merged(self, point: grid.Point) -> Path:
+    def write_merged(self, point: Point) -> Path:
         """Stage 5: theta_neon as a file that every command reads."""
         path = self.folder / "neon.safetensors"
         shot = self.folder / "finetune" / f"snapshot-{point.snapshot}.safetensors"
@@ -241,7 +240,7 @@ class Run:
         say(self.world, f"done in {time.perf_counter() - started:.0f} s: {self.folder / 'report.html'}")
         return result
 
-    def result(self, winner: grid.Score, scores: list[grid.Score], rows: Mapping[str, grid.Score], merged: Path) -> dict[str, object]:
+    def result(self, winner: Score, scores: list[Score], rows: Mapping[str, Score], merged: Path) -> dict[str, object]:
         """One JSON object with the numbers, the protocol and the reasons why a number is or is not comparable."""
         config, select = self.config.need("report", Report), self.config.need("select", Select)
         metric, select_metric = self._metric(config.num_images, select.metric), self._metric(select.num_images, select.metric)
@@ -265,7 +264,7 @@ class Run:
             },
             "select": {
                 "metric": select_metric,
-                "parabola_w": grid.parabola_minimum(curve, select_metric),
+                "parabola_w": parabola_minimum(curve, select_metric),
                 "points": [{**to_plain(s.point), "metrics": s.metrics, "seconds": s.seconds} for s in scores],  # type: ignore[dict-item]
             },
             "config": to_plain(self.config),
@@ -282,7 +281,7 @@ class Run:
             "merged": str(merged),
         }
 
-    def _synth_tensors(self, point: grid.Point) -> Mapping[str, Tensor]:
+    def _synth_tensors(self, point: Point) -> Mapping[str, Tensor]:
         return checkpoint.read(self.folder / "finetune" / f"snapshot-{point.snapshot}.safetensors", weights="any").tensors
 
     def evaluate_base(self, repeats: int) -> dict[str, object]:

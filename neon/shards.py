@@ -59,9 +59,9 @@ def shard_path(folder: Path, shard: int) -> Path:
 
 def write_shard(path: Path, codes: Tensor, labels: Tensor | None, indices: Sequence[int]) -> None:
     tags = torch.full((len(codes),), -1) if labels is None else labels
-    arrays = {"codes": codes.cpu().numpy(), "labels": tags.cpu().numpy(), "index": np.asarray(indices, dtype=np.int64)}
+    index = np.asarray(indices, dtype=np.int64)
     with files.replacing(path) as stream:
-        np.savez(stream, **arrays)
+        np.savez(stream, codes=codes.cpu().numpy(), labels=tags.cpu().numpy(), index=index)
 
 
 def is_complete(path: Path, indices: range) -> bool:

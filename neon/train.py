@@ -42,7 +42,8 @@ class Trainer:
     last_grad_norm: float = field(default=math.nan, init=False)
 
     def __post_init__(self) -> None:
-        decay, constant = [], []
+        decay: list[nn.Parameter] = []
+        constant: list[nn.Parameter] = []
         for name, parameter in self.model.named_parameters():
             (decay if self.family.decays(name, parameter) else constant).append(parameter)
         groups = [{"params": constant, "weight_decay": 0.0}, {"params": decay, "weight_decay": self.recipe.weight_decay}]
@@ -219,7 +220,7 @@ def train(
     folder.mkdir(parents=True, exist_ok=True)
     model.to(world.device).requires_grad_(True)
     if recipe.channels_last:
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model.to(memory_format=torch.channels_last)
     trainer = Trainer(family, model, recipe, world)
     state_file = folder / "state.pt"
     if state_file.is_file():

@@ -65,9 +65,7 @@ def train_autoencoder(config: Experiment, folder: Path, world: World) -> dict[st
 def split(images: ImageSet, held_out: int) -> tuple[ImageSet, ImageSet]:
     """(training, held out): the last `held_out` images are held out."""
     if len(images) <= held_out:
-        raise ValueError(
-            f"{images.path}: {len(images)} images, but {held_out} are held out: nothing is left to train on"
-        )
+        raise ValueError(f"{images.path}: {len(images)} images, but {held_out} are held out: nothing is left to train on")
     border = len(images) - held_out
     return images.subset(range(border)), images.subset(range(border, len(images)))
 

@@ -35,7 +35,7 @@ def train_base(config: Experiment, folder: Path, world: World) -> dict[str, obje
         raise ValueError(f"{data.path}: labels up to {images.num_classes - 1}, but the model has {classes} classes")
     if classes and images.labels is None:
         raise ValueError(f"{data.path}: the model is class-conditional ({classes} classes) and the images have no labels")
-    identity = {"model": to_plain(config.model), "recipe": to_plain(recipe), "data": {**to_plain(data), "num_images": len(images)}}
+    identity = {"model": to_plain(config.model), "recipe": to_plain(recipe), "data": to_plain(data), "num_images": len(images)}
     corpus = encoded(family, _in_memory(images), folder / "encoded", {"data": data.path}, world, 256)
     say(world, f"train: {sum(p.numel() for p in model.parameters()):,} parameters, {len(images):,} images, {recipe.images:,} images seen")
 

@@ -119,7 +119,7 @@ class VAR(Family):
         draws["path_seed"] = rng.integers(1 << 32)
         if is_images(codes):
             side = min(codes.shape[2:])
-            height, width = resized_size(*codes.shape[2:], round(how.resize * side))
+            height, width = resized_size(codes.shape[2], codes.shape[3], round(how.resize * side))
             draws["flipped"] = rng.uniform(()) < how.flip
             draws["top"], draws["left"] = rng.integers(height - side + 1), rng.integers(width - side + 1)
         return draws
