@@ -50,9 +50,9 @@ def test_image_to_indices(case):
 
 @torch.no_grad()
 def test_features_of_every_scale(case):
-    config, arrays, vqvae = case
+    _, arrays, vqvae = case
     scales = list(vqvae.quantize.scales(arrays["f"]))
-    for (indices, f_hat), expected in zip(scales, per_scale(arrays, "idx"), strict=True):
+    for (indices, _), expected in zip(scales, per_scale(arrays, "idx"), strict=True):
         assert torch.equal(indices, expected)
     assert_close(scales[-1][1], arrays["fhat_final"], what="fhat_final", atol=FEATURES_ATOL)
     for i, expected in enumerate(per_scale(arrays, "fhat")):
