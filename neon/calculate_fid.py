@@ -120,7 +120,8 @@ def _yardstick(request: Request, ranks: World) -> Yardstick:
     extractor = open_extractor(request.extractor, path=request.inception, device=ranks.device)
     if len(reference.mean) != extractor.dim:
         raise ValueError(f"{request.fid_stats} holds statistics of {len(reference.mean)} features, {extractor.name} gives {extractor.dim}")
-    metrics: tuple[Metric, ...] = ("fid", "is") if extractor.num_classes else ("fid",)
+    has_score = extractor.num_classes and request.num_images >= 10  # its ten splits need an image each
+    metrics: tuple[Metric, ...] = ("fid", "is") if has_score else ("fid",)
     return Yardstick(extractor=extractor, reference=reference, metrics=metrics)
 
 
