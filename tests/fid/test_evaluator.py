@@ -11,6 +11,7 @@ from fid.neighbours import neighbours
 from fid.store import FeatureStore
 
 N = 1100
+QUICK = ("fid", "is", "precision", "recall", "density", "coverage")  # KID and the extrapolation cost seconds; they see the same rows
 
 
 class Stub(Extractor):
@@ -39,6 +40,12 @@ def values(collector: Collector, metrics=METRICS) -> dict[str, float]:
     return measure(metrics, generated=collector, reference=GAUSSIAN, reference_features=REFERENCE, k=5)
 
 
+def check_quick(collector: Collector, whole: dict[str, float]) -> None:
+    found = values(collector, QUICK)
+    assert found == pytest.approx({name: whole[name] for name in found}, rel=1e-9)
+    assert torch.equal(collector.features, Stub()(IMAGES).pool)
+
+
 @pytest.fixture(scope="module")
 def whole():
     return values(collect(range(N), N))
@@ -58,10 +65,10 @@ def test_they_are_the_plain_functions(whole):
     assert whole[f"recall{N}[stub,k=5]"] == neighbours(generated=pool, reference=REFERENCE, k=5).recall
 
 
-@pytest.mark.parametrize("batch", [1, 37, 400])
+@pytest.mark.parametrize("batch", [3, 37, 400])
 def test_any_batch_and_order(whole, batch):
     shuffled = torch.randperm(N, generator=torch.Generator().manual_seed(batch))
-    assert values(collect(shuffled, batch)) == pytest.approx(whole, rel=1e-9)
+    check_quick(collect(shuffled, batch), whole)
 
 
 @pytest.mark.parametrize("world", [2, 3])
@@ -69,7 +76,7 @@ def test_ranks_merge_to_the_same(whole, world):
     ranks = [collect(range(rank, N, world), 64) for rank in range(world)]
     for other in ranks[1:]:
         ranks[0].merge(other)
-    assert values(ranks[0]) == pytest.approx(whole, rel=1e-9)
+    check_quick(ranks[0], whole)
 
 
 def test_a_killed_evaluation_goes_on(whole, tmp_path):
@@ -83,7 +90,7 @@ def test_a_killed_evaluation_goes_on(whole, tmp_path):
         resumed = Collector(Stub(), N, METRICS, folder=folder)
         resumed.load_state(torch.load(tmp_path / "state.pt", weights_only=True))
         resumed.update(IMAGES[400:], range(400, N))
-        assert values(resumed) == pytest.approx(whole, rel=1e-9)
+        check_quick(resumed, whole)
 
 
 def test_past_the_limit_features_go_to_a_file_that_disappears():
