@@ -114,7 +114,9 @@ class Curve:
             raise ValueError(f"the lowest distance is at the end of the range, w = {self.ws[lowest]:.3g}: widen the range of w")
         near = slice(max(lowest - 2, 0), lowest + 3)
         w = self.ws[near].double()
-        a, b, c = torch.linalg.lstsq(torch.stack([w**2, w, torch.ones_like(w)], dim=1), values[near].double()[:, None]).solution[:, 0].tolist()
+        a, b, c = (
+            torch.linalg.lstsq(torch.stack([w**2, w, torch.ones_like(w)], dim=1), values[near].double()[:, None]).solution[:, 0].tolist()
+        )
         return a, b, c
 
     def best_w(self) -> Tensor:

@@ -20,7 +20,6 @@ from neon.toy.warmup import WarmUp
 
 LIMIT = 4.5
 COLOURS = ("tab:blue", "tab:green", "tab:orange")
-NOTE = dict(textcoords="offset points", fontsize=8, color="0.3")
 
 
 def densities(panels: Mapping[str, Tensor]) -> Figure:
@@ -28,27 +27,28 @@ def densities(panels: Mapping[str, Tensor]) -> Figure:
     figure, axes = plt.subplots(1, 1 + len(panels), figsize=(2.6 * (1 + len(panels)), 2.9), sharex=True, sharey=True, layout="constrained")
     grid = torch.linspace(-LIMIT, LIMIT, 91)
     exact = density(torch.stack(torch.meshgrid(grid, grid, indexing="xy"), dim=-1))
-    look = dict(cmap="Blues", vmin=0, vmax=1.15 * exact.max().item())
-    axes[0].pcolormesh(grid, grid, exact, shading="gouraud", **look)
+    brightest = 1.15 * exact.max().item()
+    axes[0].pcolormesh(grid, grid, exact, shading="gouraud", cmap="Blues", vmin=0, vmax=brightest)
     axes[0].set_title("exact density", fontsize=10)
     for axis, (title, points) in zip(axes[1:], panels.items(), strict=True):
         x, y = points.double().T.numpy()
-        axis.hist2d(x, y, bins=60, range=[[-LIMIT, LIMIT]] * 2, density=True, **look)
-        ellipse(axis, torch.cov(points.double().T), points.double().mean(0), color="tab:red", linestyle="--", label="model")
+        axis.hist2d(x, y, bins=60, range=[[-LIMIT, LIMIT]] * 2, density=True, cmap="Blues", vmin=0, vmax=brightest)
+        ellipse(axis, torch.cov(points.double().T), points.double().mean(0), colour="tab:red", line="--", label="model")
         axis.set_title(title, fontsize=10)
     for axis in axes:
-        ellipse(axis, COVARIANCE, torch.zeros(2), color="black", label="truth")
+        ellipse(axis, COVARIANCE, torch.zeros(2), colour="black", line="-", label="truth")
         axis.set(aspect="equal", xlabel="x1")
     axes[0].set_ylabel("x2")
     axes[-1].legend(loc="lower right", fontsize=8, frameon=False)
     return figure
 
 
-def ellipse(axis: Axes, covariance: Tensor, mean: Tensor, **style: str) -> None:
+def ellipse(axis: Axes, covariance: Tensor, mean: Tensor, *, colour: str, line: str, label: str) -> None:
+    """Two standard deviations around the mean."""
     angle = torch.linspace(0, 2 * torch.pi, 100, dtype=torch.float64)
     circle = torch.stack([angle.cos(), angle.sin()])
     x, y = (2 * torch.linalg.cholesky(covariance) @ circle + mean.double()[:, None]).numpy()
-    axis.plot(x, y, linewidth=1.3, **style)
+    axis.plot(x, y, linewidth=1.3, color=colour, linestyle=line, label=label)
 
 
 def curves(model: Model, by_budget: Mapping[int, Mapping[float, Curve]], control: Curve | None = None) -> Figure:
@@ -61,7 +61,7 @@ def curves(model: Model, by_budget: Mapping[int, Mapping[float, Curve]], control
             draw_parabola(axis, curve, colour)
         axis.axhline(curve.at(0), color="0.5", linewidth=0.8, linestyle=":")
         axis.axvline(0, color="0.5", linewidth=0.8, linestyle=":")
-        axis.annotate("base", (axis.get_xlim()[0], curve.at(0)), (4, 3), **NOTE)
+        axis.annotate("base", (axis.get_xlim()[0], curve.at(0)), (4, 3), textcoords="offset points", fontsize=8, color="0.3")
         axis.set(yscale="log", xlabel="w   (w > 0: away from the synthetic data)", title=f"{budget} steps of fine-tuning on S")
     if control is not None:
         axes[0, 0].plot(control.ws, control.mean, color="0.4", linewidth=1.5, linestyle="-.", label="random direction, same length")
@@ -95,7 +95,9 @@ def cosine(model: Model, knobs: Sequence[float], values: Tensor) -> Figure:
     axis.plot(knobs, values, color="tab:blue", linewidth=0.5, alpha=0.6)
     axis.plot(knobs, values.mean(1), "o-", color="tab:blue", markersize=4, label="mean of the seeds")
     axis.axhline(0, color="black", linewidth=0.8)
-    axis.axvline(model.ordinary, color="tab:green", linestyle="--", linewidth=1, label=f"ordinary sampler, {model.knob} = {model.ordinary:g}")
+    axis.axvline(
+        model.ordinary, color="tab:green", linestyle="--", linewidth=1, label=f"ordinary sampler, {model.knob} = {model.ordinary:g}"
+    )
     low, high = axis.get_ylim()
     axis.axhspan(min(low, -0.05), 0, color="tab:blue", alpha=0.07)
     axis.set_ylim(min(low, -0.05), max(high, 0.05))
@@ -138,7 +140,7 @@ def warm_up(problem: WarmUp, a: Tensor, excess: Tensor) -> Figure:
     near = a[(mean[0] + problem.slope() * a) > mean.min()]
     axis.plot(near, mean[0] + problem.slope() * near, "k--", linewidth=1, label="exact slope at a = 0")
     axis.plot(a[mean.argmin()], mean.min(), "v", color="tab:blue", markeredgecolor="black")
-    axis.axhline(mean[0], color="0.5", linewidth=0.8, linestyle=":")
+    axis.axhline(mean[0].item(), color="0.5", linewidth=0.8, linestyle=":")
     axis.set(xlabel="a = w * learning rate * (1 - tau^2) / 2", ylabel="nats worse than the truth", ylim=(0, None))
     axis.legend(fontsize=8)
     return figure
