@@ -41,7 +41,7 @@ class Diffusion:
     The sampler's knob is zeta, a factor on the score: zeta > 1 is mode-seeking, zeta < 1 diversity-seeking.
     """
 
-    num_steps: int = 10
+    num_steps: int = 8
     ordinary: float = 1.0
     """zeta of the sampler that the model is used and scored with."""
     knob: str = "zeta"

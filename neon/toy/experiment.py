@@ -162,16 +162,17 @@ def plane(model: Model, base: Weights, synth: Weights, other: Weights, ws: Tenso
 def cosines(model: Model, base: Weights, knobs: Sequence[float], *, num_points: int, seed: int) -> Tensor:
     """Cosine of the gradients on fresh real and on synthetic points, (len(knobs), R), in the metric P = 1 / (sqrt(v) + 1e-8).
 
-    v is Adam's second moment at the base, on real batches. Real and synthetic gradient see the same times and noises.
+    v is Adam's second moment at the base, on real batches. The two gradients draw their own times and noises: shared ones would
+    make them look aligned where both are small.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed + 2)
     real = real_points(num_replicas(base), num_points, seed=seed)
     noise = torch.randn(real.shape, generator=generator)
     metric = adam_metric(model, base, real, generator)
     on_real = gradient(model, base, real, seed=seed)
     result = []
     for knob in knobs:
-        on_synthetic = gradient(model, base, model.sample(base, noise, knob), seed=seed)
+        on_synthetic = gradient(model, base, model.sample(base, noise, knob), seed=seed + 1)
         s, rr, ss = (inner(metric, *pair) for pair in ((on_real, on_synthetic), (on_real, on_real), (on_synthetic, on_synthetic)))
         result.append(s / (rr * ss).sqrt())
     return torch.stack(result)

@@ -18,8 +18,8 @@ from neon.toy.experiment import Curve, Model
 from neon.toy.target import COVARIANCE, density
 from neon.toy.warmup import WarmUp
 
-LIMIT = 4.5
-COLOURS = ("tab:blue", "tab:green", "tab:orange")
+LIMIT = 5.5
+COLOURS = {"diversity-seeking": "tab:blue", "ordinary": "tab:green", "mode-seeking": "tab:orange"}
 
 
 def densities(panels: Mapping[str, Tensor]) -> Figure:
@@ -37,7 +37,7 @@ def densities(panels: Mapping[str, Tensor]) -> Figure:
         axis.set_title(title, fontsize=10)
     for axis in axes:
         ellipse(axis, COVARIANCE, torch.zeros(2), colour="black", line="-", label="truth")
-        axis.set(aspect="equal", xlabel="x1")
+        axis.set(aspect="equal", xlabel="x1", xlim=(-LIMIT, LIMIT), ylim=(-LIMIT, LIMIT))
     axes[0].set_ylabel("x2")
     axes[-1].legend(loc="lower right", fontsize=8, frameon=False)
     return figure
@@ -55,9 +55,11 @@ def curves(model: Model, by_budget: Mapping[int, Mapping[float, Curve]], control
     """Distance against w: one panel per budget, one colour per sampler, thin lines the replicas, dashes the parabola."""
     figure, axes = plt.subplots(1, len(by_budget), figsize=(5.2 * len(by_budget), 3.8), sharey=True, layout="constrained", squeeze=False)
     for axis, (budget, by_knob) in zip(axes[0], by_budget.items(), strict=True):
-        for colour, (knob, curve) in zip(COLOURS, by_knob.items(), strict=False):
+        for knob, curve in by_knob.items():
+            kind = kind_of(model, knob)
+            colour = COLOURS[kind]
             axis.plot(curve.ws, curve.values, color=colour, linewidth=0.5, alpha=0.5)
-            axis.plot(curve.ws, curve.mean, color=colour, linewidth=2, label=f"S drawn with {name_of(model, knob)}")
+            axis.plot(curve.ws, curve.mean, color=colour, linewidth=2, label=f"S drawn with {model.knob} = {knob:g} ({kind})")
             draw_parabola(axis, curve, colour)
         axis.axhline(curve.at(0), color="0.5", linewidth=0.8, linestyle=":")
         axis.axvline(0, color="0.5", linewidth=0.8, linestyle=":")
@@ -72,21 +74,19 @@ def curves(model: Model, by_budget: Mapping[int, Mapping[float, Curve]], control
 
 def draw_parabola(axis: Axes, curve: Curve, colour: str) -> None:
     a, b, c = curve.parabola(curve.mean)
-    vertex = -b / (2 * a)
-    w = np.linspace(vertex - 3 * (curve.ws[1] - curve.ws[0]).item(), vertex + 3 * (curve.ws[1] - curve.ws[0]).item(), 50)
+    vertex, step = -b / (2 * a), (curve.ws[1] - curve.ws[0]).item()
+    w = np.linspace(vertex - 2 * step, vertex + 2 * step, 50)
     fitted = a * w**2 + b * w + c
-    axis.plot(w[fitted > 0], fitted[fitted > 0], color="black", linewidth=1, linestyle="--")
+    shown = fitted > curve.mean.min().item() / 2  # the axis is logarithmic
+    axis.plot(w[shown], fitted[shown], color="black", linewidth=1, linestyle="--")
     axis.plot(vertex, np.interp(vertex, curve.ws, curve.mean), "v", color=colour, markeredgecolor="black")
 
 
-def name_of(model: Model, knob: float) -> str:
-    kind = "ordinary" if knob == model.ordinary else "mode-seeking" if is_mode_seeking(model, knob) else "diversity-seeking"
-    return f"{model.knob} = {knob:g} ({kind})"
-
-
-def is_mode_seeking(model: Model, knob: float) -> bool:
+def kind_of(model: Model, knob: float) -> str:
     """A higher zeta concentrates, a higher tau spreads."""
-    return (knob > 1) == (model.knob == "zeta")
+    if knob == model.ordinary:
+        return "ordinary"
+    return "mode-seeking" if (knob > 1) == (model.knob == "zeta") else "diversity-seeking"
 
 
 def cosine(model: Model, knobs: Sequence[float], values: Tensor) -> Figure:
@@ -126,7 +126,7 @@ def plane(ws: Tensor, wo: Tensor, values: Tensor) -> Figure:
         axis.plot(w_s, w_o, mark, color="tab:red", markeredgecolor="white", markersize=12 if mark == "*" else 8, label=text)
     axis.axhline(0, color="black", linewidth=0.5)
     axis.axvline(0, color="black", linewidth=0.5)
-    axis.set(xlabel="w_s   (away from the synthetic data)", ylabel="w_o   (towards 4,000 new real points)")
+    axis.set(xlabel="w_s   (away from the synthetic data)", ylabel="w_o   (towards new real data)")
     axis.legend(fontsize=8, loc="upper left")
     return figure
 
