@@ -23,7 +23,8 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     """A binary file that takes the place of `path` when the block ends without an error; until then `path` is untouched.
 
     The temporary file lies in the same folder (a rename is atomic only within one file system), is on the disk before the
-    rename, and is removed if the block raises. Raises FileNotFoundError if there is no such folder.
+    rename, and is removed if the block raises. Raises FileNotFoundError if there is no such folder; an OSError of the writing
+    itself (a full disk, a quota) names the path and says that what was there still is.
     """
     if not path.parent.is_dir():
         raise FileNotFoundError(f"cannot write {path}: there is no folder {path.parent}")
@@ -35,6 +36,12 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
         sync_folder(path.parent)
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        kept = "the old file is untouched" if path.exists() else "no half of it is left"
+        message = f"{error.strerror} while it was written; {kept}. Make room or choose another folder, then run the same command again"
+        raise OSError(error.errno, message, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -56,7 +63,8 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def folder_lock(folder: Path) -> Iterator[None]:
-    """Own `folder` (made if missing) for the length of the block. The lock dies with its process: a kill leaves nothing behind.
+    """Own `folder` (made if missing) for the length of the block. The lock dies with its process; the half-written temporary
+    files of a killed holder are removed from the folder and its subfolders.
 
     Raises FolderInUseError, which names the holder, if another process (or another block of this one) owns it.
     """
@@ -68,10 +76,18 @@ def folder_lock(folder: Path) -> Iterator[None]:
             file.seek(0)
             holder = file.read().strip() or "a process that has not yet written its name"
             raise FolderInUseError(f"{folder} is in use by {holder}. Wait for it, stop it, or choose another folder") from error
+        _remove_leftovers(folder)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()} ({' '.join(sys.argv)[:200]})\n")
         file.flush()
         yield
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """What `replacing` could not remove because its process was killed. Only the owner of the folder may do this."""
+    for pattern in (".*.????????.tmp", "*/.*.????????.tmp"):
+        for leftover in folder.glob(pattern):
+            leftover.unlink()
 
 
 def sha256_of(path: Path) -> str:

@@ -47,7 +47,12 @@ def repair_lines(path: Path) -> None:
 def save_state(state: object, path: Path) -> None:
     """torch.save in one step: the old state stays until the new one is whole."""
     with files.replacing(path) as stream:
-        torch.save(state, stream)
+        try:
+            torch.save(state, stream)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):  # torch hides a full disk behind a message about positions
+                raise error.__context__ from None
+            raise
 
 
 def key_of(value: object) -> str:

@@ -1,11 +1,17 @@
 """Atomic writes, the folder lock, hashes."""
 
+import os
+import resource
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
+import torch
 
-from neon import files
+from neon import checkpoint, files, records, shards
 
 
 def test_a_reader_sees_the_old_content_until_the_block_ends_and_the_new_one_after(tmp_path):
@@ -81,3 +87,82 @@ def test_a_folder_is_locked_against_its_own_process_too_and_free_after_the_block
 def test_sha256_is_the_published_one(tmp_path):
     (tmp_path / "abc").write_bytes(b"abc")  # FIPS 180-2, appendix B.1
     assert files.sha256_of(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+@contextmanager
+def no_file_longer_than(size: int) -> Iterator[None]:
+    """The kernel refuses to write past `size` bytes of any file, as it does on a full disk."""
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, old[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+WRITERS = {
+    "state.pt": lambda path, n: records.save_state({"a": torch.zeros(n)}, path),
+    "manifest.json": lambda path, n: records.write_json([0] * n, path),
+    "shard.npz": lambda path, n: shards.write_shard(path, torch.zeros(1, n), None, [0]),
+    "model.safetensors": lambda path, n: checkpoint.write(path, {"a": torch.zeros(n)}, metadata={}),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_full_disk_is_said_with_the_path_and_leaves_the_old_file(tmp_path, name):
+    write, path = WRITERS[name], tmp_path / name
+    write(path, 10)
+    old = path.read_bytes()
+    with no_file_longer_than(5000), pytest.raises(OSError, match=f"File too large while it was written.*untouched.*{name}"):
+        write(path, 100_000)
+    assert path.read_bytes() == old
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_full_disk_leaves_no_half_file_where_none_was(tmp_path, name):
+    with no_file_longer_than(5000), pytest.raises(OSError, match="no half of it is left"):
+        WRITERS[name](tmp_path / name, 100_000)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unwritable_folder_is_named(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    folder.chmod(0o555)
+    is_root = os.geteuid() == 0
+    if is_root:
+        os.seteuid(65534)  # the rights of a folder mean nothing to root
+    try:
+        with pytest.raises(PermissionError, match="run"), files.folder_lock(folder):
+            pass
+        with pytest.raises(PermissionError, match="run"):
+            files.write_text(folder / "result.json", "x")
+    finally:
+        if is_root:
+            os.seteuid(0)
+        folder.chmod(0o755)
+    assert not list(folder.iterdir())
+
+
+def test_the_next_owner_of_a_folder_removes_the_halves_that_a_kill_left(tmp_path):
+    """Only files that `replacing` itself names so; a killed writer cannot remove its own."""
+    code = """
+import os, pathlib, signal, sys
+from neon.files import replacing
+with replacing(pathlib.Path(sys.argv[1])) as stream:
+    stream.write(b"half")
+    stream.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    (tmp_path / "synth").mkdir()
+    others = [tmp_path / "notes.tmp", tmp_path / "synth/.hidden.tmp"]
+    for other in others:
+        other.write_text("mine")
+    for path in (tmp_path / "result.json", tmp_path / "synth/shard.npz"):
+        subprocess.run([sys.executable, "-c", code, str(path)], check=False)
+    assert len(list(tmp_path.rglob("*.tmp"))) == 4
+    with files.folder_lock(tmp_path):
+        assert sorted(tmp_path.rglob("*.tmp")) == sorted(others)

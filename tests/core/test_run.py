@@ -164,3 +164,24 @@ def test_guidance_has_no_hidden_default(line_config, tmp_path):
     line_config.write_text(text)
     with pytest.raises(ValueError, match=r"synth\.cfg_scale.*no hidden default"):
         run(line_config, tmp_path / "run")
+
+
+def test_a_full_disk_ends_the_run_with_one_line_and_the_next_run_goes_on(line_config, tmp_path):
+    """Every file of the run that is longer than 1.5 kB fails, whichever comes first, until there is room again."""
+    unbroken = run(line_config, tmp_path / "unbroken")
+    limited = f"ulimit -f 3; exec {sys.executable} -m neon run {line_config} --out {tmp_path / 'full'} --device cpu"
+    done = subprocess.run(["sh", "-c", limited], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "File too large while it was written" in done.stderr
+    assert "Traceback" not in done.stderr
+    again = run(line_config, tmp_path / "full")
+    assert without_times(again) == without_times(unbroken)
+    assert (tmp_path / "full/neon.safetensors").read_bytes() == (tmp_path / "unbroken/neon.safetensors").read_bytes()
+
+
+def test_a_folder_that_cannot_be_made_is_named_before_any_work(line_config, tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    process = start(line_config, tmp_path / "file/run")
+    out, errors = process.communicate()
+    assert (process.returncode, out) == (1, "")
+    assert str(tmp_path / "file/run") in errors.splitlines()[-1]
