@@ -8,7 +8,6 @@ from neon.toy.autoregressive import Autoregressive
 from neon.toy.diffusion import Diffusion, ExactDiffusion
 from neon.toy.experiment import (
     Curve,
-    cosines,
     evaluation_noise,
     fine_tune,
     minima_table,
@@ -18,17 +17,19 @@ from neon.toy.experiment import (
     sweep,
     train_base,
 )
+from neon.toy.gradients import Alignment, alignment
 from neon.toy.target import COVARIANCE, distance, real_points
 from neon.toy.warmup import WarmUp
 
 __all__ = [
     "COVARIANCE",
+    "Alignment",
     "Autoregressive",
     "Curve",
     "Diffusion",
     "ExactDiffusion",
     "WarmUp",
-    "cosines",
+    "alignment",
     "distance",
     "evaluation_noise",
     "fine_tune",

@@ -47,7 +47,6 @@ class Autoregressive:
         """Mean negative log-likelihood, (R,). Exact: nothing is drawn."""
         return -self.log_density(weights, x_RN2).mean(-1)
 
-    @torch.no_grad()
     def sample(self, weights: Weights, noise_RN2: Tensor, tau: float | None = None) -> Tensor:
         """Points (R, N, 2) from standard normal noise; tau None is the ordinary sampler."""
         tau = self.ordinary if tau is None else tau

@@ -64,7 +64,6 @@ class Diffusion:
         noisy = alpha_bar.sqrt() * x_RN2 + (1 - alpha_bar).sqrt() * noise
         return (self.predict_noise(weights, noisy, time) - noise).square().mean(dim=(1, 2))
 
-    @torch.no_grad()
     def sample(self, weights: Weights, noise_RN2: Tensor, zeta: float | None = None) -> Tensor:
         """Points (R, N, 2) from standard normal noise; zeta None is the ordinary sampler."""
         zeta = self.ordinary if zeta is None else zeta

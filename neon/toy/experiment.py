@@ -1,4 +1,4 @@
-"""The experiments of the notebook: train, self-train, merge at many w, compare gradients."""
+"""The experiments of the notebook: train, self-train, merge at many w."""
 
 # R replicas, N points, W values of w
 
@@ -15,7 +15,7 @@ from neon.merge import random_direction, reverse_merge
 from neon.toy.autoregressive import Autoregressive
 from neon.toy.diffusion import Diffusion
 from neon.toy.stack import Weights, num_replicas, repeat, split, stack
-from neon.toy.target import distance, real_points
+from neon.toy.target import distance
 
 Model = Diffusion | Autoregressive
 BATCH = 250
@@ -129,8 +129,8 @@ class Curve:
         return self.mean[int((self.ws - w).abs().argmin())].item()
 
     def lowest(self) -> float:
-        """The lowest measured distance of every replica, averaged over replicas."""
-        return self.values.amin(dim=0).mean().item()
+        """The lowest measured mean distance: one w for all replicas."""
+        return self.mean.min().item()
 
 
 def sweep(model: Model, base: Weights, tuned: Weights, ws: Tensor, noise_1N2: Tensor) -> Curve:
@@ -157,49 +157,3 @@ def plane(model: Model, base: Weights, synth: Weights, other: Weights, ws: Tenso
         points = [{name: towards[name] + merged[name] - base[name] for name in base} for merged in away]
         rows.append(torch.stack([score(model, weights, noise_1N2).mean() for weights in points]))
     return torch.stack(rows)
-
-
-def cosines(model: Model, base: Weights, knobs: Sequence[float], *, num_points: int, seed: int) -> Tensor:
-    """Cosine of the gradients on fresh real and on synthetic points, (len(knobs), R), in the metric P = 1 / (sqrt(v) + 1e-8).
-
-    v is Adam's second moment at the base, on real batches. The two gradients draw their own times and noises: shared ones would
-    make them look aligned where both are small.
-    """
-    generator = torch.Generator().manual_seed(seed + 2)
-    real = real_points(num_replicas(base), num_points, seed=seed)
-    noise = torch.randn(real.shape, generator=generator)
-    metric = adam_metric(model, base, real, generator)
-    on_real = gradient(model, base, real, seed=seed)
-    result = []
-    for knob in knobs:
-        on_synthetic = gradient(model, base, model.sample(base, noise, knob), seed=seed + 1)
-        s, rr, ss = (inner(metric, *pair) for pair in ((on_real, on_synthetic), (on_real, on_real), (on_synthetic, on_synthetic)))
-        result.append(s / (rr * ss).sqrt())
-    return torch.stack(result)
-
-
-def gradient(model: Model, weights: Weights, points_RN2: Tensor, *, seed: int, passes: int = 8) -> Weights:
-    """Gradient of the loss, averaged over `passes` draws of the loss's own randomness for every point."""
-    generator = torch.Generator().manual_seed(seed)
-    weights = {name: value.detach().requires_grad_() for name, value in weights.items()}
-    passes = passes if isinstance(model, Diffusion) else 1  # an exact likelihood draws nothing
-    for _ in range(passes):
-        for chunk in points_RN2.split(CHUNK, dim=1):
-            share = chunk.shape[1] / points_RN2.shape[1] / passes
-            (share * model.loss(weights, chunk, generator).sum()).backward()
-    return {name: value.grad for name, value in weights.items() if value.grad is not None}
-
-
-def adam_metric(model: Model, base: Weights, points_RN2: Tensor, generator: torch.Generator, *, num_batches: int = 100) -> Weights:
-    """P: the factors by which Adam multiplies a gradient at the base (beta2 = 0.999, bias-corrected)."""
-    beta2, second = 0.999, {name: torch.zeros_like(value) for name, value in base.items()}
-    for batch in range(num_batches):
-        grads = gradient(model, base, batch_of(points_RN2, generator), seed=batch, passes=1)
-        for name, grad in grads.items():
-            second[name].lerp_(grad.square(), 1 - beta2)
-    return {name: 1 / ((value / (1 - beta2**num_batches)).sqrt() + 1e-8) for name, value in second.items()}
-
-
-def inner(metric: Weights, a: Weights, b: Weights) -> Tensor:
-    """<a, P b> of every replica, (R,)."""
-    return sum((metric[name] * a[name] * b[name]).double().flatten(1).sum(1) for name in metric)  # type: ignore[return-value]

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from neon.toy.experiment import Curve, Model
+from neon.toy.gradients import Alignment
 from neon.toy.target import COVARIANCE, density
 from neon.toy.warmup import WarmUp
 
@@ -53,7 +54,7 @@ def ellipse(axis: Axes, covariance: Tensor, mean: Tensor, *, colour: str, line: 
 
 def curves(model: Model, by_budget: Mapping[int, Mapping[float, Curve]], control: Curve | None = None) -> Figure:
     """Distance against w: one panel per budget, one colour per sampler, thin lines the replicas, dashes the parabola."""
-    figure, axes = plt.subplots(1, len(by_budget), figsize=(5.2 * len(by_budget), 3.8), sharey=True, layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(1, len(by_budget), figsize=(5.2 * len(by_budget), 4.3), sharey=True, layout="constrained", squeeze=False)
     for axis, (budget, by_knob) in zip(axes[0], by_budget.items(), strict=True):
         for knob, curve in by_knob.items():
             kind = kind_of(model, knob)
@@ -68,7 +69,7 @@ def curves(model: Model, by_budget: Mapping[int, Mapping[float, Curve]], control
     if control is not None:
         axes[0, 0].plot(control.ws, control.mean, color="0.4", linewidth=1.5, linestyle="-.", label="random direction, same length")
     axes[0, 0].set_ylabel("Frechet distance to the truth")
-    axes[0, 0].legend(fontsize=8)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
     return figure
 
 
@@ -89,45 +90,46 @@ def kind_of(model: Model, knob: float) -> str:
     return "mode-seeking" if (knob > 1) == (model.knob == "zeta") else "diversity-seeking"
 
 
-def cosine(model: Model, knobs: Sequence[float], values: Tensor) -> Figure:
-    """values (K, R) of `experiment.cosines`: mean and replicas."""
-    figure, axis = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
-    axis.plot(knobs, values, color="tab:blue", linewidth=0.5, alpha=0.6)
-    axis.plot(knobs, values.mean(1), "o-", color="tab:blue", markersize=4, label="mean of the seeds")
-    axis.axhline(0, color="black", linewidth=0.8)
-    axis.axvline(
-        model.ordinary, color="tab:green", linestyle="--", linewidth=1, label=f"ordinary sampler, {model.knob} = {model.ordinary:g}"
-    )
-    low, high = axis.get_ylim()
-    axis.axhspan(min(low, -0.05), 0, color="tab:blue", alpha=0.07)
-    axis.set_ylim(min(low, -0.05), max(high, 0.05))
-    axis.annotate("anti-aligned: w > 0 helps", (0.02, 0.03), xycoords="axes fraction", fontsize=8)
-    axis.annotate("aligned: w < 0 helps", (0.02, 0.93), xycoords="axes fraction", fontsize=8)
-    sides = "diversity-seeking  <   > mode-seeking" if model.knob == "zeta" else "mode-seeking  <   > diversity-seeking"
-    axis.set(xlabel=f"{model.knob} of the sampler that draws S    ({sides})", ylabel="cosine of real and\nsynthetic gradient")
-    axis.legend(fontsize=8)
+def alignment(model: Model, result: Alignment) -> Figure:
+    """Both cosines against the sampler's knob: mean and replicas."""
+    figure, axes = plt.subplots(1, 2, figsize=(10.4, 3.5), sharey=True, layout="constrained")
+    panels = {"with the gradient of the loss on real data": result.loss, "with the gradient of the Frechet distance": result.score}
+    for axis, (title, values) in zip(axes, panels.items(), strict=True):
+        axis.plot(result.knobs, values, color="tab:blue", linewidth=0.5, alpha=0.6)
+        axis.plot(result.knobs, values.mean(1), "o-", color="tab:blue", markersize=4, label=f"mean of {values.shape[1]} seeds")
+        axis.axhline(0, color="black", linewidth=0.8)
+        axis.axvline(model.ordinary, color="tab:green", linestyle="--", linewidth=1, label="ordinary sampler")
+        axis.axhspan(-1, 0, color="tab:orange", alpha=0.08)
+        axis.annotate("aligned: w < 0 helps", (0.02, 0.94), xycoords="axes fraction", fontsize=8)
+        axis.annotate("anti-aligned: w > 0 helps", (0.02, 0.03), xycoords="axes fraction", fontsize=8)
+        sides = "diversity-seeking  <   > mode-seeking" if model.knob == "zeta" else "mode-seeking  <   > diversity-seeking"
+        axis.set(title=title, xlabel=f"{model.knob} of the sampler that draws S\n({sides})", ylim=(-1, 1))
+    axes[0].set_ylabel("cosine of the gradient on S")
+    axes[1].legend(fontsize=8, loc="upper right" if model.knob == "zeta" else "lower right")
     return figure
 
 
-def plane(ws: Tensor, wo: Tensor, values: Tensor) -> Figure:
-    """values (len(wo), len(ws)) of `experiment.plane` as a map with contours; base, minimum and both pure choices marked."""
-    figure, axis = plt.subplots(figsize=(6, 4.4), layout="constrained")
-    levels = np.geomspace(values.min().item(), values.max().item(), 12)
-    filled = axis.contourf(ws, wo, values, levels=levels, norm=LogNorm(), cmap="viridis_r")
-    axis.contour(ws, wo, values, levels=levels, colors="white", linewidths=0.4)
-    figure.colorbar(filled, label="Frechet distance to the truth", format="%.2g")
-    row, column = divmod(int(values.argmin()), values.shape[1])
-    pure = int(values[int(wo.abs().argmin())].argmin())
-    for w_s, w_o, mark, text in (
-        (0, 0, "o", "base"),
-        (ws[pure], 0, "D", "best w_s without new data (Neon)"),
-        (ws[column], wo[row], "*", "best of the plane"),
-    ):
-        axis.plot(w_s, w_o, mark, color="tab:red", markeredgecolor="white", markersize=12 if mark == "*" else 8, label=text)
-    axis.axhline(0, color="black", linewidth=0.5)
-    axis.axvline(0, color="black", linewidth=0.5)
-    axis.set(xlabel="w_s   (away from the synthetic data)", ylabel="w_o   (towards new real data)")
-    axis.legend(fontsize=8, loc="upper left")
+def planes(panels: Mapping[str, tuple[Tensor, Tensor, Tensor]]) -> Figure:
+    """One map with contours per panel (w_s, w_o, `experiment.plane` of them); base and the lowest points are marked."""
+    figure, axes = plt.subplots(1, len(panels), figsize=(5.4 * len(panels), 4.4), layout="constrained", squeeze=False)
+    for axis, (title, (ws, wo, values)) in zip(axes[0], panels.items(), strict=True):
+        levels = np.geomspace(values.min().item(), values.max().item(), 12)
+        filled = axis.contourf(ws, wo, values, levels=levels, norm=LogNorm(), cmap="viridis_r")
+        axis.contour(ws, wo, values, levels=levels, colors="white", linewidths=0.4)
+        figure.colorbar(filled, ax=axis, format="%.2g").set_label("Frechet distance to the truth", fontsize=8)
+        row, column = divmod(int(values.argmin()), values.shape[1])
+        synthetic, real = int(values[int(wo.abs().argmin())].argmin()), int(values[:, int(ws.abs().argmin())].argmin())
+        for w_s, w_o, mark, text in (
+            (0, 0, "o", "base"),
+            (0, wo[real], "s", "best with new data alone"),
+            (ws[synthetic], 0, "D", "best with synthetic data alone (Neon)"),
+            (ws[column], wo[row], "*", "best with both"),
+        ):
+            axis.plot(w_s, w_o, mark, color="tab:red", markeredgecolor="white", markersize=14 if mark == "*" else 8, label=text)
+        axis.axhline(0, color="black", linewidth=0.5)
+        axis.axvline(0, color="black", linewidth=0.5)
+        axis.set(title=title, xlabel="w_s   (away from the synthetic data)", ylabel="w_o   (towards new real data)")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     return figure
 
 

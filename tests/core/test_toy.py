@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from fid.frechet import Gaussian, frechet_distance
 from neon import reverse_merge
 from neon.toy import (
     Autoregressive,
@@ -14,7 +15,7 @@ from neon.toy import (
     Diffusion,
     ExactDiffusion,
     WarmUp,
-    cosines,
+    alignment,
     distance,
     evaluation_noise,
     fine_tune,
@@ -26,7 +27,8 @@ from neon.toy import (
     train_base,
 )
 from neon.toy.diffusion import LAST_TIME, signal
-from neon.toy.experiment import gradient, inner, score
+from neon.toy.experiment import score
+from neon.toy.gradients import gradient, inner, score_gradient
 from neon.toy.stack import num_parameters, repeat, split, stack
 from neon.toy.target import COVARIANCE, density
 
@@ -56,6 +58,15 @@ def test_distance_of_a_scaled_and_shifted_target():
         mean = torch.tensor(mean, dtype=torch.float64)
         want = (k - 1) ** 2 * 4 + mean.square().sum().item()
         assert distance(points_with(k**2 * COVARIANCE, mean)).item() == pytest.approx(want, abs=1e-9)
+
+
+def test_distance_is_the_evaluators():
+    """The closed form of the plane against fid's, for points that share no axis with the target."""
+    mix = torch.tensor([[[0.3, -1.1], [0.8, 0.2]], [[2.0, 0.1], [0.4, 0.7]]])
+    points = torch.randn(2, 500, 2, generator=torch.Generator().manual_seed(0)) @ mix + torch.tensor([0.3, -0.7])
+    truth = Gaussian(torch.zeros(2), COVARIANCE)
+    want = [frechet_distance(generated=Gaussian(x.mean(0), torch.cov(x.T)), reference=truth) for x in points.double()]
+    assert distance(points).tolist() == pytest.approx(want, rel=1e-9)
 
 
 def test_density_of_the_target():
@@ -135,7 +146,7 @@ def test_autoregressive_density_is_that_of_its_samples():
     z = torch.tensor([0.4, -1.3], dtype=torch.float64)
 
     def f(z: torch.Tensor) -> torch.Tensor:
-        return Autoregressive.sample.__wrapped__(model, weights, z[None, None], 1.0)[0, 0]
+        return model.sample(weights, z[None, None], 1.0)[0, 0]
 
     jacobian = torch.autograd.functional.jacobian(f, z)
     want = -0.5 * z.square().sum() - math.log(2 * math.pi) - torch.linalg.slogdet(jacobian).logabsdet
@@ -238,9 +249,20 @@ def test_parabola_finds_the_vertex_of_each_replica():
 def test_gradients_of_a_too_narrow_model():
     """Real points ask it to widen, samples of temperature 0.5 to narrow, of temperature 3 to widen: cosine < 0, > 0."""
     base = constant_model(mean=0.0, log_std=-0.5)
-    values = cosines(Autoregressive(), base, [0.5, 3.0], num_points=4000, seed=0)[:, 0]
-    assert values[0] < -0.9
-    assert values[1] > 0.9
+    result = alignment(Autoregressive(ordinary=1.0), base, [0.5, 3.0], num_points=4000, seed=0)
+    for narrow, wide in (result.loss[:, 0], result.score[:, 0]):
+        assert narrow < -0.9
+        assert wide > 0.9
+
+
+def test_score_gradient_in_closed_form():
+    """Independent conditionals of one std s: FD = tr T + 2 s^2 - 2 s tr sqrt(T) with sqrt(T) of eigenvalues sqrt(3), 1; and s is
+    exp(log_std) for both coordinates."""
+    model, base, std = Autoregressive(ordinary=1.0), constant_model(mean=0.0, log_std=-0.5), math.exp(-0.5)
+    noise = points_with(torch.eye(2, dtype=torch.float64), torch.zeros(2)).float()
+    got = score_gradient(model, base, noise)["2.bias"][0, 0]
+    want = 4 * std**2 - 2 * std * (math.sqrt(3) + 1)
+    torch.testing.assert_close(got, torch.tensor([0.0, want]), rtol=1e-4, atol=1e-4)
 
 
 def test_gradient_and_metric_in_closed_form():
