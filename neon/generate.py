@@ -45,12 +45,16 @@ class Batch:
     labels: Tensor | None
 
 
-@torch.inference_mode()
 def generate(source: Source, model: nn.Module, batches: Iterable[Sequence[int]], device: torch.device) -> Iterator[Batch]:
     """Sample the images of `batches` (indices within the block; image i has seed first_seed + i)."""
     model.eval()
     if source.sampling.channels_last:
-        model = model.to(memory_format=torch.channels_last)
+        model.to(memory_format=torch.channels_last)
+    yield from _generate(source, model, batches, device)
+
+
+@torch.inference_mode()  # without the move above: it would make parameters that nothing may change afterwards
+def _generate(source: Source, model: nn.Module, batches: Iterable[Sequence[int]], device: torch.device) -> Iterator[Batch]:
     for indices in batches:
         rng = image_rng(source.first_seed, indices, device, draw_on_device=source.sampling.draw_on == "device")
         labels = None
