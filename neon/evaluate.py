@@ -21,8 +21,6 @@ from neon.distributed import World
 from neon.generate import Source, generate, to_images
 from neon.progress import progress
 
-SAVE_EVERY_S = 60.0
-
 
 @dataclass(frozen=True, kw_only=True)
 class Yardstick:
@@ -71,8 +69,9 @@ def evaluate(
     collectors = [_collector(y, num_images, mine, i) for i, y in enumerate(yardsticks)]
     shown: dict[int, Tensor] = {}
     batches = world.batches(num_images, source.sampling.batch)
-    done = 0 if mine is None else _restore(mine / "state.pt", collectors, shown)
-    feature_s, saved_at = 0.0, time.monotonic()
+    saver = None if mine is None else records.Saver(mine / "state.pt")
+    done = 0 if saver is None else _restore(saver.path, collectors, shown)
+    feature_s = 0.0
     bar = progress(total=num_images, initial=done * source.sampling.batch * world.size, desc=desc, unit="img", world=world)
     for batch in generate(source, model, batches[done:], world.device):
         images = to_images(source, batch.codes)
@@ -83,9 +82,8 @@ def evaluate(
         shown.update({i: image.cpu() for i, image in zip(batch.indices, images, strict=True) if i < num_shown})
         done += 1
         bar.update(len(batch.indices) * world.size)
-        if mine is not None and time.monotonic() - saved_at > SAVE_EVERY_S:
-            records.save_state({"done": done, "collectors": [c.state() for c in collectors], "shown": shown}, mine / "state.pt")
-            saved_at = time.monotonic()
+        if saver is not None and saver.is_due:
+            saver.save({"done": done, "collectors": [c.state() for c in collectors], "shown": shown})
     bar.close()
     sampling_s = time.perf_counter() - started - feature_s
     metrics: dict[str, float] = {}

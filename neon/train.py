@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,8 +23,6 @@ from neon.generate import autocast
 from neon.progress import progress
 from neon.seeds import SharedRng, derived_seed
 from neon.shards import Corpus
-
-STATE_EVERY_S = 60.0
 
 
 @dataclass
@@ -222,15 +219,14 @@ def train(
     if recipe.channels_last:
         model.to(memory_format=torch.channels_last)
     trainer = Trainer(family, model, recipe, world)
-    state_file = folder / "state.pt"
-    if state_file.is_file():
-        state = torch.load(state_file, map_location=world.device, weights_only=True)
+    saver = records.Saver(folder / "state.pt")
+    if saver.path.is_file():
+        state = torch.load(saver.path, map_location=world.device, weights_only=True)
         records.check_same(state["identity"], identity, folder)
         trainer.restore(state)
     if world.is_main:
         _truncate_log(folder, trainer.step)
     world.barrier()
-    saved_at = time.monotonic()
     bar = progress(total=recipe.images, initial=trainer.images_seen, desc="train", unit="img", world=world)
     while trainer.images_seen < recipe.images:
         before = trainer.images_seen
@@ -245,9 +241,8 @@ def train(
             _log(folder, trainer, loss, is_due)
             if is_due:
                 write_snapshot(trainer, folder / f"snapshot-{trainer.images_seen:012d}.safetensors")
-            if is_due or time.monotonic() - saved_at > STATE_EVERY_S:
-                records.save_state({**trainer.state(), "identity": dict(identity)}, state_file)
-                saved_at = time.monotonic()
+            if is_due or saver.is_due:
+                saver.save({**trainer.state(), "identity": dict(identity)})
     bar.close()
     world.barrier()
     return snapshots(folder)

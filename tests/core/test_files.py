@@ -166,3 +166,22 @@ with replacing(pathlib.Path(sys.argv[1])) as stream:
     assert len(list(tmp_path.rglob("*.tmp"))) == 4
     with files.folder_lock(tmp_path):
         assert sorted(tmp_path.rglob("*.tmp")) == sorted(others)
+
+
+def test_saving_takes_a_twentieth_of_the_time(tmp_path, monkeypatch):
+    """On a clock where a save takes 2 s and a step 1 s: saves start at least 40 s apart, and the first is not put off."""
+    clock = [0.0]
+    monkeypatch.setattr(records.time, "monotonic", lambda: clock[0])
+    saver = records.Saver(tmp_path / "state.pt")
+    saved_at = []
+
+    def slow_save(state: object, path: object) -> None:
+        saved_at.append(clock[0])
+        clock[0] += 2
+
+    monkeypatch.setattr(records, "save_state", slow_save)
+    while clock[0] < 200:
+        clock[0] += 1
+        if saver.is_due:
+            saver.save({})
+    assert saved_at == [1.0, 44.0, 87.0, 130.0, 173.0]
