@@ -22,6 +22,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from neon import shards
+
 LOSSY = {".jpg", ".jpeg", ".jfif", ".webp"}
 Reader = Callable[[Sequence[int]], Tensor]
 
@@ -56,12 +58,16 @@ class ImageSet:
         return any(PurePosixPath(name).suffix.lower() in LOSSY for name in self.names)
 
     def batches(self, batch: int) -> Iterator[Tensor]:
-        """All images in order. Files that cannot be read are collected and raised as one error at the end."""
+        """All images in order; unreadable ones are an error at the end (see `parts`)."""
+        ranges = [range(start, min(start + batch, len(self))) for start in range(0, len(self), batch)]
+        return (images for _, images in self.parts(ranges))
+
+    def parts(self, ranges: Sequence[range]) -> Iterator[tuple[range, Tensor]]:
+        """These images, with their indices. Files that cannot be read are collected and raised as one error at the end."""
         bad: list[str] = []
-        for start in range(0, len(self), batch):
-            indices = range(start, min(start + batch, len(self)))
+        for indices in ranges:
             try:
-                yield self.read(indices)
+                yield indices, self.read(indices)
             except UnreadableImagesError as error:
                 bad.extend(error.problems)
         if bad:
@@ -108,26 +114,19 @@ def open_images(
 ) -> ImageSet:
     """Open an image set.
 
-    path: a folder (also one of a run's `synth` folders), .zip, .npz (`arr_0` or `images`, NHWC, NHW or NCHW), or an IDX
-        file (`*-images-idx3-ubyte[.gz]`, its labels file beside it).
+    path: a folder (also one of a run's `synth` folders), .zip, .npz (`arr_0` or `images`, NHWC, NHW or NCHW), an IDX
+        file (`*-images-idx3-ubyte[.gz]`, its labels file beside it), or a set of torchvision (torchvision:CIFAR10:train:/data).
     max_size: keep a random subset of this size, chosen by numpy's RandomState(seed), in order.
     mirror: append the mirrored copies.
     pad: black pixels on every side.
     Raises FileNotFoundError / ValueError saying what was found.
     """
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"no image set at {path}")
-    if path.is_dir():
-        found = _open_shards(path) if (path / "manifest.json").is_file() else _open_files(path, _FolderFiles(path))
-    elif path.suffix == ".zip":
-        found = _open_files(path, _ZipFiles(path))
-    elif path.suffix == ".npz":
-        found = _open_npz(path)
-    elif "idx" in path.name:
-        found = _open_idx(path)
+    if str(path).startswith("torchvision:"):
+        from neon.torchvision_sets import open_torchvision  # it builds on this module, and few need torchvision's import time
+
+        found = open_torchvision(str(path))
     else:
-        raise ValueError(f"{path}: not an image set; expected a folder, .zip, .npz or an IDX file (*-images-idx3-ubyte[.gz])")
+        found = _open(Path(path))
     if not use_labels and found.labels is not None:
         found = ImageSet(found.path, found.names, found.shape, None, found.read)
     if max_size is not None and max_size < len(found):
@@ -136,6 +135,20 @@ def open_images(
         found = found.subset(np.sort(order[:max_size]).tolist())
     found = found.padded(pad) if pad else found
     return found.mirrored() if mirror else found
+
+
+def _open(path: Path) -> ImageSet:
+    if not path.exists():
+        raise FileNotFoundError(f"no image set at {path}")
+    if path.is_dir():
+        return _open_shards(path) if (path / "manifest.json").is_file() else _open_files(path, _FolderFiles(path))
+    if path.suffix == ".zip":
+        return _open_files(path, _ZipFiles(path))
+    if path.suffix == ".npz":
+        return _open_npz(path)
+    if "idx" in path.name:
+        return _open_idx(path)
+    raise ValueError(f"{path}: not an image set; expected a folder, .zip, .npz or an IDX file (*-images-idx3-ubyte[.gz])")
 
 
 class _FolderFiles:
@@ -203,11 +216,16 @@ def _decode(name: str, data: bytes) -> np.ndarray:
         array = np.load(io.BytesIO(data), allow_pickle=False)
         return array.reshape(-1, *array.shape[-2:])
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            image.load()
-            mode, array = image.mode, np.asarray(image.convert("RGB") if image.mode == "P" and "transparency" not in image.info else image)
+        image = Image.open(io.BytesIO(data))
+        image.load()
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UnreadableImagesError([f"{name}: cannot be decoded ({error})"]) from error
+    return pixels(name, image)
+
+
+def pixels(name: str, image: Image.Image) -> np.ndarray:
+    """(C, H, W) uint8 of a plain 8-bit grey or RGB image; anything else is refused under its name."""
+    mode, array = image.mode, np.asarray(image.convert("RGB") if image.mode == "P" and "transparency" not in image.info else image)
     if array.dtype != np.uint8 or mode not in ("L", "RGB", "P") or array.ndim not in (2, 3):
         hints = {"RGBA": "an alpha channel", "LA": "an alpha channel", "I;16": "16 bits per channel", "I": "16 or 32 bits per channel"}
         raise UnreadableImagesError(
@@ -268,16 +286,12 @@ def from_array(path: Path, images: np.ndarray, labels: np.ndarray | None) -> Ima
 
 def _open_shards(folder: Path) -> ImageSet:
     """The synthetic set of a run (neon/synthesize.py), if it was stored as images."""
-    files = sorted(folder.glob("shard-*.npz"))
     manifest = json.loads((folder / "manifest.json").read_text())
-    parts = [np.load(file, allow_pickle=False) for file in files]
-    images = [part["codes"] for part in parts]
-    found = sum(map(len, images))
-    if found != manifest["num_images"]:
-        raise ValueError(f"{folder}: {found} of {manifest['num_images']} images are there; finish it with `neon synth`")
-    if manifest["store"] != "images":
-        raise ValueError(f"{folder}: holds the sampler's codes, not images (synth.store = {manifest['store']!r})")
-    return from_array(folder, np.concatenate(images), np.concatenate([part["labels"] for part in parts]))
+    if manifest.get("store") != "images":
+        raise ValueError(f"{folder}: holds the sampler's codes, not images (synth.store = {manifest.get('store')!r})")
+    found = shards.open_shards(folder, manifest["num_images"], manifest["shard_images"])
+    names = [f"{i:08d}" for i in range(len(found))]
+    return ImageSet(folder, names, tuple(found.parts[0].shape[1:]), found.labels, found.read)
 
 
 def _open_idx(path: Path) -> ImageSet:

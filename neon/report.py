@@ -8,17 +8,17 @@ import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
 from neon import files
 
-matplotlib.use("Agg")
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 INK, BASE, NEON, RANDOM, SYNTH = "#1b1b1f", "#6b7280", "#c2185b", "#b08900", "#1565c0"
 COLOURS = {"base": BASE, "self-trained": SYNTH, "random direction": RANDOM, "neon": NEON}
@@ -51,14 +51,14 @@ def write_page(result: Mapping, pictures: Mapping[str, Tensor], path: Path) -> N
 
 def curve_figure(result: Mapping) -> Figure:
     """Frechet distance against w on the selection block: one line per snapshot at the chosen guidance, with controls."""
-    figure = Figure(figsize=(7.5, 4.2), dpi=130, layout="constrained")
+    figure = _blank(7.5, 4.2, dpi=130)
     draw_curve(figure.add_subplot(), result)
     return figure
 
 
 def summary_figure(result: Mapping, pictures: Mapping[str, Tensor]) -> Figure:
     """The curve beside the same noise through base, self-trained model and Neon: one picture that says what happened."""
-    figure = Figure(figsize=(15, 3.9), dpi=120, layout="constrained")
+    figure = _blank(15, 3.9, dpi=120)
     names = [name for name in ("self-trained", "base", "neon") if name in pictures]
     axes = figure.subplots(1, 1 + len(names), width_ratios=[1.25, *(1 for _ in names)])
     draw_curve(axes[0], result)
@@ -139,6 +139,12 @@ def _caption(name: str, result: Mapping) -> str:
 def _figure(name: str, images: Tensor, result: Mapping) -> str:
     picture = f'<img src="{_image_uri(tile(images))}" alt="{html.escape(name)} samples">'
     return f"<figure>{picture}<figcaption>{html.escape(_caption(name, result))}</figcaption></figure>"
+
+
+def _blank(width: float, height: float, *, dpi: int) -> Figure:
+    from matplotlib.figure import Figure  # here: half a second that `neon --help` need not wait
+
+    return Figure(figsize=(width, height), dpi=dpi, layout="constrained")
 
 
 def _data_uri(figure: Figure) -> str:

@@ -1,0 +1,168 @@
+"""`neon fid`: any number of ranks, parts or resumptions gives the same statistics."""
+
+import gzip
+import json
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+from fid.frechet import frechet_distance
+from fid.reference import read_reference
+from neon import records
+from neon.cli import main
+from neon.data import open_images
+from tests.core.line import Pixels
+from tests.core.test_ranks import torchrun
+
+ROOT = Path(__file__).resolve().parents[2]
+EXACT = ("--extractor", "tests.core.line:open_pixels")
+NETWORK = ("--extractor", "fashion-cnn")
+
+
+def neon(*arguments: object) -> dict:
+    done = CliRunner().invoke(main, ["fid", *map(str, arguments)], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def refused(*arguments: object) -> str:
+    done = CliRunner().invoke(main, ["fid", *map(str, arguments)])
+    assert done.exit_code == 1
+    return done.output
+
+
+@pytest.fixture
+def tiny(tmp_path) -> Path:
+    """101 images of 4 x 4 pixels, for the extractor that computes nothing."""
+    pixels = np.random.default_rng(0).integers(0, 256, (101, 1, 4, 4), dtype=np.uint8)
+    np.savez(tmp_path / "tiny.npz", images=pixels)
+    return tmp_path / "tiny.npz"
+
+
+@pytest.fixture
+def clothes(tmp_path) -> Path:
+    """101 real images, for a real network."""
+    np.savez(tmp_path / "clothes.npz", images=open_images(ROOT / "demo/fashion_base.npz").read(range(101)).numpy())
+    return tmp_path / "clothes.npz"
+
+
+def assert_same_statistics(a: Path, b: Path, relative: float) -> None:
+    one, two = read_reference(a), read_reference(b)
+    assert one.count == two.count
+    for x, y in ((one.mean, two.mean), (one.covariance, two.covariance)):
+        assert (x - y).abs().max() <= relative * x.abs().max()
+
+
+@pytest.mark.parametrize(("ranks", "images", "extractor", "relative"), [(3, "tiny", EXACT, 1e-10), (2, "clothes", NETWORK, 1e-5)])
+def test_statistics_of_any_number_of_ranks(request, tmp_path, ranks, images, extractor, relative):
+    source = request.getfixturevalue(images)
+    neon("ref", "--data", source, "--out", tmp_path / "one.npz", "--batch", 7, "--device", "cpu", *extractor)
+    command = ("-m", "neon", "fid", "ref", "--data", str(source), "--out", str(tmp_path / "more.npz"), "--batch", "16", "--device", "cpu")
+    done = torchrun(ranks, *command, *extractor)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("sha256") > 0
+    assert read_reference(tmp_path / "more.npz").count == 101
+    assert_same_statistics(tmp_path / "one.npz", tmp_path / "more.npz", relative)
+
+
+def test_metrics_of_two_ranks(tmp_path, tiny):
+    neon("ref", "--data", tiny, "--out", tmp_path / "ref.npz", *EXACT)
+    arguments = ["--data", tiny, "--ref", tmp_path / "ref.npz", "--ref-data", tiny, *EXACT]
+    for metric in ("fid", "fid_inf", "precision", "coverage"):
+        arguments += ["--metric", metric]
+    alone = neon("calc", *arguments)
+    done = torchrun(2, "-m", "neon", "fid", "calc", *map(str, arguments), "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    assert json.loads(line)["metrics"] == pytest.approx(alone["metrics"], rel=1e-10, abs=1e-8)
+    assert alone["comparable"] is False
+    assert alone["num_images"] == 101
+    assert {"seconds", "images_per_second", "reference_sha256", "extractor_sha256", "source_sha256", "versions"} <= set(alone)
+
+
+@pytest.mark.parametrize("command", ["ref", "calc"])
+def test_a_killed_pass_goes_on_and_ends_with_the_same_bits(tmp_path, tiny, monkeypatch, command):
+    neon("ref", "--data", tiny, "--out", tmp_path / "whole.npz", "--batch", 10, *EXACT)
+    extra = (
+        ("--out", tmp_path / "out.npz") if command == "ref" else ("--ref", tmp_path / "whole.npz", "--metric", "fid", "--metric", "fid_inf")
+    )
+    arguments = (command, "--data", tiny, "--batch", 10, "--resume", tmp_path / "sums", *extra, *EXACT)
+    monkeypatch.setattr(records.Saver, "is_due", True)
+    extract, calls = Pixels.extract, []
+
+    def dies_at_the_seventh(self, images):
+        calls.append(len(images))
+        if len(calls) == 7:
+            raise KeyboardInterrupt
+        return extract(self, images)
+
+    monkeypatch.setattr(Pixels, "extract", dies_at_the_seventh)
+    CliRunner().invoke(main, ["fid", *map(str, arguments)])
+    assert len(calls) == 7
+    result = neon(*arguments)
+    assert sum(calls[7:]) == 101 - 60
+    if command == "ref":
+        assert_same_statistics(tmp_path / "whole.npz", tmp_path / "out.npz", 0.0)
+    else:
+        again = neon(*arguments)["metrics"]
+        assert again == result["metrics"]
+        assert sum(calls[-11:]) == 101  # nothing of the finished pass is left to go on from
+    assert not list((tmp_path / "sums").iterdir())
+
+
+def test_parts_of_several_machines_add_up_to_the_whole(tmp_path, tiny):
+    neon("ref", "--data", tiny, "--out", tmp_path / "whole.npz", *EXACT)
+    parts = []
+    for start, stop in ((0, 40), (70, 101), (40, 70)):
+        parts.append(tmp_path / f"{start}.safetensors")
+        neon("part", "--data", tiny, "--images", f"{start}:{stop}", "--out", parts[-1], "--batch", 9, *EXACT)
+    merged = neon("merge", *parts, "--out", tmp_path / "merged.npz")
+    assert merged["num_images"] == 101
+    assert_same_statistics(tmp_path / "whole.npz", tmp_path / "merged.npz", 1e-10)
+    assert abs(frechet_distance(generated=read_reference(tmp_path / "merged.npz"), reference=read_reference(tmp_path / "whole.npz"))) < 1e-6
+    assert "the images 40 to 70 " in refused("merge", *parts[:2], "--out", tmp_path / "gap.npz")
+    assert "in two of the parts" in refused("merge", *parts, parts[0], "--out", tmp_path / "twice.npz")
+    assert not (tmp_path / "gap.npz").exists()
+    assert "holds the images 0 to 101" in refused("part", "--data", tiny, "--images", "90:102", "--out", tmp_path / "x", *EXACT)
+    assert "expected START:STOP" in refused("part", "--data", tiny, "--images", "90", "--out", tmp_path / "x", *EXACT)
+
+
+def write_fashion_mnist(root: Path, images: torch.Tensor) -> None:
+    """The files that torchvision.datasets.FashionMNIST looks for."""
+    raw = root / "FashionMNIST/raw"
+    raw.mkdir(parents=True)
+    for split in ("train", "t10k"):
+        pixels = struct.pack(">IIII", 2051, len(images), 28, 28) + images.numpy().tobytes()
+        labels = struct.pack(">II", 2049, len(images)) + bytes(i % 10 for i in range(len(images)))
+        for name, data in ((f"{split}-images-idx3-ubyte", pixels), (f"{split}-labels-idx1-ubyte", labels)):
+            (raw / name).write_bytes(data)
+            (raw / f"{name}.gz").write_bytes(gzip.compress(data))
+
+
+def test_torchvision_s_datasets_are_image_sets(tmp_path, clothes):
+    expected = open_images(clothes).read(range(101))
+    write_fashion_mnist(tmp_path, expected[:, 0])
+    found = open_images(f"torchvision:FashionMNIST:test:{tmp_path}")
+    assert torch.equal(found.read(range(101)), expected)
+    assert found.labels.tolist() == [i % 10 for i in range(101)]
+    spec = f"torchvision:FashionMNIST:train:{tmp_path}"
+    neon("ref", "--data", spec, "--out", tmp_path / "a.npz", *NETWORK)
+    neon("ref", "--data", clothes, "--out", tmp_path / "b.npz", *NETWORK)
+    assert_same_statistics(tmp_path / "a.npz", tmp_path / "b.npz", 0.0)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("torchvision:FashionMNIST", "expected torchvision:NAME:SPLIT:FOLDER"),
+        ("torchvision:Nothing:train:/x", "no dataset 'Nothing'"),
+        ("torchvision:FashionMNIST:all:/x", "splits train and test, got 'all'"),
+        ("torchvision:FashionMNIST:train:/nowhere", "not found"),
+    ],
+)
+def test_a_torchvision_set_that_is_not_there(tmp_path, spec, message):
+    assert message in refused("ref", "--data", spec, "--out", tmp_path / "ref.npz", *NETWORK)
