@@ -133,6 +133,11 @@ class Curve:
         return self.mean.min().item()
 
 
+def w_grid(highest: float) -> Tensor:
+    """21 equally spaced values of w from -highest to highest; 0 is exactly among them."""
+    return torch.arange(-10, 11) * (highest / 10)
+
+
 def sweep(model: Model, base: Weights, tuned: Weights, ws: Tensor, noise_1N2: Tensor) -> Curve:
     """The distance of reverse_merge(base, tuned, w) for every w, with common random numbers."""
     return Curve(ws, torch.stack([score(model, reverse_merge(base, tuned, w), noise_1N2) for w in ws.tolist()]))

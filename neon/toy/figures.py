@@ -20,12 +20,15 @@ from neon.toy.target import COVARIANCE, density
 from neon.toy.warmup import WarmUp
 
 LIMIT = 5.5
+DPI = 90
 COLOURS = {"diversity-seeking": "tab:blue", "ordinary": "tab:green", "mode-seeking": "tab:orange"}
 
 
 def densities(panels: Mapping[str, Tensor]) -> Figure:
     """The exact density, then a histogram of every panel's points (N, 2); ellipses hold two standard deviations."""
-    figure, axes = plt.subplots(1, 1 + len(panels), figsize=(2.6 * (1 + len(panels)), 2.9), sharex=True, sharey=True, layout="constrained")
+    figure, axes = plt.subplots(
+        1, 1 + len(panels), dpi=DPI, figsize=(2.6 * (1 + len(panels)), 2.9), sharex=True, sharey=True, layout="constrained"
+    )
     grid = torch.linspace(-LIMIT, LIMIT, 91)
     exact = density(torch.stack(torch.meshgrid(grid, grid, indexing="xy"), dim=-1))
     brightest = 1.15 * exact.max().item()
@@ -54,7 +57,9 @@ def ellipse(axis: Axes, covariance: Tensor, mean: Tensor, *, colour: str, line: 
 
 def curves(model: Model, by_budget: Mapping[int, Mapping[float, Curve]], control: Curve | None = None) -> Figure:
     """Distance against w: one panel per budget, one colour per sampler, thin lines the replicas, dashes the parabola."""
-    figure, axes = plt.subplots(1, len(by_budget), figsize=(5.2 * len(by_budget), 4.3), sharey=True, layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(
+        1, len(by_budget), dpi=DPI, figsize=(5.2 * len(by_budget), 4.3), sharey=True, layout="constrained", squeeze=False
+    )
     for axis, (budget, by_knob) in zip(axes[0], by_budget.items(), strict=True):
         for knob, curve in by_knob.items():
             kind = kind_of(model, knob)
@@ -62,14 +67,13 @@ def curves(model: Model, by_budget: Mapping[int, Mapping[float, Curve]], control
             axis.plot(curve.ws, curve.values, color=colour, linewidth=0.5, alpha=0.5)
             axis.plot(curve.ws, curve.mean, color=colour, linewidth=2, label=f"S drawn with {model.knob} = {knob:g} ({kind})")
             draw_parabola(axis, curve, colour)
-        axis.axhline(curve.at(0), color="0.5", linewidth=0.8, linestyle=":")
+        axis.axhline(curve.at(0), color="0.5", linewidth=0.8, linestyle=":", label="base (w = 0)")
         axis.axvline(0, color="0.5", linewidth=0.8, linestyle=":")
-        axis.annotate("base", (axis.get_xlim()[0], curve.at(0)), (4, 3), textcoords="offset points", fontsize=8, color="0.3")
         axis.set(yscale="log", xlabel="w   (w > 0: away from the synthetic data)", title=f"{budget} steps of fine-tuning on S")
     if control is not None:
         axes[0, 0].plot(control.ws, control.mean, color="0.4", linewidth=1.5, linestyle="-.", label="random direction, same length")
     axes[0, 0].set_ylabel("Frechet distance to the truth")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     return figure
 
 
@@ -92,7 +96,7 @@ def kind_of(model: Model, knob: float) -> str:
 
 def alignment(model: Model, result: Alignment) -> Figure:
     """Both cosines against the sampler's knob: mean and replicas."""
-    figure, axes = plt.subplots(1, 2, figsize=(10.4, 3.5), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(1, 2, dpi=DPI, figsize=(10.4, 3.5), sharey=True, layout="constrained")
     panels = {"with the gradient of the loss on real data": result.loss, "with the gradient of the Frechet distance": result.score}
     for axis, (title, values) in zip(axes, panels.items(), strict=True):
         axis.plot(result.knobs, values, color="tab:blue", linewidth=0.5, alpha=0.6)
@@ -105,13 +109,13 @@ def alignment(model: Model, result: Alignment) -> Figure:
         sides = "diversity-seeking  <   > mode-seeking" if model.knob == "zeta" else "mode-seeking  <   > diversity-seeking"
         axis.set(title=title, xlabel=f"{model.knob} of the sampler that draws S\n({sides})", ylim=(-1, 1))
     axes[0].set_ylabel("cosine of the gradient on S")
-    axes[1].legend(fontsize=8, loc="upper right" if model.knob == "zeta" else "lower right")
+    axes[0].legend(fontsize=8, loc="upper right" if model.knob == "zeta" else "lower right")
     return figure
 
 
 def planes(panels: Mapping[str, tuple[Tensor, Tensor, Tensor]]) -> Figure:
     """One map with contours per panel (w_s, w_o, `experiment.plane` of them); base and the lowest points are marked."""
-    figure, axes = plt.subplots(1, len(panels), figsize=(5.4 * len(panels), 4.4), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(1, len(panels), dpi=DPI, figsize=(5.4 * len(panels), 4.4), layout="constrained", squeeze=False)
     for axis, (title, (ws, wo, values)) in zip(axes[0], panels.items(), strict=True):
         levels = np.geomspace(values.min().item(), values.max().item(), 12)
         filled = axis.contourf(ws, wo, values, levels=levels, norm=LogNorm(), cmap="viridis_r")
@@ -135,13 +139,13 @@ def planes(panels: Mapping[str, tuple[Tensor, Tensor, Tensor]]) -> Figure:
 
 def warm_up(problem: WarmUp, a: Tensor, excess: Tensor) -> Figure:
     """excess (A, F) of `WarmUp.excess_nll`: its mean against a, with the exact slope at 0."""
-    figure, axis = plt.subplots(figsize=(6, 3.5), layout="constrained")
+    figure, axis = plt.subplots(dpi=DPI, figsize=(6, 3.5), layout="constrained")
     mean = excess.mean(1)
     axis.fill_between(a, excess.quantile(0.1, 1), excess.quantile(0.9, 1), alpha=0.2, label="80 % of the data sets")
     axis.plot(a, mean, linewidth=2, label="mean over data sets")
     near = a[(mean[0] + problem.slope() * a) > mean.min()]
     axis.plot(near, mean[0] + problem.slope() * near, "k--", linewidth=1, label="exact slope at a = 0")
-    axis.plot(a[mean.argmin()], mean.min(), "v", color="tab:blue", markeredgecolor="black")
+    axis.plot(a[mean.argmin()], mean.min(), "v", color="tab:blue", markeredgecolor="black", label="lowest")
     axis.axhline(mean[0].item(), color="0.5", linewidth=0.8, linestyle=":")
     axis.set(xlabel="a = w * learning rate * (1 - tau^2) / 2", ylabel="nats worse than the truth", ylim=(0, None))
     axis.legend(fontsize=8)
@@ -150,7 +154,7 @@ def warm_up(problem: WarmUp, a: Tensor, excess: Tensor) -> Figure:
 
 def scatter_of_minima(curve: Curve) -> Figure:
     """Every replica's own curve and minimum: nothing systematic is left if the minima lie on both sides of 0."""
-    figure, axis = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
+    figure, axis = plt.subplots(dpi=DPI, figsize=(6.4, 3.6), layout="constrained")
     axis.plot(curve.ws, curve.values, color="tab:blue", linewidth=0.6, alpha=0.6)
     axis.plot(curve.ws, curve.mean, color="tab:blue", linewidth=2, label="mean")
     lowest = curve.values.argmin(dim=0)

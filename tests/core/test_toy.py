@@ -9,28 +9,13 @@ from torch import nn
 
 from fid.frechet import Gaussian, frechet_distance
 from neon import reverse_merge
-from neon.toy import (
-    Autoregressive,
-    Curve,
-    Diffusion,
-    ExactDiffusion,
-    WarmUp,
-    alignment,
-    distance,
-    evaluation_noise,
-    fine_tune,
-    plane,
-    random_control,
-    real_points,
-    self_train,
-    sweep,
-    train_base,
-)
-from neon.toy.diffusion import LAST_TIME, signal
-from neon.toy.experiment import score
-from neon.toy.gradients import gradient, inner, score_gradient
+from neon.toy.autoregressive import Autoregressive
+from neon.toy.diffusion import LAST_TIME, Diffusion, ExactDiffusion, signal
+from neon.toy.experiment import Curve, evaluation_noise, fine_tune, plane, random_control, score, self_train, sweep, train_base, w_grid
+from neon.toy.gradients import alignment, gradient, inner, score_gradient
 from neon.toy.stack import num_parameters, repeat, split, stack
-from neon.toy.target import COVARIANCE, density
+from neon.toy.target import COVARIANCE, density, distance, real_points
+from neon.toy.warmup import WarmUp
 
 
 def points_with(covariance: torch.Tensor, mean: torch.Tensor, num_points: int = 50) -> torch.Tensor:
@@ -234,6 +219,13 @@ def test_sweep_and_plane_agree_with_the_models_they_pass():
     values = plane(model, base, synth, other, torch.tensor([-1.0, 0.0, 0.5]), torch.tensor([0.0, 1.0]), noise)
     torch.testing.assert_close(values[0], curve.mean, rtol=1e-4, atol=1e-6)
     assert values[1, 1].item() == pytest.approx(score(model, other, noise).mean().item(), rel=1e-4)
+
+
+def test_w_grid_has_the_base_and_the_self_trained_model():
+    ws = w_grid(2.5)
+    assert len(ws) == 21
+    assert {-2.5, -1.0, 0.0, 2.5} <= set(ws.tolist())
+    torch.testing.assert_close(ws, torch.linspace(-2.5, 2.5, 21))
 
 
 def test_parabola_finds_the_vertex_of_each_replica():
