@@ -17,6 +17,7 @@ import os
 import sys
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -99,10 +100,15 @@ TABLE: tuple[Published, ...] = (
 
 
 def select(names: Sequence[str], groups: Sequence[str]) -> list[Published]:
-    """The table's rows of these names (with or without suffix) and groups. Raises ValueError for a name that is not there."""
+    """The table's rows of these names (with or without suffix) and groups; an https address is a row of its own.
+
+    Raises ValueError for a name that is not there.
+    """
     chosen = [item for item in TABLE if item.group in groups]
     for name in names:
         found = [item for item in TABLE if name in (item.name, Path(item.name).stem)]
+        if name.startswith("https://"):
+            found = [Published(name=Path(urllib.parse.urlsplit(name).path).name, group="", source=name)]
         if not found:
             near = get_close_matches(name, [item.name for item in TABLE], n=3, cutoff=0.4)
             raise ValueError(
@@ -259,7 +265,10 @@ def overview(root: Path) -> list[dict[str, object]]:
     "--root", type=click.Path(path_type=Path), default=Path(), help="Folder that gets checkpoints/ and fid_stats/.  [default: here]"
 )
 def download(names: tuple[str, ...], models: bool, refs: bool, bases: bool, is_list: bool, root: Path) -> None:
-    """Fetch published files by NAME or by group. What is there is skipped, what was cut is resumed, hashes are checked."""
+    """Fetch published files by NAME, by group, or from an https address.
+
+    What is there is skipped, what was cut is resumed, hashes are checked.
+    """
     if is_list:
         rows = overview(root)
         for row in rows:

@@ -136,10 +136,16 @@ def resolve(name: str) -> Family:
         if error.name is None or not target[0].startswith(error.name):
             raise  # the family exists, something that it imports does not
         raise ValueError(
-            f"no family {name!r}: there is no module {target[0]!r}. Use one of the shipped names (edm, var, xar, imm) "
+            f"no family {name!r}: there is no module {target[0]!r}. Use one of the shipped names ({', '.join(shipped())}) "
             "or 'module:ClassName' of your own"
         ) from error
     found = getattr(module, target[1], None)
     if not (isinstance(found, type) and issubclass(found, Family)):
         raise ValueError(f"family {name!r}: {target[0]}.{target[1]} is {found!r}, expected a subclass of neon.family.Family")
     return found()
+
+
+def shipped() -> list[str]:
+    """Names of the families that lie beside this package: folders whose family.py names its FAMILY."""
+    files = Path(__file__).resolve().parents[1].glob("*/family.py")
+    return sorted(file.parent.name for file in files if "\nFAMILY = " in file.read_text(encoding="utf-8"))

@@ -7,7 +7,7 @@ import pytest
 
 from tests import goldens
 
-FAMILIES = ("edm", "var", "xar", "imm", "fid")
+FAMILIES = ("edm", "var", "xar", "imm", "flow", "fid")
 
 for module in sorted(Path(__file__).parent.glob("*/test_goldens*.py")):
     importlib.import_module(f"tests.{module.parent.name}.{module.stem}")

@@ -248,6 +248,8 @@ def test_names_groups_and_the_table():
     assert [item.name for item in download.select(["var_d16", "var_d16.pth"], [])] == ["var_d16.pth"]
     with pytest.raises(ValueError, match=r"no published file 'var_d17'; did you mean var_d16\.pth"):
         download.select(["var_d17"], [])
+    (other,) = download.select(["https://example.org/releases/1.0/weights.pt?download=1"], [])
+    assert other.target(Path()) == Path("checkpoints/weights.pt")
     targets = [item.target(Path()) for item in download.TABLE]
     assert len(set(targets)) == len(targets)
     (inception,) = download.select([WEIGHTS.files[0]], [])

@@ -1,0 +1,107 @@
+"""FID of a flow-matching checkpoint. The names of the solver's flags are those of TorchCFM's evaluation.
+
+    torchrun --standalone --nproc_per_node=8 flow/calculate_fid.py --model_ckpt checkpoints/otcfm_cifar10_weights_step_400000.pt \\
+        --num_images 50000 --batch_size 1024 --fid_stats fid_stats/cifar10-32x32.npz
+
+Runs as plain `python` too, and on a CPU. The numbers do not depend on the number of ranks or the batch size.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+if __name__ == "__main__":
+    sys.path[0] = str(ROOT)  # python puts this file's folder there, whose modules are not top-level ones
+
+import click  # noqa: E402
+
+from flow.family import Flow, Sampling  # noqa: E402
+from flow.presets import EULER_STEPS  # noqa: E402
+from neon import config, quantize  # noqa: E402
+from neon.calculate_fid import PATH, Request, calculate_fid, common_options  # noqa: E402
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True})
+@click.option("--model_ckpt", type=PATH, required=True, help="Weights: TorchCFM's .pt, or our safetensors.")
+@click.option("--num_images", type=click.IntRange(min=2), default=50_000, help="Images; image i has class i mod the number of classes.")
+@click.option(
+    "--batch_size", type=click.IntRange(min=1), default=1024, help="Images per network call and rank; changes speed and memory only."
+)
+@click.option("--img_size", type=int, help="Side of the images in pixels; checked against the model.  [default: the model's]")
+@click.option("--fid_stats", type=PATH, required=True, help="Reference statistics (.npz with mu and sigma).")
+@click.option("--integration_method", type=click.Choice(["dopri5", "euler"]), default="dopri5", help="Adaptive, or equal steps.")
+@click.option(
+    "--integration_steps", type=click.IntRange(min=1), help=f"Steps of euler; dopri5 has none.  [default for euler: {EULER_STEPS}]"
+)
+@click.option("--tol", type=float, default=Sampling.tol, help="Relative and absolute tolerance of dopri5.")
+@click.option(
+    "--error_norm",
+    type=click.Choice(["image", "batch"]),
+    default="image",
+    help="dopri5's error of each image, or of the batch; published: batch, where images depend on batches and ranks.",
+)
+@click.option("--seed", type=int, default=0, help="Image i has the seed SEED + i.")
+@click.option("--uint8", type=click.Choice(quantize.RULES), default="edm", help="Rounding; published: edm.")
+@common_options
+def main(
+    model_ckpt: Path,
+    num_images: int,
+    batch_size: int,
+    img_size: int | None,
+    fid_stats: Path,
+    integration_method: str,
+    integration_steps: int | None,
+    tol: float,
+    error_norm: str,
+    seed: int,
+    uint8: quantize.Rule,
+    weights: str,
+    inception: Path | None,
+    extractor: str,
+    precision: config.Precision,
+    draw_on: str,
+    repeats: int,
+    device: str | None,
+) -> None:
+    """FID of a flow-matching checkpoint against reference statistics; the last line on stdout is one JSON object.
+
+    \b
+    torchrun --standalone --nproc_per_node=8 flow/calculate_fid.py \\
+        --model_ckpt checkpoints/otcfm_cifar10_weights_step_400000.pt --num_images 50000 --batch_size 1024 \\
+        --fid_stats fid_stats/cifar10-32x32.npz
+
+    TorchCFM drew its images without a seed, so published values are not reproduced bit for bit.
+    """
+    if integration_method == "euler" and integration_steps is None:
+        integration_steps = EULER_STEPS
+    try:
+        options = Sampling(solver=integration_method, num_steps=integration_steps, tol=tol, error_norm=error_norm)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise click.ClickException(str(error)) from error
+    calculate_fid(
+        Request(
+            family=Flow(),
+            checkpoint=model_ckpt,
+            img_size=img_size,
+            options=options,
+            uint8=uint8,
+            labels="balanced",
+            num_images=num_images,
+            batch_size=batch_size,
+            first_seed=seed,
+            fid_stats=fid_stats,
+            weights=weights,
+            inception=inception,
+            extractor=extractor,
+            precision=precision,
+            draw_on=draw_on,  # type: ignore[arg-type]  # click.Choice
+            repeats=repeats,
+            device=device,
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""The evaluation command: from TorchCFM's file to one JSON object, alone and under torchrun."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from fid.frechet import frechet_distance
+from fid.moments import Moments
+from fid.reference import read_reference
+from flow.calculate_fid import main
+from flow.family import Flow, Sampling
+from flow.presets import CIFAR10
+from neon import checkpoint
+from neon.quantize import to_uint8
+from neon.seeds import image_rng
+from tests.flow import published
+from tests.xar.published import Quarters, write_statistics
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    """The published network with an eighth of its channels."""
+    folder = tmp_path_factory.mktemp("published")
+    published.write_checkpoint(folder / "model.pt", {**CIFAR10, "num_channels": 32}, "module.")
+    write_statistics(folder / "stats.npz")
+    return folder
+
+
+def arguments(folder: Path, *options: object) -> list[str]:
+    files = ["--model_ckpt", str(folder / "model.pt"), "--fid_stats", str(folder / "stats.npz")]
+    return [*files, "--extractor", "tests.xar.published:open_quarters", "--device", "cpu", *map(str, options)]
+
+
+def here(folder: Path, *options: object):
+    """In this process."""
+    return CliRunner().invoke(main, arguments(folder, *options))
+
+
+def started(folder: Path, *options: object, ranks: int) -> dict:
+    """As users start it: in a folder of its own, uninstalled, so the script must find the project by itself."""
+    launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    call = [sys.executable, *launcher, str(ROOT / "flow" / "calculate_fid.py"), *arguments(folder, *options)]
+    done = subprocess.run(call, cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def result(done) -> dict:
+    assert done.exit_code == 0, done.output
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def test_the_number_is_the_one_of_the_parts(tiny):
+    """Sampled, quantised and measured here by hand: the same Frechet distance."""
+    options = ("--num_images", 9, "--batch_size", 4, "--img_size", 32, "--seed", 5)
+    found = result(here(tiny, *options, "--integration_method", "euler", "--integration_steps", 2))
+    family = Flow()
+    model = family.load(checkpoint.read(tiny / "model.pt")).eval()
+    with torch.inference_mode():
+        codes, _ = family.sample(model, image_rng(5, range(9), "cpu"), None, Sampling(solver="euler", num_steps=2))
+    moments = Moments(Quarters.dim)
+    moments.update(Quarters()(to_uint8(family.decode(codes), "edm")).pool)
+    expected = frechet_distance(generated=moments.gaussian(), reference=read_reference(tiny / "stats.npz"))
+    assert found["value"] == pytest.approx(expected, rel=1e-3)
+    assert found["metric"] == "fd9[quarters]"
+    assert (found["sampling"]["uint8"], found["comparable"], found["checkpoint"]["weights"]) == ("edm", False, "ema")
+
+
+def test_ranks_and_batches_do_not_change_the_number(tiny):
+    """By dopri5 with its own steps for every image."""
+    options = ("--num_images", 5, "--tol", 0.01)
+    alone = result(here(tiny, *options, "--batch_size", 5))
+    together = started(tiny, *options, "--batch_size", 2, ranks=2)
+    assert together["ranks"] == 2
+    assert together["sampling"]["options"] == {"solver": "dopri5", "num_steps": None, "tol": 0.01, "error_norm": "image"}
+    assert together["value"] == pytest.approx(alone["value"], rel=2e-4)
+    other = result(here(tiny, *options, "--weights", "raw", "--seed", 1, "--error_norm", "batch"))
+    assert abs(other["value"] - alone["value"]) > 2e-3 * alone["value"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--model_ckpt", "absent.pt"), "no checkpoint absent.pt"),
+        (("--fid_stats", "absent.npz"), "no reference statistics"),
+        (("--img_size", 64), "makes images of 32 x 32"),
+        (("--weights", "best"), "holds no 'best' weights"),
+        (("--integration_steps", 100), "belongs to solver = 'euler'"),
+    ],
+)
+def test_what_is_missing_is_named_in_one_line(tiny, options, message):
+    done = here(tiny, *options)
+    assert done.exit_code == 1
+    assert message in done.stderr
+    assert isinstance(done.exception, SystemExit)  # a message, not a traceback
+
+
+def test_euler_takes_the_published_hundred_steps():
+    options = main.params
+    (steps,) = (option for option in options if option.name == "integration_steps")
+    assert "100" in steps.help
+
+
+@pytest.mark.slow
+def test_the_real_size_makes_images(tmp_path):
+    """35,746,307 parameters in TorchCFM's layout, the command as printed but for the count."""
+    published.write_checkpoint(tmp_path / "model.pt", CIFAR10)
+    write_statistics(tmp_path / "stats.npz")
+    alone = started(tmp_path, "--num_images", 2, "--batch_size", 1024, ranks=1)
+    assert alone["value"] > 0
+    together = started(tmp_path, "--num_images", 2, "--batch_size", 1024, ranks=2)
+    assert together["value"] == pytest.approx(alone["value"], rel=1e-3)
