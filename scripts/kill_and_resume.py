@@ -2,8 +2,9 @@
 
     python scripts/kill_and_resume.py configs/tiny_imm.toml --kills 20
 
-Runs the config unbroken, then in a second folder with `--kills` kills at random moments (seeded; as many seconds apart as spread
-them over the whole run), and compares the tables and the merged file. Both on the CPU with one thread, where sums have one order.
+Runs the config unbroken, then in a second folder with `--kills` kills, and compares the tables and the merged file. The moments
+are random (seeded): a point of progress, counted in files and lines of the run's logs, so that every stage gets its share, and
+then a random delay. Both runs are on the CPU with one thread, where sums have one order.
 Prints one JSON object; exit code 1 if anything differs.
 """
 
@@ -21,7 +22,6 @@ from pathlib import Path
 import click
 
 ROOT = Path(__file__).resolve().parents[1]
-STARTUP_S = 4.0  # imports and reading the base: a kill within them tests nothing
 
 
 def start(config: Path, folder: Path) -> subprocess.Popen[str]:
@@ -36,6 +36,13 @@ def finish(config: Path, folder: Path) -> dict:
     if process.returncode != 0:
         raise click.ClickException(f"neon run {config} --out {folder} ended with exit code {process.returncode}")
     return json.loads(out.splitlines()[-1])
+
+
+def progress(folder: Path) -> int:
+    """Files in a run's folder, and lines of its logs: of the fine-tune and of the points that were scored."""
+    files = [Path(where) / name for where, _, names in os.walk(folder) for name in names if not name.endswith(".tmp")]
+    logs = [file for file in files if file.suffix == ".jsonl"]
+    return len(files) + sum(file.read_bytes().count(b"\n") for file in logs if file.exists())
 
 
 def without_times(value: object) -> object:
@@ -55,23 +62,29 @@ def main(config: Path, kills: int, seed: int, out: Path) -> None:
         raise click.ClickException(f"{out} exists: its runs would be resumed instead of made; remove it or choose another --out")
     begun = time.perf_counter()
     unbroken = finish(config, out / "unbroken")
-    work_s = max(time.perf_counter() - begun - STARTUP_S, 1.0)
-    moments = random.Random(seed)
+    unbroken_s = time.perf_counter() - begun
+    total, random_moment = progress(out / "unbroken"), random.Random(seed)
     stages = []
-    for _ in range(kills):
+    for target in sorted(random_moment.randrange(total) for _ in range(kills)):
         process = start(config, out / "killed")
+        while process.poll() is None and progress(out / "killed") < target:
+            time.sleep(0.01)
         try:
-            process.wait(STARTUP_S + moments.uniform(0, 2 * work_s / kills))
+            process.wait(random_moment.uniform(0, unbroken_s / kills))
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
             process.wait()
-        stages.append({"files": sum(len(names) for _, _, names in os.walk(out / "killed")), "exit_code": process.returncode})
+        stages.append({"progress": progress(out / "killed"), "of": total, "exit_code": process.returncode})
         click.echo(json.dumps(stages[-1]), err=True)
     resumed = finish(config, out / "killed")
     same_table = without_times(resumed) == without_times(unbroken)
     same_file = (out / "unbroken/neon.safetensors").read_bytes() == (out / "killed/neon.safetensors").read_bytes()
     killed = sum(stage["exit_code"] == -signal.SIGKILL for stage in stages)
-    print(json.dumps({"kills": killed, "same_table": same_table, "same_merged_file": same_file, "unbroken_s": work_s, "stages": stages}))
+    print(
+        json.dumps(
+            {"kills": killed, "same_table": same_table, "same_merged_file": same_file, "unbroken_s": round(unbroken_s, 1), "stages": stages}
+        )
+    )
     sys.exit(0 if same_table and same_file and killed else 1)
 
 
