@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Fetch the published checkpoints and statistics into checkpoints/ and fid_stats/ beside this script.
-#   bash download_models.sh                  the eight Neon checkpoints and the ADM statistics
-#   bash download_models.sh --refs --bases   EDM statistics and FID Inception; base models and autoencoders (kl16, VQ-VAE, SD-VAE)
+#   bash download_models.sh                  the eight Neon checkpoints, their autoencoders (kl16, VQ-VAE, SD-VAE), the ADM statistics
+#   bash download_models.sh --refs --bases   EDM statistics and FID Inception; the base models
 #   bash download_models.sh --list           what there is;  bash download_models.sh NAME: one file
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"

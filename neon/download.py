@@ -1,8 +1,8 @@
 """Published files: one table, and a download that resumes, verifies and explains itself.
 
     neon download --list
-    neon download                       # what the eight published commands evaluate, and the ImageNet statistics
-    neon download --refs --bases        # EDM's statistics and the FID Inception; base models and autoencoders
+    neon download                       # what the eight published commands need, besides --refs
+    neon download --refs --bases        # EDM's statistics and the FID Inception; base models
     neon download kl16.ckpt             # one file
 
 Hub files go through huggingface_hub (HF_ENDPOINT names a mirror, HF_HUB_OFFLINE=1 forbids the network), others through plain
@@ -73,19 +73,19 @@ TABLE: tuple[Published, ...] = (
     Published(name="Neon_EDM_unconditional_CIFAR10.pkl", group="models", source=NEON),
     Published(name="Neon_EDM_FFHQ.pkl", group="models", source=NEON),
     Published(name="Neon_imm_imagenet256.pkl", group="models", source=NEON),
+    Published(name="kl16.ckpt", group="models", source="hub:xwen99/mar-vae-kl16", folder="xar/pretrained"),
+    Published(name="vae_ch160v4096z32.pth", group="models", source="hub:FoundationVision/var"),
+    Published(
+        name="diffusion_pytorch_model.safetensors",
+        group="models",
+        source="hub:stabilityai/sd-vae-ft-ema",
+        folder="checkpoints/sd-vae-ft-ema",
+    ),
     Published(name="adm_in256_stats.npz", group="models", source=NEON, folder="fid_stats"),
     Published(name="adm_in512_stats.npz", group="models", source=NEON, folder="fid_stats"),
     Published(name="cifar10-32x32.npz", group="refs", source=f"{EDM}/fid-refs/cifar10-32x32.npz", folder="fid_stats"),
     Published(name="ffhq-64x64.npz", group="refs", source=f"{EDM}/fid-refs/ffhq-64x64.npz", folder="fid_stats"),
     Published(name=WEIGHTS.files[0], group="refs", source=WEIGHTS.url, folder=str(cache_folder()), sha256=WEIGHTS.sha256_prefix),
-    Published(name="kl16.ckpt", group="bases", source="hub:xwen99/mar-vae-kl16", folder="xar/pretrained"),
-    Published(name="vae_ch160v4096z32.pth", group="bases", source="hub:FoundationVision/var"),
-    Published(
-        name="diffusion_pytorch_model.safetensors",
-        group="bases",
-        source="hub:stabilityai/sd-vae-ft-ema",
-        folder="checkpoints/sd-vae-ft-ema",
-    ),
     Published(name="xAR-B.pth", group="bases", source="hub:OliverRen/xAR"),
     Published(name="xAR-L.pth", group="bases", source="hub:OliverRen/xAR"),
     Published(name="var_d16.pth", group="bases", source="hub:FoundationVision/var"),
@@ -257,9 +257,9 @@ def overview(root: Path) -> list[dict[str, object]]:
 
 @click.command()
 @click.argument("names", nargs=-1)
-@click.option("--models", is_flag=True, help="The eight Neon checkpoints and the ADM statistics.  [default, if nothing is named]")
+@click.option("--models", is_flag=True, help="Neon checkpoints, their autoencoders, ADM statistics.  [default, if nothing is named]")
 @click.option("--refs", is_flag=True, help="EDM's reference statistics and the FID Inception.")
-@click.option("--bases", is_flag=True, help="Base models and autoencoders.")
+@click.option("--bases", is_flag=True, help="The base models that Neon started from.")
 @click.option("--list", "is_list", is_flag=True, help="Print the table and what is there; fetch nothing.")
 @click.option(
     "--root", type=click.Path(path_type=Path), default=Path(), help="Folder that gets checkpoints/ and fid_stats/.  [default: here]"

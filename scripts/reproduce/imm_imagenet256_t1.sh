@@ -6,7 +6,7 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 gpus="${1:-8}" what="${2:-all}"
 
-bash download_models.sh --refs --bases
+bash download_models.sh --refs adm_in256_stats.npz diffusion_pytorch_model.safetensors imagenet256_ts_a2.pkl
 
 if [[ $what == all || $what == base ]]; then
     torchrun --standalone --nproc_per_node="$gpus" imm/calculate_fid.py --num_images 50000 --batch_size 64 --img_size 256 \

@@ -6,7 +6,7 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 gpus="${1:-8}" what="${2:-all}"
 
-bash download_models.sh --refs --bases
+bash download_models.sh --refs adm_in256_stats.npz vae_ch160v4096z32.pth var_d16.pth Neon_VARd16_imagenet256.pth
 
 evaluate() {
     torchrun --standalone --nproc_per_node="$gpus" var/calculate_fid.py --num_images 50000 --batch_size 64 --img_size 256 \

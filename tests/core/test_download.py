@@ -243,7 +243,7 @@ def test_the_script_names_missing_modules(tmp_path):
 
 def test_names_groups_and_the_table():
     models = download.select([], ["models"])
-    assert len(models) == 10
+    assert len(models) == 8 + 3 + 2  # checkpoints, autoencoders, statistics
     assert {item.name for item in models} >= {"Neon_xARL_imagenet256.pth", "Neon_imm_imagenet256.pkl", "adm_in512_stats.npz"}
     assert [item.name for item in download.select(["var_d16", "var_d16.pth"], [])] == ["var_d16.pth"]
     with pytest.raises(ValueError, match=r"no published file 'var_d17'; did you mean var_d16\.pth"):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import tomllib
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from click.testing import CliRunner
 
 from neon.cli import main
 from neon.config import load
+from neon.download import select
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -41,3 +43,18 @@ def test_dry_run_prints_the_plan_and_makes_nothing(path, tmp_path, monkeypatch):
 def test_no_published_number_poses_as_ours():
     readme = (ROOT / "README.md").read_text()
     assert "published, not yet reproduced here" in readme
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "scripts/reproduce").glob("*.sh")), ids=lambda p: p.stem)
+def test_a_reproduction_fetches_every_file_that_it_reads(script):
+    text = script.read_text()
+    for name, value in re.findall(r"^(\w+)=(\S+)$", text, re.M):
+        text = text.replace(f"${name}", value)
+    (line,) = re.findall(r"download_models\.sh (.*)", text)
+    words = shlex.split(line)
+    groups = [word.removeprefix("--") for word in words if not word.startswith("https://") and word.startswith("--")]
+    fetched = {str(item.target(Path())) for item in select([word for word in words if not word.startswith("--")], groups)}
+    read = text + "".join((ROOT / config).read_text() for config in re.findall(r"configs/\w+\.toml", text))
+    needed = set(re.findall(r"(?:checkpoints|fid_stats|xar/pretrained)/[\w./-]+\w", read))
+    assert needed <= fetched
+    assert needed
