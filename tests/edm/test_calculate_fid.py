@@ -21,7 +21,7 @@ from neon import checkpoint
 from neon.quantize import to_uint8
 from neon.seeds import ImageRng
 from tests.edm import published
-from tests.imm.published import Quarters, write_statistics
+from tests.quarters import Quarters, write_statistics
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -43,7 +43,7 @@ def tiny(tmp_path_factory, patch):
     return folder
 
 
-def arguments(folder, *options, extractor="tests.imm.published:open_quarters"):
+def arguments(folder, *options, extractor="tests.quarters:open_quarters"):
     files = ["--network_pkl", str(folder / "model.pkl"), "--ref", str(folder / "stats.npz")]
     return [*files, "--extractor", extractor, "--device", "cpu", *map(str, options)]
 

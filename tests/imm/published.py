@@ -6,13 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
-from fid.features import Extractor, Features, to_rgb
-from fid.moments import Moments
-from fid.reference import write_reference
 from imm.family import IMM
 from imm.vae import layout_from_diffusers, to_diffusers
 from neon.autoencoder import KLAutoencoder
@@ -79,23 +75,3 @@ def write_vae(folder: Path, config: dict) -> None:
     tensors = to_diffusers(goldens.seed_by_name(KLAutoencoder(layout)).state_dict(), layout)
     save_file({name: value.contiguous() for name, value in tensors.items()}, folder / "diffusion_pytorch_model.safetensors")
     (folder / "config.json").write_text(json.dumps(config))
-
-
-class Quarters(Extractor):
-    """The mean colour of every quarter of the image: 12 features."""
-
-    name, dim, sha256, comparable = "quarters", 12, "0" * 64, "not the FID Inception"
-
-    def extract(self, images: Tensor) -> Features:
-        return Features(nn.functional.adaptive_avg_pool2d(to_rgb(images).float(), 2).flatten(1), None)
-
-
-def open_quarters(*, path: Path | None, device: torch.device | str, allow_unknown_weights: bool) -> Extractor:
-    return Quarters(device)
-
-
-def write_statistics(path: Path, size: int) -> None:
-    images = torch.randint(256, (64, 3, size, size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    moments = Moments(Quarters.dim)
-    moments.update(Quarters()(images).pool)
-    write_reference(path, moments, {"extractor": Quarters.name})

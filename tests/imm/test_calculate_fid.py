@@ -20,6 +20,7 @@ from neon import checkpoint
 from neon.quantize import to_uint8
 from neon.seeds import image_rng
 from tests.imm import published
+from tests.quarters import Quarters, write_statistics
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -36,14 +37,14 @@ def tiny(tmp_path_factory, patch):
     folder = tmp_path_factory.mktemp("published")
     published.write_checkpoint(patch, folder / "model.pkl", published.TINY_ARCH)
     published.write_vae(folder / "vae", published.TINY_VAE)
-    published.write_statistics(folder / "stats.npz", 16)
+    write_statistics(folder / "stats.npz", 16)
     return folder
 
 
 def arguments(folder, *options):
     files = {"--model_ckpt": "model.pkl", "--vae": "vae", "--fid_stats": "stats.npz"}
     paths = [part for name, file in files.items() for part in (name, str(folder / file))]
-    return [*paths, "--extractor", "tests.imm.published:open_quarters", "--device", "cpu", *map(str, options)]
+    return [*paths, "--extractor", "tests.quarters:open_quarters", "--device", "cpu", *map(str, options)]
 
 
 def here(folder, *options):
@@ -73,8 +74,8 @@ def test_the_number_is_the_one_of_the_parts(tiny):
     model = family.load(checkpoint.read(tiny / "model.pkl")).eval()
     family.open(tiny / "vae", torch.device("cpu"))
     codes, _ = family.sample(model, image_rng(5, range(23), "cpu"), torch.arange(23) % 10, Sampling(num_steps=2, cfg_scale=1.8))
-    moments = Moments(published.Quarters.dim)
-    moments.update(published.Quarters()(to_uint8(family.decode(codes), "truncate")).pool)
+    moments = Moments(Quarters.dim)
+    moments.update(Quarters()(to_uint8(family.decode(codes), "truncate")).pool)
     expected = frechet_distance(generated=moments.gaussian(), reference=read_reference(tiny / "stats.npz"))
     assert found["value"] == pytest.approx(expected, rel=1e-3)
     assert found["metric"] == "fd23[quarters]"
@@ -143,7 +144,7 @@ def test_the_real_size_loads_in_little_more_than_its_own_memory_and_makes_images
     assert ratio <= 1.5
     assert loaded == pytest.approx(checksum, abs=1e-3)
     published.write_vae(tmp_path / "vae", published.SD_VAE)
-    published.write_statistics(tmp_path / "stats.npz", 256)
+    write_statistics(tmp_path / "stats.npz", 256)
     options = ("--num_images", 2, "--batch_size", 1, "--img_size", 256, "--steps", 1)
     alone = started(tmp_path, *options, ranks=1)
     assert alone["value"] > 0

@@ -19,8 +19,8 @@ from fid.reference import read_reference
 from neon import checkpoint
 from neon.quantize import to_uint8
 from neon.seeds import image_rng
+from tests.quarters import Quarters
 from tests.var import published
-from tests.xar.published import Quarters
 from var import calculate_fid, presets
 from var.family import VAR
 from var.sampler import Sampling
@@ -40,7 +40,7 @@ def tiny(tmp_path_factory) -> Path:
 def arguments(folder: Path, *options: object) -> list[str]:
     files = {"--var_ckpt": "var.pth", "--vae_ckpt": "vae.pth", "--fid_stats": "stats.npz"}
     named = [word for option, name in files.items() if option not in options for word in (option, str(folder / name))]
-    return [*named, "--extractor", "tests.xar.published:open_quarters", "--device", "cpu", *map(str, options)]
+    return [*named, "--extractor", "tests.quarters:open_quarters", "--device", "cpu", *map(str, options)]
 
 
 def in_process(folder: Path, *options: object) -> dict:

@@ -5,13 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from fid.features import Extractor, Features, to_rgb
-from fid.moments import Moments
-from fid.reference import write_reference
 from neon import checkpoint
 from tests import goldens
+from tests.quarters import write_statistics
 from tests.xar.test_transformer import ARCH
 from xar.transformer import XARArch, XARTransformer
 from xar.vae import KL16, KL16Arch
@@ -24,25 +22,6 @@ TINY_VAE = {
     "resolution": 32,
     "encoder_attn_resolutions": [],
 }
-
-
-class Quarters(Extractor):
-    """The mean colour of every quarter of the image: 12 features."""
-
-    name, dim, sha256, comparable = "quarters", 12, "0" * 64, "not the FID Inception"
-
-    def extract(self, images: Tensor) -> Features:
-        return Features(nn.functional.adaptive_avg_pool2d(to_rgb(images).float(), 2).flatten(1), None)
-
-
-def open_quarters(*, path: Path | None, device: torch.device | str, allow_unknown_weights: bool) -> Extractor:
-    return Quarters(device)
-
-
-def write_statistics(path: Path) -> None:
-    moments = Moments(Quarters.dim)
-    moments.update(Quarters()(torch.randint(256, (64, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)).pool)
-    write_reference(path, moments, {"extractor": Quarters.name})
 
 
 def write_tiny(folder: Path) -> None:

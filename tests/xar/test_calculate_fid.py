@@ -19,6 +19,7 @@ from fid.reference import read_reference
 from neon import checkpoint
 from neon.quantize import to_uint8
 from neon.seeds import image_rng
+from tests.quarters import Quarters
 from tests.xar import published
 from xar import calculate_fid
 from xar.family import XAR, XARSampling
@@ -38,7 +39,7 @@ def tiny(tmp_path_factory) -> Path:
 def arguments(folder: Path, *options: object) -> list[str]:
     files = {"--model_ckpt": "base.pth", "--vae_path": "vae.safetensors", "--fid_stats": "stats.npz"}
     named = [word for option, name in files.items() if option not in options for word in (option, str(folder / name))]
-    return [*named, "--extractor", "tests.xar.published:open_quarters", "--device", "cpu", *map(str, options)]
+    return [*named, "--extractor", "tests.quarters:open_quarters", "--device", "cpu", *map(str, options)]
 
 
 def in_process(folder: Path, *options: object) -> dict:
@@ -65,8 +66,8 @@ def test_the_number_is_the_one_of_the_parts(tiny):
     with torch.inference_mode():
         codes, _ = family.sample(model, image_rng(5, range(23), "cpu"), torch.arange(23) % 10, XARSampling(num_steps=2, cfg_scale=1.8))
         images = to_uint8(family.decode(codes), "truncate")
-    moments = Moments(published.Quarters.dim)
-    moments.update(published.Quarters()(images).pool)
+    moments = Moments(Quarters.dim)
+    moments.update(Quarters()(images).pool)
     expected = frechet_distance(generated=moments.gaussian(), reference=read_reference(tiny / "stats.npz"))
     assert found["value"] == pytest.approx(expected, rel=1e-3)
     assert found["metric"] == "fd23[quarters]"
