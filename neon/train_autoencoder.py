@@ -34,7 +34,7 @@ def train_autoencoder(config: Experiment, folder: Path, world: World) -> dict[st
     section, data = config.need("autoencoder", Autoencoder), config.need("data", Data)
     trainable = config.family().trainable_autoencoder
     assert trainable is not None  # neon.config refuses an [autoencoder] of a family without one
-    training, held_out = split(open_images(data.path, use_labels=False, pad=data.pad), section.held_out)
+    training, held_out = split(open_images(data.path, use_labels=False, size=data.size, pad=data.pad), section.held_out)
     torch.manual_seed(section.train.seed)  # initial weights
     model = trainable.build(section.arch)
     num_parameters = sum(p.numel() for p in model.parameters())

@@ -29,7 +29,7 @@ def train_base(config: Experiment, folder: Path, world: World) -> dict[str, obje
     model = family.build(arch)
     autoencoder = None if config.base is None or config.base.autoencoder is None else Path(config.base.autoencoder)
     family.open(autoencoder, world.device)
-    images = open_images(data.path, use_labels=data.use_labels, pad=data.pad)
+    images = open_images(data.path, use_labels=data.use_labels, size=data.size, pad=data.pad)
     classes = family.num_classes(model)
     if classes and images.num_classes > classes:
         raise ValueError(f"{data.path}: labels up to {images.num_classes - 1}, but the model has {classes} classes")

@@ -123,3 +123,22 @@ def test_zip_layout_is_nvidias(tmp_path, pixels):
         assert archive.namelist()[0] == "00000/img00000000.png"
         assert json.loads(archive.read("dataset.json")) == {"labels": None}
         assert all(info.compress_type == zipfile.ZIP_STORED for info in archive.infolist())
+
+
+def test_files_of_many_sizes_and_modes_are_cropped_to_one(tmp_path):
+    """A grey ramp keeps its middle; what Pillow itself cuts out of the scaled image is what we read."""
+    ramp = np.tile(np.arange(64, dtype=np.uint8)[None, :] * 4, (32, 1))
+    Image.fromarray(ramp).save(tmp_path / "a.png")  # 64 wide, 32 high: scaled by 1/2, then 8 columns off either side
+    colour = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    Image.fromarray(colour).save(tmp_path / "b.png")
+    with pytest.raises(UnreadableImagesError, match=r"differs from the first image's"):
+        list(open_images(tmp_path).batches(2))
+    images = open_images(tmp_path, size=16)
+    assert images.shape == (3, 16, 16)
+    found = torch.cat(list(images.batches(2)))
+    columns = (ramp[0, 0::2].astype(int) + ramp[0, 1::2])[8:24] / 2
+    assert (found[0].double() - torch.from_numpy(columns)).abs().max() <= 1
+    assert torch.equal(found[1], torch.from_numpy(colour.transpose(2, 0, 1)))
+    np.savez(tmp_path / "set.npz", images=colour[None])
+    with pytest.raises(ValueError, match="only image files"):
+        open_images(tmp_path / "set.npz", size=8)
