@@ -65,7 +65,7 @@ def main(config: Path, kills: int, seed: int, out: Path) -> None:
     unbroken_s = time.perf_counter() - begun
     total, random_moment = progress(out / "unbroken"), random.Random(seed)
     stages = []
-    for target in sorted(random_moment.randrange(total) for _ in range(kills)):
+    for target in sorted(random_moment.randrange(total - 3) for _ in range(kills)):
         process = start(config, out / "killed")
         while process.poll() is None and progress(out / "killed") < target:
             time.sleep(0.01)
