@@ -119,6 +119,9 @@ class IMM(Family):
         return codes.float(), labels if net.label_dim else None
 
     @torch.no_grad()
+    def autoencoder_modules(self) -> list[nn.Module]:
+        return [] if isinstance(self.encoder, PixelEncoder) else [self.encoder.vae]
+
     def decode(self, codes: Tensor) -> Tensor:
         if isinstance(self.encoder, PixelEncoder) and codes.shape[1] not in (1, 3):
             raise ValueError(

@@ -103,6 +103,10 @@ class Family(Trainable):
         labels None means: draw them from `rng` as the published script of the family does. how: a `self.sampling`.
         """
 
+    def autoencoder_modules(self) -> list[nn.Module]:
+        """The networks that `decode` uses, so that the run's memory format reaches them too."""
+        return []
+
     def decode(self, codes: Tensor) -> Tensor:
         """Float images (B, C, H, W) in [-1, 1], not clipped; `quantize.to_uint8` follows."""
         return codes

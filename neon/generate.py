@@ -49,7 +49,8 @@ def generate(source: Source, model: nn.Module, batches: Iterable[Sequence[int]],
     """Sample the images of `batches` (indices within the block; image i has seed first_seed + i)."""
     model.eval()
     if source.sampling.channels_last:
-        model.to(memory_format=torch.channels_last)
+        for network in (model, *source.family.autoencoder_modules()):
+            network.to(memory_format=torch.channels_last)
     yield from _generate(source, model, batches, device)
 
 

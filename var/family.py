@@ -95,6 +95,9 @@ class VAR(Family):
         quantizer.patch_nums = patch_nums or quantizer.patch_nums
         return self._tokeniser
 
+    def autoencoder_modules(self) -> list[nn.Module]:
+        return [] if self._tokeniser is None else [self._tokeniser]
+
     def sample(self, model: nn.Module, rng: Rng, labels: Tensor | None, how: object) -> tuple[Tensor, Tensor]:
         assert isinstance(model, Transformer)
         assert isinstance(how, Sampling)

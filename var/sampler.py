@@ -102,7 +102,7 @@ def keep_likely(logits: Tensor, *, top_k: int, top_p: float) -> Tensor:
         logits = logits.masked_fill(logits < least, -torch.inf)
     if top_p == 0:
         return logits
-    ascending, order = logits.sort(dim=-1)
+    ascending, order = logits.sort(dim=-1)  # with the -inf of top_k in it, faster than a topk of the survivors
     is_tail = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
     is_tail[..., -1] = False
     return logits.masked_fill(is_tail.scatter(-1, order, is_tail), -torch.inf)

@@ -113,6 +113,9 @@ class XAR(Family):
         latents = sample_cells(model, rng, labels, num_steps=how.num_steps, cfg_scale=how.cfg_scale, solver=how.solver)
         return latents, labels
 
+    def autoencoder_modules(self) -> list[nn.Module]:
+        return [] if self._autoencoder is None else [self._autoencoder]
+
     def decode(self, codes: Tensor) -> Tensor:
         return self.autoencoder.from_latents(codes)
 

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from neon.config import Sampling as SharedSampling
+from neon.generate import Source, generate
 from neon.seeds import ImageRng, SharedRng
 from tests import goldens
 from var import presets
@@ -166,3 +168,16 @@ def test_one_tokeniser_serves_both_published_resolutions():
     family.use(goldens.seed_by_name(VQVAE(arch)))
     for side, length in ((256, 680), (512, 2240)):
         assert family.decode(torch.zeros(1, length, dtype=torch.int64)).shape[-1] == side // 8
+
+
+def test_another_memory_format_reaches_the_decoder_and_changes_only_rounding(family, model):
+    def images(*, channels_last: bool) -> torch.Tensor:
+        sampling = SharedSampling(options=Sampling(cfg_scale=1.5), uint8="round", channels_last=channels_last)
+        source = Source(family=family, sampling=sampling, labels="balanced", first_seed=0, num_classes=5)
+        (batch,) = generate(source, model, [range(4)], torch.device("cpu"))
+        with torch.inference_mode():
+            return family.decode(batch.codes)
+
+    plain, other = images(channels_last=False), images(channels_last=True)
+    assert family.tokeniser().decoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    goldens.assert_close(other, plain, atol=1e-4)
