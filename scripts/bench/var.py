@@ -1,6 +1,6 @@
 """Time VAR's sampler at a published size: images per second and peak memory at several batch sizes.
 
-    python scripts/bench/var.py --batches 1 --batches 8 --batches 32 --out results/bench/var_d16.json
+    python scripts/bench/var.py --fast-batches 1 --out results/bench/var_d16_cpu.json
     python scripts/bench/var.py --device cuda --out results/bench/var_d16_cuda.json
 
 Random weights (speed does not depend on them), exact (fp32) and fast (bf16 autocast), guided, without the decoder. The fast mode's
@@ -10,27 +10,20 @@ error is the largest difference of the logits on the same tokens. One image of d
 from __future__ import annotations
 
 import json
-import os
-import platform
-import resource
-import sys
-import time
 from pathlib import Path
 
 import click
 import torch
+from measuring import about, flops_of, matmul_flops_per_second, peak_mib, publish, reset_peak, seconds_of
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-from neon.config import Precision  # noqa: E402
-from neon.generate import autocast  # noqa: E402
-from neon.seeds import image_rng  # noqa: E402
-from var.presets import CFG_SCALE, IMAGE_SIDE, published  # noqa: E402
-from var.quantizer import MultiScaleQuantizer  # noqa: E402
-from var.sampler import Sampling, sample_scales  # noqa: E402
-from var.transformer import Transformer  # noqa: E402
+from neon.config import Precision
+from neon.generate import autocast
+from neon.seeds import image_rng
+from var.presets import CFG_SCALE, IMAGE_SIDE, published
+from var.quantizer import MultiScaleQuantizer
+from var.sampler import Sampling, sample_scales
+from var.transformer import Transformer
 
 
 def random_networks(name: str, device: torch.device) -> tuple[Transformer, MultiScaleQuantizer]:
@@ -66,60 +59,49 @@ def logit_error(model: Transformer, quantizer: MultiScaleQuantizer, indices: lis
     return {"largest_logit_difference": (fast - exact).abs().max().item(), "logit_std": exact.std().item()}
 
 
-def peak_mib(device: torch.device) -> float:
-    """CUDA: of this measurement. CPU: of the process so far, weights and libraries included."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+@torch.inference_mode()
+def plain_seconds(model: Transformer, quantizer: MultiScaleQuantizer, indices: list[Tensor], device: torch.device) -> float:
+    """The plain way for one image: every scale is a pass over all tokens so far, twice for guidance, nothing remembered."""
+    labels = torch.arange(2, device=device) * model.num_classes  # class 0 and no class
+    tokens = quantizer.teacher_input([index[:1].expand(2, -1) for index in indices])
 
+    def passes() -> None:
+        for scale in range(len(indices)):
+            known = sum(index.shape[1] for index in indices[: scale + 1]) - indices[0].shape[1]
+            model(labels, tokens[:, :known])
 
-def measure(
-    model: Transformer, quantizer: MultiScaleQuantizer, batch: int, precision: Precision, repeats: int, how: Sampling, device: torch.device
-) -> tuple[dict[str, object], list[Tensor]]:
-    """Time and memory of the fastest of `repeats` calls (the others were disturbed), and the tokens."""
-    seconds = []
-    for _ in range(repeats + (device.type == "cuda")):  # on CUDA the first call chooses kernels
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        start, processor_start = time.perf_counter(), time.process_time()
-        indices = sample(model, quantizer, batch, precision, how, device)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append((time.perf_counter() - start, time.process_time() - processor_start))
-    wall, processor = min(seconds)
-    row = {"batch": batch, "precision": precision, "seconds": wall, "processor_seconds": processor, "images_per_second": batch / wall}
-    return row | {"peak_mib": peak_mib(device), "load_average": os.getloadavg()[0]}, indices
+    return seconds_of(passes, device)
 
 
 @click.command(help=__doc__)
 @click.option("--device", default="cpu", show_default=True)
 @click.option("--model", default="d16", type=click.Choice(list(IMAGE_SIDE)), show_default=True)
 @click.option("--batches", type=int, multiple=True, default=(1, 8, 32), show_default=True)
+@click.option(
+    "--fast-batches", type=int, multiple=True, help="For bf16, which a CPU without its instructions only imitates.  [default: --batches]"
+)
 @click.option("--repeats", type=int, default=1, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), required=True)
-def main(device: str, model: str, batches: tuple[int, ...], repeats: int, out: Path) -> None:
+def main(device: str, model: str, batches: tuple[int, ...], fast_batches: tuple[int, ...], repeats: int, out: Path) -> None:
     where = torch.device(device)
-    network, quantizer = random_networks(model, where)
     how = Sampling(cfg_scale=CFG_SCALE["neon"][IMAGE_SIDE[model]])
-    modes: tuple[Precision, ...] = ("fp32", "bf16")
+    result = about(where) | {"model": model, "cfg_scale": how.cfg_scale, "top_k": how.top_k, "top_p": how.top_p}
+    result["matmul_gflops_per_s"] = (peak := matmul_flops_per_second(where)) / 1e9
+    network, quantizer = random_networks(model, where)
+    flops = flops_of(lambda: sample(network, quantizer, 1, "fp32", how, where))  # also the rehearsal
+    modes: tuple[tuple[Precision, tuple[int, ...]], ...] = (("fp32", batches), ("bf16", fast_batches or batches))
     rows = []
-    for batch in batches:
-        for precision in modes:
-            row, indices = measure(network, quantizer, batch, precision, repeats, how, where)
-            rows.append(row)
-            click.echo(json.dumps(row), err=True)
-    result = {
-        "model": model,
-        "sampling": {"cfg_scale": how.cfg_scale, "top_k": how.top_k, "top_p": how.top_p},
-        "device": torch.cuda.get_device_name() if where.type == "cuda" else platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "fast_mode": logit_error(network, quantizer, indices, where),
-        "rows": rows,
-    }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    for precision, sizes in modes:
+        for batch in sizes:
+            reset_peak(where)
+            seconds = seconds_of(lambda b=batch, p=precision: sample(network, quantizer, b, p, how, where), where, repeats)
+            row = {"precision": precision, "batch": batch, "images_per_s": batch / seconds, "seconds": seconds, "peak_mib": peak_mib(where)}
+            rows.append(row | {"share_of_fp32_matmul_rate": flops * batch / seconds / peak})
+            click.echo(json.dumps(rows[-1]), err=True)
+    indices = sample(network, quantizer, 1, "fp32", how, where)
+    result |= {"gflop_per_image": flops / 1e9, "rows": rows, "fast_mode": logit_error(network, quantizer, indices, where)}
+    result["plain_seconds_per_image"] = plain_seconds(network, quantizer, indices, where)
+    publish(result, out)
 
 
 if __name__ == "__main__":

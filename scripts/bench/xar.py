@@ -1,7 +1,7 @@
 """Time xAR's sampler at the published size: images per second, peak memory and the fast mode's error on the latents.
 
-    python scripts/bench/xar.py --out results/bench/xar.json
-    python scripts/bench/xar.py --device cuda --model xar_large --batch 64 --num-steps 50 --out results/bench/xar_large.json
+    python scripts/bench/xar.py --out results/bench/xar_base_cpu.json
+    python scripts/bench/xar.py --device cuda --model xar_large --batch 64 --num-steps 50 --out results/bench/xar_large_cuda.json
 
 Random weights (speed does not depend on them); exact (fp32) and fast (bf16 autocast). The fast mode's error is the root mean square
 difference of the latents over their standard deviation, from the same noise. The autoencoder is not included. With fewer steps
@@ -11,26 +11,19 @@ than published (the default, for a CPU) the published number of images per secon
 from __future__ import annotations
 
 import json
-import os
-import platform
-import resource
-import sys
-import time
 from pathlib import Path
 
 import click
 import torch
+from measuring import about, flops_of, matmul_flops_per_second, peak_mib, publish, reset_peak, seconds_of
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-from neon.config import Precision  # noqa: E402
-from neon.generate import autocast  # noqa: E402
-from neon.seeds import image_rng  # noqa: E402
-from xar.presets import CFG_SCALE, NUM_STEPS, SIZES  # noqa: E402
-from xar.sampler import sample_cells  # noqa: E402
-from xar.transformer import XARTransformer  # noqa: E402
+from neon.config import Precision
+from neon.generate import autocast
+from neon.seeds import image_rng
+from xar.presets import CFG_SCALE, NUM_STEPS, SIZES
+from xar.sampler import sample_cells
+from xar.transformer import XARTransformer
 
 
 def random_network(name: str, device: torch.device) -> XARTransformer:
@@ -44,27 +37,11 @@ def network_calls(num_steps: int) -> int:
 
 
 @torch.inference_mode()
-def measure(
-    model: XARTransformer, batch: int, num_steps: int, cfg_scale: float, precision: Precision, device: torch.device
-) -> tuple[dict[str, float], Tensor]:
-    """Time and memory of one batch, and its latents. Peak memory on a CPU is that of the process so far."""
+def sample(model: XARTransformer, batch: int, num_steps: int, cfg_scale: float, precision: Precision, device: torch.device) -> Tensor:
+    """The latents."""
     labels = torch.arange(batch, device=device) % model.num_classes
-    for is_rehearsal in ([True] if device.type == "cuda" else []) + [False]:  # on CUDA the first call chooses kernels
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        start, processor_start = time.perf_counter(), time.process_time()
-        with autocast(device, precision):
-            latents = sample_cells(
-                model, image_rng(0, range(batch), device), labels, num_steps=2 if is_rehearsal else num_steps, cfg_scale=cfg_scale
-            )
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        wall, processor = time.perf_counter() - start, time.process_time() - processor_start
-    is_cuda = device.type == "cuda"
-    peak = torch.cuda.max_memory_allocated() / 2**20 if is_cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    row = {"seconds": wall, "processor_seconds": processor, "images_per_second": batch / wall}
-    row["seconds_per_network_call"] = wall / network_calls(num_steps)
-    return row | {"peak_mib": peak, "load_average": os.getloadavg()[0]}, latents
+    with autocast(device, precision):
+        return sample_cells(model, image_rng(0, range(batch), device), labels, num_steps=num_steps, cfg_scale=cfg_scale)
 
 
 @click.command(help=__doc__)
@@ -75,31 +52,24 @@ def measure(
 @click.option("--out", type=click.Path(path_type=Path), required=True)
 def main(device: str, model: str, batch: int, num_steps: int, out: Path) -> None:
     where = torch.device(device)
+    result = about(where) | {"model": model, "batch": batch, "num_steps": num_steps, "published_num_steps": NUM_STEPS[model]}
+    result["matmul_gflops_per_s"] = (peak := matmul_flops_per_second(where)) / 1e9
     network, cfg_scale = random_network(model, where), CFG_SCALE["neon"][model]
+    flops = flops_of(lambda: sample(network, batch, num_steps, cfg_scale, "fp32", where))  # also the rehearsal
+    share = network_calls(num_steps) / network_calls(NUM_STEPS[model])
     modes: tuple[Precision, ...] = ("fp32", "bf16")
     rows, latents = [], []
     for precision in modes:
-        row, made = measure(network, batch, num_steps, cfg_scale, precision, where)
-        share = network_calls(num_steps) / network_calls(NUM_STEPS[model])
-        rows.append({"precision": precision, **row, "images_per_second_at_published_steps": row["images_per_second"] * share})
-        latents.append(made.double())
-        click.echo(json.dumps(rows[-1]), err=True)
-    exact, fast = latents
-    result = {
-        "model": model,
-        "batch": batch,
-        "num_steps": num_steps,
-        "published_num_steps": NUM_STEPS[model],
-        "cfg_scale": cfg_scale,
-        "device": torch.cuda.get_device_name() if where.type == "cuda" else platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "fast_mode_error": ((fast - exact).square().mean().sqrt() / exact.std()).item(),
-        "rows": rows,
-    }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+        reset_peak(where)
+        seconds = seconds_of(lambda p=precision: latents.append(sample(network, batch, num_steps, cfg_scale, p, where)), where)
+        row = {"precision": precision, "seconds": seconds, "images_per_s": batch / seconds, "peak_mib": peak_mib(where)}
+        row |= {"share_of_fp32_matmul_rate": flops / seconds / peak, "images_per_s_at_published_steps": batch / seconds * share}
+        rows.append(row)
+        click.echo(json.dumps(row), err=True)
+    exact, fast = (made.double() for made in latents)
+    error = ((fast - exact).square().mean().sqrt() / exact.std()).item()
+    result |= {"cfg_scale": cfg_scale, "gflop": flops / 1e9, "rows": rows, "fast_mode_relative_error": error}
+    publish(result, out)
 
 
 if __name__ == "__main__":
