@@ -19,8 +19,9 @@ import click  # noqa: E402
 
 from edm.family import EDM, Sampling  # noqa: E402
 from edm.guidance import GuidedEDM  # noqa: E402
-from neon import config, quantize  # noqa: E402
+from neon import quantize  # noqa: E402
 from neon.calculate_fid import PATH, Request, calculate_fid, common_options  # noqa: E402
+from neon.precision import Precision  # noqa: E402
 
 
 class Seeds(click.ParamType):
@@ -75,7 +76,7 @@ def main(
     weights: str,
     inception: Path | None,
     extractor: str,
-    precision: config.Precision,
+    precision: Precision,
     draw_on: str,
     repeats: int,
     device: str | None,

@@ -19,8 +19,9 @@ import click  # noqa: E402
 
 from flow.family import Flow, Sampling  # noqa: E402
 from flow.presets import EULER_STEPS  # noqa: E402
-from neon import config, quantize  # noqa: E402
+from neon import quantize  # noqa: E402
 from neon.calculate_fid import PATH, Request, calculate_fid, common_options  # noqa: E402
+from neon.precision import Precision  # noqa: E402
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True})
@@ -60,7 +61,7 @@ def main(
     weights: str,
     inception: Path | None,
     extractor: str,
-    precision: config.Precision,
+    precision: Precision,
     draw_on: str,
     repeats: int,
     device: str | None,

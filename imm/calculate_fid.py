@@ -20,8 +20,9 @@ import click  # noqa: E402
 from imm.autoencoder import autoencoder_file  # noqa: E402
 from imm.family import IMM, Sampling  # noqa: E402
 from imm.presets import CFG_SCALE, Protocol  # noqa: E402
-from neon import checkpoint, config, quantize  # noqa: E402
+from neon import checkpoint, quantize  # noqa: E402
 from neon.calculate_fid import PATH, Request, calculate_fid, common_options  # noqa: E402
+from neon.precision import Precision  # noqa: E402
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True})
@@ -56,7 +57,7 @@ def main(
     weights: str,
     inception: Path | None,
     extractor: str,
-    precision: config.Precision,
+    precision: Precision,
     draw_on: str,
     repeats: int,
     device: str | None,

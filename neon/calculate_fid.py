@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import click
 import torch
@@ -23,6 +23,7 @@ from neon.distributed import World, world
 from neon.evaluate import Evaluation, Yardstick, evaluate, why_not_comparable
 from neon.family import Family
 from neon.generate import Source
+from neon.precision import Precision
 from neon.progress import say
 
 PATH = click.Path(path_type=Path)
@@ -49,7 +50,7 @@ class Request:
     weights: str = "ema"
     inception: Path | None = None
     extractor: str = "inception-2015-12-05"
-    precision: config.Precision = "fp32"
+    precision: Precision = "fp32"
     draw_on: Literal["cpu", "device"] = "cpu"
     repeats: int = 1
     device: str | None = None
@@ -62,9 +63,7 @@ def common_options(command: Callable) -> Callable:
             click.option("--weights", default="ema", help="Weight set of a file that holds several."),
             click.option("--inception", type=PATH, help="Weights of the FID Inception.  [default: $NEON_CACHE or ~/.cache/neon]"),
             click.option("--extractor", default="inception-2015-12-05", help="Another feature network; the value is then no FID."),
-            click.option(
-                "--precision", type=click.Choice(["fp32", "bf16", "fp16"]), default="fp32", help="fp32 is exact, the others faster."
-            ),
+            click.option("--precision", type=click.Choice(get_args(Precision)), default="fp32", help="fp32 is exact, the others faster."),
             click.option(
                 "--draw_on", type=click.Choice(["cpu", "device"]), default="cpu", help="Where noise is drawn; cpu is the same everywhere."
             ),

@@ -13,9 +13,9 @@ from typing import Literal, TypeVar, Union
 
 from neon import quantize
 from neon.family import Family, resolve
+from neon.precision import Precision
 
 Section = TypeVar("Section")
-Precision = Literal["fp32", "bf16", "fp16"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

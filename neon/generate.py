@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from neon.config import Precision, Sampling
+from neon.config import Sampling
 from neon.family import Family
+from neon.precision import arithmetic
 from neon.quantize import to_uint8
 from neon.seeds import image_rng
 
@@ -61,7 +61,7 @@ def _generate(source: Source, model: nn.Module, batches: Iterable[Sequence[int]]
         labels = None
         if source.labels == "balanced" and source.num_classes:
             labels = torch.tensor([i % source.num_classes for i in indices], device=device)
-        with autocast(device, source.sampling.precision):
+        with arithmetic(device, source.sampling.precision):
             codes, used = source.family.sample(model, rng, labels, source.options)
         yield Batch(indices, codes, used)
 
@@ -69,13 +69,6 @@ def _generate(source: Source, model: nn.Module, batches: Iterable[Sequence[int]]
 @torch.inference_mode()
 def to_images(source: Source, codes: Tensor) -> Tensor:
     """uint8 images (B, C, H, W) of the codes, by the config's rounding rule."""
-    with autocast(codes.device, source.sampling.precision):
+    with arithmetic(codes.device, source.sampling.precision):
         images = source.family.decode(codes)
     return to_uint8(images, source.sampling.uint8)
-
-
-def autocast(device: torch.device, precision: Precision) -> AbstractContextManager:
-    """The mixed precision of the config; fp32 is exact and needs nothing."""
-    if precision == "fp32":
-        return nullcontext()
-    return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)

@@ -19,7 +19,7 @@ from neon import files, records
 from neon.config import Training
 from neon.distributed import World
 from neon.family import Draws, Trainable
-from neon.generate import autocast
+from neon.precision import arithmetic
 from neon.progress import progress
 from neon.seeds import SharedRng, derived_seed
 from neon.shards import Corpus
@@ -52,10 +52,12 @@ class Trainer:
 
     def backward(self, codes: Tensor, labels: Tensor | None, draws: Draws, global_batch: int) -> float:
         """Add the gradient of sum(loss) / global_batch over these images; returns that part of the loss."""
-        with autocast(self.world.device, self.recipe.precision):
+        device, precision = self.world.device, self.recipe.precision
+        with arithmetic(device, precision):
             losses = self.family.loss(self.model, codes, labels, draws, self.recipe.objective)
-        loss = losses.sum() / global_batch
-        self.scaler.scale(loss * self.recipe.loss_scale).backward()
+            with torch.autocast(device.type, enabled=False):  # gradients have the dtypes of the forward pass
+                loss = losses.sum() / global_batch
+                self.scaler.scale(loss * self.recipe.loss_scale).backward()
         return loss.item()
 
     def update(self, loss: float) -> None:

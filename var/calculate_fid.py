@@ -19,6 +19,7 @@ import click  # noqa: E402
 
 from neon import checkpoint, config, quantize  # noqa: E402
 from neon.calculate_fid import PATH, Request, calculate_fid, common_options  # noqa: E402
+from neon.precision import Precision  # noqa: E402
 from var.family import VAR  # noqa: E402
 from var.presets import CFG_SCALE, PATCH_NUMS, TOP_K, TOP_P, Protocol  # noqa: E402
 from var.sampler import Sampling  # noqa: E402
@@ -61,7 +62,7 @@ def main(
     weights: str,
     inception: Path | None,
     extractor: str,
-    precision: config.Precision,
+    precision: Precision,
     draw_on: str,
     repeats: int,
     device: str | None,

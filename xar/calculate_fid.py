@@ -21,6 +21,7 @@ import click  # noqa: E402
 
 from neon import checkpoint, config, quantize  # noqa: E402
 from neon.calculate_fid import PATH, Request, calculate_fid, common_options  # noqa: E402
+from neon.precision import Precision  # noqa: E402
 from xar.family import XAR, XARSampling  # noqa: E402
 from xar.presets import CFG_SCALE, NUM_STEPS, SIZES, Protocol  # noqa: E402
 from xar.transformer import XARArch  # noqa: E402
@@ -63,7 +64,7 @@ def main(
     weights: str,
     inception: Path | None,
     extractor: str,
-    precision: config.Precision,
+    precision: Precision,
     draw_on: str,
     repeats: int,
     device: str | None,

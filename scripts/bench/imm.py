@@ -21,8 +21,7 @@ from torch import Tensor
 from imm.family import IMM, Sampling
 from imm.precond import IMMPrecond
 from imm.presets import CFG_SCALE, IMAGENET256
-from neon.config import Precision
-from neon.generate import autocast
+from neon.precision import Precision, arithmetic
 from neon.seeds import image_rng
 
 
@@ -40,7 +39,7 @@ def random_network(model_type: str, device: torch.device) -> IMMPrecond:
 @torch.inference_mode()
 def sample(net: IMMPrecond, batch: int, steps: int, precision: Precision, device: torch.device) -> Tensor:
     labels = torch.arange(batch, device=device) % net.label_dim
-    with autocast(device, precision):
+    with arithmetic(device, precision):
         codes, _ = IMM().sample(net, image_rng(0, range(batch), device), labels, Sampling(num_steps=steps, cfg_scale=CFG_SCALE["neon"]))
     return codes
 

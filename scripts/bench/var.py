@@ -17,8 +17,7 @@ import torch
 from measuring import about, flops_of, matmul_flops_per_second, peak_mib, publish, reset_peak, seconds_of
 from torch import Tensor
 
-from neon.config import Precision
-from neon.generate import autocast
+from neon.precision import Precision, arithmetic
 from neon.seeds import image_rng
 from var.presets import CFG_SCALE, IMAGE_SIDE, published
 from var.quantizer import MultiScaleQuantizer
@@ -45,7 +44,7 @@ def sample(
 ) -> list[Tensor]:
     """The tokens of every scale."""
     labels = torch.arange(batch, device=device) % model.num_classes
-    with autocast(device, precision):
+    with arithmetic(device, precision):
         return [scale.indices for scale in sample_scales(model, quantizer, image_rng(0, range(batch), device), labels, how)]
 
 
@@ -54,7 +53,7 @@ def logit_error(model: Transformer, quantizer: MultiScaleQuantizer, indices: lis
     """Of the fast mode on one image's tokens, beside the spread of the exact logits."""
     labels, features = torch.zeros(1, dtype=torch.int64, device=device), quantizer.teacher_input([index[:1] for index in indices])
     exact = model(labels, features)
-    with autocast(device, "bf16"):
+    with arithmetic(device, "bf16"):
         fast = model(labels, features)
     return {"largest_logit_difference": (fast - exact).abs().max().item(), "logit_std": exact.std().item()}
 

@@ -18,8 +18,7 @@ import torch
 from measuring import about, flops_of, matmul_flops_per_second, peak_mib, publish, reset_peak, seconds_of
 from torch import Tensor
 
-from neon.config import Precision
-from neon.generate import autocast
+from neon.precision import Precision, arithmetic
 from neon.seeds import image_rng
 from xar.presets import CFG_SCALE, NUM_STEPS, SIZES
 from xar.sampler import sample_cells
@@ -40,7 +39,7 @@ def network_calls(num_steps: int) -> int:
 def sample(model: XARTransformer, batch: int, num_steps: int, cfg_scale: float, precision: Precision, device: torch.device) -> Tensor:
     """The latents."""
     labels = torch.arange(batch, device=device) % model.num_classes
-    with autocast(device, precision):
+    with arithmetic(device, precision):
         return sample_cells(model, image_rng(0, range(batch), device), labels, num_steps=num_steps, cfg_scale=cfg_scale)
 
 
