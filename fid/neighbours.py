@@ -71,9 +71,10 @@ class _Blocks:
 
     def __init__(self, dim: int, budget_mib: int, device: torch.device):
         self.device = torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
-        # a block of side s: 4 float64 matrices s x s (product, distances, comparisons), and 2 s rows of features
+        # a block of side s: 5 float64 matrices s x s (norms, distances, their comparison, the block before, flags), and 4 s rows
+        # of features (two sets, and a temporary of each)
         doubles = budget_mib * 2**20 / 8
-        self.side = int(math.sqrt(dim * dim / 16 + doubles / 4) - dim / 4)
+        self.side = int(math.sqrt((0.4 * dim) ** 2 + doubles / 5) - 0.4 * dim)
         if self.side < 1:
             raise ValueError(f"a memory budget of {budget_mib} MiB is too small for features of {dim} dimensions")
 
