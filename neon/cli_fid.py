@@ -19,9 +19,10 @@ from fid.partial import Partial, merge_partials, read_partial, write_partial
 from fid.reference import read_reference, write_reference
 from neon import checkpoint, files, records
 from neon.collect import Collected, Wanted, collect
-from neon.data import ImageSet, open_images
+from neon.data import open_images
 from neon.distributed import World, world
 from neon.evaluate import why_not_comparable
+from neon.image_set import ImageSet
 
 PATH = click.Path(path_type=Path)
 DATA_HELP = "A folder, .zip, .npz, IDX file, a run's synth folder, or torchvision:NAME:SPLIT:FOLDER."

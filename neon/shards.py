@@ -16,7 +16,7 @@ from neon import files
 
 
 class Corpus(Protocol):
-    """What is trained on: N codes or images, read by index. `neon.data.ImageSet` is one, `Shards` another."""
+    """What is trained on: N codes or images, read by index. `neon.image_set.ImageSet` is one, `Shards` another."""
 
     @property
     def labels(self) -> Tensor | None: ...

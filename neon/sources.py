@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from neon import data, fashion_mnist
+from neon.image_set import ImageSet
 
 Read = Callable[[str], bytes]
 CIFAR10_SHA256 = {
@@ -22,7 +23,7 @@ CIFAR10_SHA256 = {
 }
 
 
-def open_source(path: Path, split: str = "train", size: int | None = None) -> data.ImageSet:
+def open_source(path: Path, split: str = "train", size: int | None = None) -> ImageSet:
     """Whatever `neon data` accepts: an npm archive (.tgz) of one of the three sets, or anything `neon.data.open_images` reads.
 
     split: "train" or "test", for the sets that have one. size: crop files to size x size.

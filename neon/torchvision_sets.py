@@ -11,7 +11,7 @@ import torchvision
 from PIL import Image
 from torch import Tensor
 
-from neon.data import ImageSet, UnreadableImagesError, pixels
+from neon.image_set import ImageSet, UnreadableImagesError, pixels
 
 PREFIX = "torchvision:"
 FORM = "torchvision:NAME:SPLIT:FOLDER, for example torchvision:CIFAR10:train:/data (SPLIT stays empty for a set that has none)"

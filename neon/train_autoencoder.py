@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from neon import checkpoint, records
 from neon.config import Autoencoder, Data, Experiment, to_plain
-from neon.data import ImageSet, open_images
+from neon.data import open_images
 from neon.distributed import World
 from neon.family import TrainableAutoencoder
+from neon.image_set import ImageSet
 from neon.progress import say
 from neon.quantize import to_uint8
 from neon.train import Trainer, train

@@ -9,8 +9,9 @@ import torch
 
 from neon import checkpoint, records
 from neon.config import Data, Experiment, Training, to_plain
-from neon.data import ImageSet, open_images
+from neon.data import open_images
 from neon.distributed import World
+from neon.image_set import ImageSet
 from neon.progress import say
 from neon.synthesize import encoded
 from neon.train import Trainer, train

@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from neon.data import UnreadableImagesError, open_images, write_zip
+from neon.data import open_images, write_zip
+from neon.image_set import UnreadableImagesError
 
 
 @pytest.fixture
