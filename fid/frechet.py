@@ -66,7 +66,7 @@ def frechet_distance(*, generated: Gaussian, reference: Gaussian) -> float:
     return max(distance.item(), 0.0)
 
 
-def _lower_form(factor: Tensor, covariance: Tensor, block: int = 256) -> Tensor:
+def _lower_form(factor: Tensor, covariance: Tensor, block: int = 512) -> Tensor:
     """The lower triangle of F^T S F, which is all that a symmetric eigenvalue routine reads: nearly half of a product saved."""
     right = covariance @ factor
     form = torch.zeros(factor.shape[1], factor.shape[1], dtype=torch.float64)
