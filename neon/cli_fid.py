@@ -79,9 +79,17 @@ def pass_over(
 
 
 def identity(images: ImageSet) -> str:
-    """Which set this is, wherever it lies: name, size and names of its images."""
-    names = records.key_of(list(images.names))
-    return f"{images.path.name}, {len(images)} images of {images.shape}, names {names[:16]}"
+    """Which set this is, wherever it lies: a file by its content, a folder by the names and sizes of its files, a set of torchvision by
+    its name. Sums of another set must not be gone on with, or added."""
+    path = images.path
+    if path.is_file():
+        name, content = path.name, files.sha256_of(path)
+    elif path.is_dir():
+        inside = sorted((file.relative_to(path).as_posix(), file.stat().st_size) for file in path.rglob("*") if file.is_file())
+        name, content = path.name, records.key_of(inside)
+    else:
+        name, content = str(path), "by name"
+    return f"{name}, {len(images)} images of {images.shape}, content {content[:16]}"
 
 
 def describe_source(source: Path, images: ImageSet) -> dict[str, object]:

@@ -35,7 +35,7 @@ def read_zip(source: Source) -> object:
     with source.open() as file:
         try:
             members = {info.filename.partition("/")[2]: info for info in zipfile.ZipFile(file).infolist()}
-        except (zipfile.BadZipFile, NotImplementedError) as error:
+        except (zipfile.BadZipFile, NotImplementedError) as error:  # the second is zipfile's word for "made by a newer zip"
             raise ValueError(f"the zip archive has no readable directory ({error}): truncated, copy or download it again") from error
         if "data.pkl" not in members or "constants.pkl" in members:
             names = [info.filename for info in members.values()]

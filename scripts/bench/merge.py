@@ -47,7 +47,7 @@ def main(device: str, megabytes: int, repeats: int, out: Path | None) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / name for name in ("base.safetensors", "synth.safetensors", "neon.safetensors")]
-        for path, tensors in zip(files, (base, synth), strict=False):
+        for path, tensors in zip(files[:2], (base, synth), strict=True):
             checkpoint.write(path, {name: value.cpu() for name, value in tensors.items()}, metadata={})
 
         def merge_files() -> None:

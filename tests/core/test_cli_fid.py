@@ -120,11 +120,16 @@ def test_parts_of_several_machines_add_up_to_the_whole(tmp_path, tiny):
     for start, stop in ((0, 40), (70, 101), (40, 70)):
         parts.append(tmp_path / f"{start}.safetensors")
         neon("part", "--data", tiny, "--images", f"{start}:{stop}", "--out", parts[-1], "--batch", 9, *EXACT)
+    (tmp_path / "other").mkdir()
     merged = neon("merge", *parts, "--out", tmp_path / "merged.npz")
     assert merged["num_images"] == 101
     assert_same_statistics(tmp_path / "whole.npz", tmp_path / "merged.npz", 1e-10)
     assert abs(frechet_distance(generated=read_reference(tmp_path / "merged.npz"), reference=read_reference(tmp_path / "whole.npz"))) < 1e-6
     assert "the images 40 to 70 " in refused("merge", *parts[:2], "--out", tmp_path / "gap.npz")
+    np.savez(tmp_path / "other" / "tiny.npz", images=255 - np.load(tiny)["images"])  # another set of the same name, size and count
+    other = ("part", "--data", tmp_path / "other/tiny.npz", "--images", "40:70", "--out", tmp_path / "other.safetensors", *EXACT)
+    neon(*other)
+    assert "the parts differ in source" in refused("merge", *parts[:2], tmp_path / "other.safetensors", "--out", tmp_path / "mixed.npz")
     assert "in two of the parts" in refused("merge", *parts, parts[0], "--out", tmp_path / "twice.npz")
     assert not (tmp_path / "gap.npz").exists()
     assert "holds the images 0 to 101" in refused("part", "--data", tiny, "--images", "90:102", "--out", tmp_path / "x", *EXACT)

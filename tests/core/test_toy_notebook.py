@@ -4,6 +4,7 @@ import os
 import re
 import resource
 from base64 import b64decode
+from itertools import pairwise
 from pathlib import Path
 
 import nbformat
@@ -121,7 +122,7 @@ def test_it_takes_a_few_minutes(notebook):
 
 def test_every_code_cell_is_introduced_and_short():
     cells = nbformat.read(FILE, as_version=4).cells
-    for before, cell in zip([None, *cells], cells, strict=False):
+    for before, cell in pairwise([None, *cells]):
         if cell.cell_type == "code":
             assert before is not None
             assert before.cell_type == "markdown"
