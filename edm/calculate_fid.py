@@ -20,8 +20,7 @@ import click  # noqa: E402
 from edm.family import EDM, Sampling  # noqa: E402
 from edm.guidance import GuidedEDM  # noqa: E402
 from neon import quantize  # noqa: E402
-from neon.calculate_fid import PATH, Request, calculate_fid, common_options  # noqa: E402
-from neon.precision import Precision  # noqa: E402
+from neon.calculate_fid import PATH, Common, Request, calculate_fid, common_options  # noqa: E402
 
 
 class Seeds(click.ParamType):
@@ -73,13 +72,7 @@ def main(
     guide: Path | None,
     guidance: float,
     uint8: quantize.Rule,
-    weights: str,
-    inception: Path | None,
-    extractor: str,
-    precision: Precision,
-    draw_on: str,
-    repeats: int,
-    device: str | None,
+    common: Common,
 ) -> None:
     """FID of an EDM checkpoint against reference statistics; the last line on stdout is one JSON object.
 
@@ -98,7 +91,7 @@ def main(
         raise click.ClickException(str(error)) from error
     calculate_fid(
         Request(
-            family=EDM() if guide is None else GuidedEDM(guide, guidance, weights=weights),
+            family=EDM() if guide is None else GuidedEDM(guide, guidance, weights=common.weights),
             checkpoint=network_pkl,
             options=options,
             uint8=uint8,
@@ -107,13 +100,7 @@ def main(
             batch_size=max_batch_size,
             first_seed=seeds.start,
             fid_stats=ref,
-            weights=weights,
-            inception=inception,
-            extractor=extractor,
-            precision=precision,
-            draw_on=draw_on,  # type: ignore[arg-type]  # click.Choice
-            repeats=repeats,
-            device=device,
+            common=common,
         )
     )
 

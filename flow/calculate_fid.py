@@ -20,8 +20,7 @@ import click  # noqa: E402
 from flow.family import Flow, Sampling  # noqa: E402
 from flow.presets import EULER_STEPS  # noqa: E402
 from neon import quantize  # noqa: E402
-from neon.calculate_fid import PATH, Request, calculate_fid, common_options  # noqa: E402
-from neon.precision import Precision  # noqa: E402
+from neon.calculate_fid import PATH, Common, Request, calculate_fid, common_options  # noqa: E402
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True})
@@ -58,13 +57,7 @@ def main(
     error_norm: str,
     seed: int,
     uint8: quantize.Rule,
-    weights: str,
-    inception: Path | None,
-    extractor: str,
-    precision: Precision,
-    draw_on: str,
-    repeats: int,
-    device: str | None,
+    common: Common,
 ) -> None:
     """FID of a flow-matching checkpoint against reference statistics; the last line on stdout is one JSON object.
 
@@ -93,13 +86,7 @@ def main(
             batch_size=batch_size,
             first_seed=seed,
             fid_stats=fid_stats,
-            weights=weights,
-            inception=inception,
-            extractor=extractor,
-            precision=precision,
-            draw_on=draw_on,  # type: ignore[arg-type]  # click.Choice
-            repeats=repeats,
-            device=device,
+            common=common,
         )
     )
 

@@ -21,8 +21,7 @@ from imm.autoencoder import autoencoder_file  # noqa: E402
 from imm.family import IMM, Sampling  # noqa: E402
 from imm.presets import CFG_SCALE, Protocol  # noqa: E402
 from neon import checkpoint, quantize  # noqa: E402
-from neon.calculate_fid import PATH, Request, calculate_fid, common_options  # noqa: E402
-from neon.precision import Precision  # noqa: E402
+from neon.calculate_fid import PATH, Common, Request, calculate_fid, common_options  # noqa: E402
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True})
@@ -54,13 +53,7 @@ def main(
     vae: Path,
     seed: int,
     uint8: quantize.Rule | None,
-    weights: str,
-    inception: Path | None,
-    extractor: str,
-    precision: Precision,
-    draw_on: str,
-    repeats: int,
-    device: str | None,
+    common: Common,
 ) -> None:
     """FID of an IMM checkpoint against reference statistics; the last line on stdout is one JSON object.
 
@@ -72,7 +65,7 @@ def main(
     """
     try:
         family = IMM()
-        arch = family.arch_of(checkpoint.read(model_ckpt, weights=weights))
+        arch = family.arch_of(checkpoint.read(model_ckpt, weights=common.weights))
         is_pixel_space = arch.get("img_channels") in (1, 3)
         scale = (CFG_SCALE[protocol] if arch.get("label_dim") else 1.0) if cfg_scale is None else cfg_scale
         options = Sampling(num_steps=steps, cfg_scale=scale)
@@ -92,13 +85,7 @@ def main(
             batch_size=batch_size,
             first_seed=seed,
             fid_stats=fid_stats,
-            weights=weights,
-            inception=inception,
-            extractor=extractor,
-            precision=precision,
-            draw_on=draw_on,  # type: ignore[arg-type]  # click.Choice
-            repeats=repeats,
-            device=device,
+            common=common,
         )
     )
 

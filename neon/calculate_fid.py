@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
@@ -23,6 +23,7 @@ from neon.distributed import World, world
 from neon.evaluate import Evaluation, Yardstick, evaluate, why_not_comparable
 from neon.family import Family
 from neon.generate import Source
+from neon.options import gathered
 from neon.precision import Precision
 from neon.progress import say
 
@@ -30,8 +31,38 @@ PATH = click.Path(path_type=Path)
 
 
 @dataclass(frozen=True, kw_only=True)
+class Common:
+    """What `common_options` gathers, the same for every family."""
+
+    weights: str
+    inception: Path | None
+    extractor: str
+    precision: Precision
+    draw_on: Literal["cpu", "device"]
+    repeats: int
+    device: str | None
+
+
+common_options = gathered(
+    Common,
+    "common",
+    [
+        click.option("--weights", default="ema", help="Weight set of a file that holds several."),
+        click.option("--inception", type=PATH, help="Weights of the FID Inception.  [default: $NEON_CACHE or ~/.cache/neon]"),
+        click.option("--extractor", default="inception-2015-12-05", help="Another feature network; the value is then no FID."),
+        click.option("--precision", type=click.Choice(get_args(Precision)), default="fp32", help="fp32 is exact, the others faster."),
+        click.option(
+            "--draw_on", type=click.Choice(["cpu", "device"]), default="cpu", help="Where noise is drawn; cpu is the same everywhere."
+        ),
+        click.option("--repeats", type=click.IntRange(min=1), default=1, help="Disjoint seed blocks, one after the other."),
+        click.option("--device", help="cpu, cuda, cuda:1.  [default: CUDA if there is one]"),
+    ],
+)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Request:
-    """One evaluation of one checkpoint. `common_options` fills the last part; a family's script fills the first."""
+    """One evaluation of one checkpoint."""
 
     family: Family
     checkpoint: Path
@@ -46,39 +77,13 @@ class Request:
     batch_size: int
     first_seed: int
     fid_stats: Path
-
-    weights: str = "ema"
-    inception: Path | None = None
-    extractor: str = "inception-2015-12-05"
-    precision: Precision = "fp32"
-    draw_on: Literal["cpu", "device"] = "cpu"
-    repeats: int = 1
-    device: str | None = None
-
-
-def common_options(command: Callable) -> Callable:
-    """--weights --inception --extractor --precision --draw_on --repeats --device, the same for every family."""
-    for option in reversed(
-        [
-            click.option("--weights", default="ema", help="Weight set of a file that holds several."),
-            click.option("--inception", type=PATH, help="Weights of the FID Inception.  [default: $NEON_CACHE or ~/.cache/neon]"),
-            click.option("--extractor", default="inception-2015-12-05", help="Another feature network; the value is then no FID."),
-            click.option("--precision", type=click.Choice(get_args(Precision)), default="fp32", help="fp32 is exact, the others faster."),
-            click.option(
-                "--draw_on", type=click.Choice(["cpu", "device"]), default="cpu", help="Where noise is drawn; cpu is the same everywhere."
-            ),
-            click.option("--repeats", type=click.IntRange(min=1), default=1, help="Disjoint seed blocks, one after the other."),
-            click.option("--device", help="cpu, cuda, cuda:1.  [default: CUDA if there is one]"),
-        ]
-    ):
-        command = option(command)
-    return command
+    common: Common
 
 
 def calculate_fid(request: Request) -> None:
     """Evaluate on all ranks and print one JSON object on rank 0. A user's mistake is one line on stderr and exit code 1."""
     try:
-        with world(request.device) as ranks:
+        with world(request.common.device) as ranks:
             result = _calculate(request, ranks)
             if ranks.is_main:
                 click.echo(json.dumps(result))
@@ -88,11 +93,15 @@ def calculate_fid(request: Request) -> None:
 
 def _calculate(request: Request, ranks: World) -> dict[str, object]:
     yardstick = _yardstick(request, ranks)
-    found = checkpoint.read(request.checkpoint, weights=request.weights)
+    found = checkpoint.read(request.checkpoint, weights=request.common.weights)
     request.family.open(request.autoencoder, ranks.device)
     model = request.family.load(found).to(ranks.device).eval().requires_grad_(False)
     sampling = config.Sampling(
-        uint8=request.uint8, batch=request.batch_size, draw_on=request.draw_on, precision=request.precision, options=request.options
+        uint8=request.uint8,
+        batch=request.batch_size,
+        draw_on=request.common.draw_on,
+        precision=request.common.precision,
+        options=request.options,
     )
     source = Source(
         family=request.family,
@@ -107,16 +116,16 @@ def _calculate(request: Request, ranks: World) -> dict[str, object]:
         f"{request.num_images:,} images, seeds from {request.first_seed}, labels {request.labels}, {json.dumps(config.to_plain(sampling))}",
     )
     runs: list[Evaluation] = []
-    for repeat in range(request.repeats):
+    for repeat in range(request.common.repeats):
         block = replace(source, first_seed=request.first_seed + repeat * request.num_images)
-        runs.append(evaluate(block, model, request.num_images, [yardstick], ranks, desc=f"block {repeat + 1} of {request.repeats}"))
+        runs.append(evaluate(block, model, request.num_images, [yardstick], ranks, desc=f"block {repeat + 1} of {request.common.repeats}"))
     return _result(request, yardstick, found, sampling, runs, ranks)
 
 
 def _yardstick(request: Request, ranks: World) -> Yardstick:
     """First of all, so that a missing reference or extractor is said before anything slow starts."""
     reference = read_reference(request.fid_stats)
-    extractor = open_extractor(request.extractor, path=request.inception, device=ranks.device)
+    extractor = open_extractor(request.common.extractor, path=request.common.inception, device=ranks.device)
     if len(reference.mean) != extractor.dim:
         raise ValueError(f"{request.fid_stats} holds statistics of {len(reference.mean)} features, {extractor.name} gives {extractor.dim}")
     has_score = extractor.num_classes and request.num_images >= 10  # its ten splits need an image each

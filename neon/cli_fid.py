@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
@@ -23,6 +24,7 @@ from neon.data import open_images
 from neon.distributed import World, world
 from neon.evaluate import why_not_comparable
 from neon.image_set import ImageSet
+from neon.options import gathered
 
 PATH = click.Path(path_type=Path)
 DATA_HELP = "A folder, .zip, .npz, IDX file, a run's synth folder, or torchvision:NAME:SPLIT:FOLDER."
@@ -33,33 +35,45 @@ def fid() -> None:
     """Frechet distance (FID), Inception Score, KID, precision/recall, density and coverage of images on disk."""
 
 
-def extractor_options(command: Callable) -> Callable:
-    for option in reversed(
-        [
-            click.option(
-                "--extractor",
-                default="inception-2015-12-05",
-                show_default=True,
-                help="Feature network; also efficientnet-lite0, fashion-cnn, pixel-pca64 or 'module:attribute'.",
-            ),
-            click.option("--inception", type=PATH, help="Weights of the extractor.  [default: $NEON_CACHE or ~/.cache/neon]"),
-            click.option("--allow-unknown-weights", is_flag=True, help="Accept weights of another hash; the result is then no FID."),
-            click.option("--batch", type=click.IntRange(min=1), default=64, show_default=True, help="Images per network call."),
-            click.option("--device", help="cpu, cuda, cuda:1 or mps.  [default: CUDA if there is one]"),
-            click.option("--resume", type=PATH, help="Keep the sums so far in this folder: the same command, killed, goes on from there."),
-        ]
-    ):
-        command = option(command)
-    return command
+@dataclass(frozen=True, kw_only=True)
+class Extraction:
+    """How features are extracted: what `extraction_options` gathers."""
+
+    extractor: str
+    inception: Path | None
+    allow_unknown_weights: bool
+    batch: int
+    device: str | None
+    resume: Path | None
+
+    def open(self, ranks: World) -> Extractor:
+        return open_extractor(self.extractor, path=self.inception, device=ranks.device, allow_unknown_weights=self.allow_unknown_weights)
 
 
-def pass_over(
-    source: Path, chosen: range | None, wanted: Wanted, batch: int, ranks: World, resume: Path | None, desc: str
-) -> tuple[ImageSet, Collected]:
+extraction_options = gathered(
+    Extraction,
+    "how",
+    [
+        click.option(
+            "--extractor",
+            default="inception-2015-12-05",
+            show_default=True,
+            help="Feature network; also efficientnet-lite0, fashion-cnn, pixel-pca64 or 'module:attribute'.",
+        ),
+        click.option("--inception", type=PATH, help="Weights of the extractor.  [default: $NEON_CACHE or ~/.cache/neon]"),
+        click.option("--allow-unknown-weights", is_flag=True, help="Accept weights of another hash; the result is then no FID."),
+        click.option("--batch", type=click.IntRange(min=1), default=64, show_default=True, help="Images per network call."),
+        click.option("--device", help="cpu, cuda, cuda:1 or mps.  [default: CUDA if there is one]"),
+        click.option("--resume", type=PATH, help="Keep the sums so far in this folder: the same command, killed, goes on from there."),
+    ],
+)
+
+
+def pass_over(source: Path, chosen: range | None, wanted: Wanted, how: Extraction, ranks: World, desc: str) -> tuple[ImageSet, Collected]:
     """One pass over an image set (or the part `chosen`) by all ranks. Warns of lossy formats; unreadable files are an error that
     names and counts them.
 
-    resume: a folder for the sums so far; what they depend on is in the name of the folder inside.
+    how.resume: a folder for the sums so far; what they depend on is in the name of the folder inside.
     """
     images = open_images(source, use_labels=False)
     chosen = range(len(images)) if chosen is None else chosen
@@ -70,11 +84,11 @@ def pass_over(
     if images.is_lossy and ranks.is_main:
         click.echo(f"warning: {source} holds files of a lossy format (jpg, webp): its artefacts change the value", err=True)
     partial = None
-    if resume is not None:
+    if how.resume is not None:
         network = wanted.extractor
-        key = [identity(images), network.name, network.sha256, sorted(wanted.metrics), [chosen.start, chosen.stop], batch]
-        partial = resume / f"partial-{records.key_of(key)[:16]}"
-    found = collect(images.parts, [wanted], chosen, batch, ranks, num_images=len(images), partial=partial, desc=desc)
+        key = [identity(images), network.name, network.sha256, sorted(wanted.metrics), [chosen.start, chosen.stop], how.batch]
+        partial = how.resume / f"partial-{records.key_of(key)[:16]}"
+    found = collect(images.parts, [wanted], chosen, how.batch, ranks, num_images=len(images), partial=partial, desc=desc)
     return images, found
 
 
@@ -114,25 +128,20 @@ VERSIONS = {"neon": neon.__version__, "torch": torch.__version__}
 @fid.command()
 @click.option("--data", "source", type=PATH, required=True, help=DATA_HELP)
 @click.option("--out", type=PATH, required=True, help="The .npz to write (mu, sigma, count, provenance).")
-@extractor_options
+@extraction_options
 def ref(
     source: Path,
     out: Path,
-    extractor: str,
-    inception: Path | None,
-    allow_unknown_weights: bool,
-    batch: int,
-    device: str | None,
-    resume: Path | None,
+    how: Extraction,
 ) -> None:
     """Make reference statistics of an image set, streaming: no feature matrix is kept.
 
     \b
     neon fid ref --data my_images.zip --out my_reference.npz
     """
-    with world(device) as ranks:
-        network = open_extractor(extractor, path=inception, device=ranks.device, allow_unknown_weights=allow_unknown_weights)
-        images, found = pass_over(source, None, Wanted(extractor=network), batch, ranks, resume, "reference")
+    with world(how.device) as ranks:
+        network = how.open(ranks)
+        images, found = pass_over(source, None, Wanted(extractor=network), how, ranks, "reference")
     if ranks.is_main:
         provenance = {**describe_source(source, images), "num_images": len(images), **describe_extractor(network), **VERSIONS}
         write_reference(out, found.collectors[0].moments, provenance)
@@ -143,17 +152,12 @@ def ref(
 @click.option("--data", "source", type=PATH, required=True, help=DATA_HELP)
 @click.option("--images", "chosen", metavar="START:STOP", required=True, help="Which images, counted from 0, STOP excluded.")
 @click.option("--out", type=PATH, required=True, help="The .safetensors file of sums to write; `neon fid merge` adds them up.")
-@extractor_options
+@extraction_options
 def part(
     source: Path,
     chosen: str,
     out: Path,
-    extractor: str,
-    inception: Path | None,
-    allow_unknown_weights: bool,
-    batch: int,
-    device: str | None,
-    resume: Path | None,
+    how: Extraction,
 ) -> None:
     """Sums over a part of an image set, so that several machines (or days) share the work.
 
@@ -162,10 +166,10 @@ def part(
     another:          neon fid part --data samples.zip --images 25000:50000 --out b.safetensors
     either:           neon fid merge a.safetensors b.safetensors --out samples.npz
     """
-    with world(device) as ranks:
-        network = open_extractor(extractor, path=inception, device=ranks.device, allow_unknown_weights=allow_unknown_weights)
+    with world(how.device) as ranks:
+        network = how.open(ranks)
         span = parse_span(chosen)
-        images, found = pass_over(source, span, Wanted(extractor=network), batch, ranks, resume, "part")
+        images, found = pass_over(source, span, Wanted(extractor=network), how, ranks, "part")
     if ranks.is_main:
         moments, images_of = found.collectors[0].moments, ((span.start, span.stop),)
         write_partial(out, Partial(moments, network.name, network.sha256, identity(images), images_of))
@@ -205,35 +209,30 @@ def merge_parts(parts: Sequence[Path], out: Path) -> None:
     show_default=True,
     help="Nearest neighbours of precision, recall, density, coverage (the paper: 5).",
 )
-@extractor_options
+@extraction_options
 def calc(
     source: Path,
     reference: Path,
     ref_data: Path | None,
     metrics: Sequence[Metric],
     k: int,
-    extractor: str,
-    inception: Path | None,
-    allow_unknown_weights: bool,
-    batch: int,
-    device: str | None,
-    resume: Path | None,
+    how: Extraction,
 ) -> None:
     """Metrics of generated images against a reference, in one pass.
 
     \b
     neon fid calc --data samples/ --ref fid_stats/adm_in256_stats.npz --metric fid --metric is
     """
-    with world(device) as ranks:
+    with world(how.device) as ranks:
         statistics = read_reference(reference)
-        network = open_extractor(extractor, path=inception, device=ranks.device, allow_unknown_weights=allow_unknown_weights)
+        network = how.open(ranks)
         started = time.perf_counter()
         real = None
         if ref_data is not None:
-            _, kept = pass_over(ref_data, None, Wanted(extractor=network, metrics=("kid",)), batch, ranks, resume, "reference")
+            _, kept = pass_over(ref_data, None, Wanted(extractor=network, metrics=("kid",)), how, ranks, "reference")
             real = kept.collectors[0].features
         reference_s = time.perf_counter() - started
-        images, found = pass_over(source, None, Wanted(extractor=network, metrics=metrics), batch, ranks, resume, "features")
+        images, found = pass_over(source, None, Wanted(extractor=network, metrics=metrics), how, ranks, "features")
     if not ranks.is_main:  # nobody waits for what one rank does alone
         return
     values = measure(metrics, generated=found.collectors[0], reference=statistics, reference_features=real, k=k)

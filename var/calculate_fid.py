@@ -18,8 +18,7 @@ if __name__ == "__main__":
 import click  # noqa: E402
 
 from neon import checkpoint, config, quantize  # noqa: E402
-from neon.calculate_fid import PATH, Request, calculate_fid, common_options  # noqa: E402
-from neon.precision import Precision  # noqa: E402
+from neon.calculate_fid import PATH, Common, Request, calculate_fid, common_options  # noqa: E402
 from var.family import VAR  # noqa: E402
 from var.presets import CFG_SCALE, PATCH_NUMS, TOP_K, TOP_P, Protocol  # noqa: E402
 from var.sampler import Sampling  # noqa: E402
@@ -59,13 +58,7 @@ def main(
     protocol: Protocol,
     seed: int,
     uint8: quantize.Rule,
-    weights: str,
-    inception: Path | None,
-    extractor: str,
-    precision: Precision,
-    draw_on: str,
-    repeats: int,
-    device: str | None,
+    common: Common,
 ) -> None:
     """FID of a VAR checkpoint against reference statistics; the last line on stdout is one JSON object.
 
@@ -76,7 +69,7 @@ def main(
     The authors sampled with --precision fp16.
     """
     try:
-        arch = arch_of(var_ckpt, weights, model_depth)
+        arch = arch_of(var_ckpt, common.weights, model_depth)
         scale = default_cfg(arch, protocol) if cfg is None else cfg
         options = Sampling(cfg_scale=scale, top_k=top_k, top_p=top_p, more_smooth=more_smooth)
     except (ValueError, OSError) as error:
@@ -94,13 +87,7 @@ def main(
             batch_size=batch_size,
             first_seed=seed,
             fid_stats=fid_stats,
-            weights=weights,
-            inception=inception,
-            extractor=extractor,
-            precision=precision,
-            draw_on=draw_on,  # type: ignore[arg-type]  # click.Choice
-            repeats=repeats,
-            device=device,
+            common=common,
         )
     )
 

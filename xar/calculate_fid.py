@@ -20,8 +20,7 @@ if __name__ == "__main__":
 import click  # noqa: E402
 
 from neon import checkpoint, config, quantize  # noqa: E402
-from neon.calculate_fid import PATH, Request, calculate_fid, common_options  # noqa: E402
-from neon.precision import Precision  # noqa: E402
+from neon.calculate_fid import PATH, Common, Request, calculate_fid, common_options  # noqa: E402
 from xar.family import XAR, XARSampling  # noqa: E402
 from xar.presets import CFG_SCALE, NUM_STEPS, SIZES, Protocol  # noqa: E402
 from xar.transformer import XARArch  # noqa: E402
@@ -61,13 +60,7 @@ def main(
     fid_stats: Path,
     seed: int,
     uint8: quantize.Rule,
-    weights: str,
-    inception: Path | None,
-    extractor: str,
-    precision: Precision,
-    draw_on: str,
-    repeats: int,
-    device: str | None,
+    common: Common,
 ) -> None:
     """FID of an xAR checkpoint against reference statistics; the last line on stdout is one JSON object.
 
@@ -79,7 +72,7 @@ def main(
     The authors sampled with --precision fp16.
     """
     try:
-        options = options_of(size_of(model_ckpt, weights, model), protocol, cfg, flow_steps)
+        options = options_of(size_of(model_ckpt, common.weights, model), protocol, cfg, flow_steps)
     except (ValueError, OSError) as error:
         raise click.ClickException(str(error)) from error
     calculate_fid(
@@ -95,13 +88,7 @@ def main(
             batch_size=batch_size,
             first_seed=seed,
             fid_stats=fid_stats,
-            weights=weights,
-            inception=inception,
-            extractor=extractor,
-            precision=precision,
-            draw_on=draw_on,  # type: ignore[arg-type]  # click.Choice
-            repeats=repeats,
-            device=device,
+            common=common,
         )
     )
 

@@ -11,7 +11,7 @@ from var.vqvae import VQVAE, VQVAEArch
 
 FILES = goldens.collect("var", "vqvae_*")
 ATOL = 5e-5
-FEATURES_ATOL = 1e-5
+FEATURES_ATOL = 1e-5  # sums of code vectors; what has passed the deep encoder differs by more between thread counts
 
 
 def arch_of(config: dict) -> VQVAEArch:
@@ -39,9 +39,9 @@ def test_image_to_indices(case):
     config, arrays, vqvae = case
     images = arrays["img_u8"] / 127.5 - 1
     f = vqvae.encode(images)
-    assert_close(f, arrays["f"], what="f", atol=FEATURES_ATOL)
+    assert_close(f, arrays["f"], what="f", atol=ATOL)
     if "encoder_out" in arrays:
-        assert_close(vqvae.encoder(images), arrays["encoder_out"], what="encoder_out", atol=FEATURES_ATOL)
+        assert_close(vqvae.encoder(images), arrays["encoder_out"], what="encoder_out", atol=ATOL)
     found = vqvae.image_to_indices(images)
     assert len(found) == len(config["v_patch_nums"])
     for expected, indices in zip(per_scale(arrays, "idx"), found, strict=True):
