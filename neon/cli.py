@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import click
@@ -12,9 +13,12 @@ from neon import __version__, cli_fid, cli_files
 from neon.config import Experiment, Select, load, to_plain
 from neon.distributed import TIMEOUT_S, World, world
 from neon.files import folder_lock
+from neon.options import gathered
 from neon.run import Run
 from neon.train_autoencoder import train_autoencoder
 from neon.train_base import train_base
+
+PATH = click.Path(path_type=Path)
 
 
 class Commands(click.Group):
@@ -44,83 +48,82 @@ def main() -> None:
     """
 
 
-def experiment_options(command: Callable) -> Callable:
-    """CONFIG and the options that every verb on a config has."""
-    for option in reversed(
-        [
-            click.argument("config", type=click.Path(path_type=Path)),
-            click.option(
-                "--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Replace a value of the config; repeatable."
-            ),
-            click.option("--out", type=click.Path(path_type=Path), help="Folder of the run.  [default: runs/NAME-OF-CONFIG]"),
-            click.option("--device", help="cpu, cuda, cuda:1 or mps.  [default: CUDA if there is one]"),
-            click.option("--timeout", type=float, default=TIMEOUT_S, show_default=True, help="Seconds to wait for other ranks."),
-            click.option("--dry-run", is_flag=True, help="Check the config, print the resolved plan as JSON and stop."),
-        ]
-    ):
-        command = option(command)
-    return command
+@dataclass(frozen=True)
+class OnConfig:
+    """What every verb on a config is asked: CONFIG and `config_options`."""
 
+    config: Path
+    overrides: tuple[str, ...]
+    out: Path | None
+    device: str | None
+    timeout: float
+    dry_run: bool
 
-def on_config(
-    config: Path,
-    overrides: Sequence[str],
-    out: Path | None,
-    device: str | None,
-    timeout: float,
-    dry_run: bool,
-    work: Callable[[Experiment, Path, World], dict[str, object]],
-) -> None:
-    """Load and check the config, own the run's folder, do the work on all ranks, print the result."""
-    experiment = load(config, overrides)
-    folder = out or Path("runs") / config.stem
-    if dry_run:
-        click.echo(json.dumps({"out": str(folder), **to_plain(experiment)}))  # type: ignore[dict-item]
-        return
-    with world(device, timeout) as ranks:
-        if ranks.is_main:
-            with folder_lock(folder):
-                result = work(experiment, folder, ranks)
+    def do(self, work: Callable[[Experiment, Path, World], dict[str, object]]) -> None:
+        """Load and check the config, own the run's folder, do the work on all ranks, print the result."""
+        experiment = load(self.config, self.overrides)
+        folder = self.out or Path("runs") / self.config.stem
+        if self.dry_run:
+            click.echo(json.dumps({"out": str(folder), **to_plain(experiment)}))  # type: ignore[dict-item]
+            return
+        with world(self.device, self.timeout) as ranks:
+            if ranks.is_main:
+                with folder_lock(folder):
+                    result = work(experiment, folder, ranks)
+                    ranks.barrier()
+                click.echo(json.dumps(result))
+            else:
+                work(experiment, folder, ranks)
                 ranks.barrier()
-            click.echo(json.dumps(result))
-        else:
-            work(experiment, folder, ranks)
-            ranks.barrier()
+
+
+config_options = gathered(
+    OnConfig,
+    "on",
+    [
+        click.argument("config", type=PATH),
+        click.option("--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Replace a value of the config; repeatable."),
+        click.option("--out", type=PATH, help="Folder of the run.  [default: runs/NAME-OF-CONFIG]"),
+        click.option("--device", help="cpu, cuda, cuda:1 or mps.  [default: CUDA if there is one]"),
+        click.option("--timeout", type=float, default=TIMEOUT_S, show_default=True, help="Seconds to wait for other ranks."),
+        click.option("--dry-run", is_flag=True, help="Check the config, print the resolved plan as JSON and stop."),
+    ],
+)
 
 
 @main.command()
-@experiment_options
-def run(config: Path, overrides: Sequence[str], out: Path | None, device: str | None, timeout: float, dry_run: bool) -> None:
+@config_options
+def run(on: OnConfig) -> None:
     """Everything: synth, finetune, select w, report on held-out noise, merged file, one page."""
-    on_config(config, overrides, out, device, timeout, dry_run, lambda e, folder, ranks: Run(e, folder, ranks).all())
+    on.do(lambda e, folder, ranks: Run(e, folder, ranks).all())
 
 
 @main.command()
-@experiment_options
-def synth(config: Path, overrides: Sequence[str], out: Path | None, device: str | None, timeout: float, dry_run: bool) -> None:
+@config_options
+def synth(on: OnConfig) -> None:
     """Stage 1: sample the synthetic set S with the base model's ordinary sampler."""
 
     def work(experiment: Experiment, folder: Path, ranks: World) -> dict[str, object]:
         found = Run(experiment, folder, ranks).synth()
         return {"num_images": len(found), "folder": str(folder / "synth")}
 
-    on_config(config, overrides, out, device, timeout, dry_run, work)
+    on.do(work)
 
 
 @main.command()
-@experiment_options
-def finetune(config: Path, overrides: Sequence[str], out: Path | None, device: str | None, timeout: float, dry_run: bool) -> None:
+@config_options
+def finetune(on: OnConfig) -> None:
     """Stage 2: fine-tune the base briefly on S (makes S first if it is not there)."""
 
     def work(experiment: Experiment, folder: Path, ranks: World) -> dict[str, object]:
         return {"snapshots": [str(path) for path in Run(experiment, folder, ranks).finetune()]}
 
-    on_config(config, overrides, out, device, timeout, dry_run, work)
+    on.do(work)
 
 
 @main.command()
-@experiment_options
-def grid(config: Path, overrides: Sequence[str], out: Path | None, device: str | None, timeout: float, dry_run: bool) -> None:
+@config_options
+def grid(on: OnConfig) -> None:
     """Stage 3: score every (snapshot, w, cfg_scale) on the selection seeds, with w = 0, w = -1 and a random direction."""
 
     def work(experiment: Experiment, folder: Path, ranks: World) -> dict[str, object]:
@@ -129,13 +132,11 @@ def grid(config: Path, overrides: Sequence[str], out: Path | None, device: str |
         points = [{**to_plain(s.point), "metrics": s.metrics} for s in scores]  # type: ignore[dict-item]
         return {"chosen": {**to_plain(winner.point), "metrics": winner.metrics}, "points": points}  # type: ignore[dict-item]
 
-    on_config(config, overrides, out, device, timeout, dry_run, work)
+    on.do(work)
 
 
 @main.command("eval")
-@click.option(
-    "--checkpoint", type=click.Path(path_type=Path), help="Another model of the same family to evaluate.  [default: base.checkpoint]"
-)
+@click.option("--checkpoint", type=PATH, help="Another model of the same family to evaluate.  [default: base.checkpoint]")
 @click.option("--weights", help="Weight set of --checkpoint.  [default: base.weights]")
 @click.option(
     "--repeats",
@@ -144,39 +145,29 @@ def grid(config: Path, overrides: Sequence[str], out: Path | None, device: str |
     show_default=True,
     help="Disjoint seed blocks; reports each value, mean, std and minimum.",
 )
-@experiment_options
-def evaluate(
-    config: Path,
-    overrides: Sequence[str],
-    out: Path | None,
-    device: str | None,
-    timeout: float,
-    dry_run: bool,
-    checkpoint: Path | None,
-    weights: str | None,
-    repeats: int,
-) -> None:
+@config_options
+def evaluate(on: OnConfig, checkpoint: Path | None, weights: str | None, repeats: int) -> None:
     """Evaluate one model under the config's [report] protocol."""
-    replaced = list(overrides)
+    replaced = list(on.overrides)
     if checkpoint is not None:
         replaced.append(f"base.checkpoint={json.dumps(str(checkpoint))}")
     if weights is not None:
         replaced.append(f"base.weights={json.dumps(weights)}")
-    on_config(config, replaced, out, device, timeout, dry_run, lambda e, folder, ranks: Run(e, folder, ranks).evaluate_base(repeats))
+    replace(on, overrides=tuple(replaced)).do(lambda e, folder, ranks: Run(e, folder, ranks).evaluate_base(repeats))
 
 
 @main.command()
-@experiment_options
-def train(config: Path, overrides: Sequence[str], out: Path | None, device: str | None, timeout: float, dry_run: bool) -> None:
+@config_options
+def train(on: OnConfig) -> None:
     """Train a base model of your own from [model], [data] and [train]; writes model.safetensors."""
-    on_config(config, overrides, out, device, timeout, dry_run, train_base)
+    on.do(train_base)
 
 
 @main.command("train-autoencoder")
-@experiment_options
-def autoencoder(config: Path, overrides: Sequence[str], out: Path | None, device: str | None, timeout: float, dry_run: bool) -> None:
+@config_options
+def autoencoder(on: OnConfig) -> None:
     """Train a small tokeniser or latent autoencoder from [autoencoder] and [data]; reports the held-out PSNR."""
-    on_config(config, overrides, out, device, timeout, dry_run, train_autoencoder)
+    on.do(train_autoencoder)
 
 
 for group in (cli_files.commands, cli_fid.commands):

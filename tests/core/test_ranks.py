@@ -1,9 +1,5 @@
 """The same run on 1, 2 and 3 ranks (gloo): the same noise, labels and count, weights and numbers up to rounding."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,20 +8,12 @@ import torch
 
 from neon import checkpoint
 from neon.distributed import World
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def torchrun(ranks: int, *command: str, timeout: float = 120) -> subprocess.CompletedProcess:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run([*launcher, *command], cwd=ROOT, capture_output=True, text=True, env=environment, timeout=timeout)
+from tests.commands import start, started
 
 
 def run_on(ranks: int, config: Path, folder: Path, batch: int) -> dict:
-    done = torchrun(ranks, "-m", "neon", "run", str(config), "--out", str(folder), "--device", "cpu", "--set", f"sampling.batch={batch}")
-    assert done.returncode == 0, done.stderr
-    return json.loads([line for line in done.stdout.splitlines() if line.startswith("{")][-1])
+    options = ("--out", folder, "--device", "cpu", "--set", f"sampling.batch={batch}")
+    return started("-m", "neon", "run", config, *options, ranks=ranks)
 
 
 def test_world_sizes_agree(line_config, tmp_path):
@@ -74,7 +62,7 @@ with world("cpu") as w:
 
 def test_sums_gathers_broadcasts(tmp_path):
     (tmp_path / "sums.py").write_text(SUMS)
-    done = torchrun(3, str(tmp_path / "sums.py"))
+    done = start(tmp_path / "sums.py", ranks=3)
     assert done.returncode == 0, done.stderr
 
 
@@ -91,15 +79,14 @@ with world("cpu", timeout_s=10) as w:
 
 def test_a_killed_rank_ends_the_others_by_name(tmp_path):
     (tmp_path / "dies.py").write_text(DIES)
-    done = torchrun(2, str(tmp_path / "dies.py"), timeout=60)
+    done = start(tmp_path / "dies.py", ranks=2, timeout=60)
     assert done.returncode != 0
     assert "local_rank: 1" in done.stderr or "rank : 1" in done.stderr or "rank      : 1" in done.stderr
 
 
 def test_a_user_error_on_ranks_is_one_line_and_not_success(line_config, tmp_path):
-    done = torchrun(
-        2, "-m", "neon", "run", str(line_config), "--out", str(tmp_path / "run"), "--device", "cpu", "--set", "report.num_images=1"
-    )
+    options = ("--out", tmp_path / "run", "--device", "cpu", "--set", "report.num_images=1")
+    done = start("-m", "neon", "run", line_config, *options, ranks=2)
     assert done.returncode != 0
     assert "num_images must be >= 2" in done.stderr
 

@@ -1,11 +1,5 @@
 """The published command: from a pickle of the original layout to one JSON object, alone and under torchrun."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from click.testing import CliRunner
@@ -20,10 +14,11 @@ from fid.reference import read_reference, write_reference
 from neon import checkpoint
 from neon.quantize import to_uint8
 from neon.seeds import ImageRng
+from tests.commands import FidCommand
 from tests.edm import published
 from tests.quarters import Quarters, write_statistics
 
-ROOT = Path(__file__).resolve().parents[2]
+COMMAND = FidCommand("edm", main, {"--network_pkl": "model.pkl", "--ref": "stats.npz"})
 
 
 @pytest.fixture(scope="module")
@@ -43,36 +38,6 @@ def tiny(tmp_path_factory, patch):
     return folder
 
 
-def arguments(folder, *options, extractor="tests.quarters:open_quarters"):
-    files = ["--network_pkl", str(folder / "model.pkl"), "--ref", str(folder / "stats.npz")]
-    return [*files, "--extractor", extractor, "--device", "cpu", *map(str, options)]
-
-
-def here(folder, *options):
-    """In this process."""
-    return CliRunner().invoke(main, arguments(folder, *options))
-
-
-def started(call, cwd, *, ranks):
-    """As users start it: in a folder of its own, uninstalled, so the script must find the project by itself."""
-    launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    script = str(ROOT / "edm" / "calculate_fid.py")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *launcher, script, *call], cwd=cwd, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return last_line(done.stdout)
-
-
-def result(done):
-    assert done.exit_code == 0, done.output
-    return last_line(done.stdout)
-
-
-def last_line(stdout):
-    """Strict JSON: S_max is infinite by default, and JSON has no infinity."""
-    return json.loads(stdout.strip().splitlines()[-1], parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
-
-
 def by_hand(folder, model, seeds, how):
     codes, _ = EDM().sample(model.eval(), ImageRng(seeds), None, how)
     moments = Moments(Quarters.dim)
@@ -82,7 +47,7 @@ def by_hand(folder, model, seeds, how):
 
 def test_the_number_is_the_one_of_the_parts(tiny):
     """Sampled, quantised and measured here by hand: the same Frechet distance."""
-    found = result(here(tiny, "--seeds", "5-27", "--max_batch_size", 7, "--num_steps", 3))
+    found = COMMAND.here(tiny, "--seeds", "5-27", "--max_batch_size", 7, "--num_steps", 3)
     model = EDM().load(checkpoint.read(tiny / "model.pkl"))
     assert found["value"] == pytest.approx(by_hand(tiny, model, range(5, 28), Sampling(num_steps=3)), rel=1e-3)
     assert found["metric"] == "fd23[quarters]"
@@ -93,29 +58,29 @@ def test_the_number_is_the_one_of_the_parts(tiny):
 
 def test_guidance_by_a_second_model(tiny):
     how = Sampling(num_steps=3)
-    found = result(here(tiny, "--seeds", "0-19", "--num_steps", 3, "--guide", tiny / "other.safetensors", "--guidance", 0.5))
+    found = COMMAND.here(tiny, "--seeds", "0-19", "--num_steps", 3, "--guide", tiny / "other.safetensors", "--guidance", 0.5)
     net, other = (EDM().load(checkpoint.read(tiny / name)).eval() for name in ("model.pkl", "other.safetensors"))
     assert found["value"] == pytest.approx(by_hand(tiny, NegativeGuidance(net, other, 0.5), range(20), how), rel=1e-3)
     assert found["value"] != pytest.approx(by_hand(tiny, net, range(20), how), rel=1e-2)
 
 
 def test_options_reach_the_sampler(tiny):
-    plain = result(here(tiny, "--seeds", "0-9", "--num_steps", 4))["value"]
+    plain = COMMAND.here(tiny, "--seeds", "0-9", "--num_steps", 4)["value"]
     for option in (("--num_steps", 3), ("--S_churn", 3), ("--rho", 3), ("--sigma_max", 20), ("--sigma_min", 0.5), ("--uint8", "truncate")):
-        assert result(here(tiny, "--seeds", "0-9", "--num_steps", 4, *option))["value"] != plain, option
+        assert COMMAND.here(tiny, "--seeds", "0-9", "--num_steps", 4, *option)["value"] != plain, option
 
 
 def test_ranks_and_batches_do_not_change_the_number(tiny):
-    call = arguments(tiny, "--seeds", "3-13", "--num_steps", 2, "--max_batch_size", 4)
-    one, two = (started(call, tiny, ranks=ranks) for ranks in (1, 2))
+    options = ("--seeds", "3-13", "--num_steps", 2)
+    one, two = (COMMAND.outside(tiny, *options, "--max_batch_size", 4, ranks=ranks) for ranks in (1, 2))
     assert two["ranks"] == 2
     assert two["value"] == pytest.approx(one["value"], rel=1e-4)
-    assert two["value"] == pytest.approx(result(here(tiny, "--seeds", "3-13", "--num_steps", 2, "--max_batch_size", 11))["value"], rel=1e-4)
+    assert two["value"] == pytest.approx(COMMAND.here(tiny, *options, "--max_batch_size", 11)["value"], rel=1e-4)
 
 
 @pytest.mark.parametrize("seeds", ["7", "9-3", "5-5", "0-3,8-11", "a-b"])
 def test_seeds_must_be_one_block(tiny, seeds):
-    done = here(tiny, "--seeds", seeds)
+    done = COMMAND.invoke(tiny, "--seeds", seeds)
     assert done.exit_code == 2
     assert "FIRST-LAST" in done.output
 
@@ -140,8 +105,7 @@ def test_published_command_at_real_size(tmp_path, patch, name, num_steps):
     moments.update(extractor(torch.randint(256, (4, 3, size, size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)).pool)
     write_reference(tmp_path / "stats.npz", moments, {"extractor": extractor.name})
     options = ("--seeds", "0-1", "--max_batch_size", 256, "--num_steps", num_steps)
-    call = arguments(tmp_path, *options, extractor="tests.edm.published:open_seeded_inception")
-    found = started(call, tmp_path, ranks=1)
+    found = COMMAND.outside(tmp_path, *options, "--extractor", "tests.edm.published:open_seeded_inception")
     assert found["value"] > 0
     assert found["num_images"] == 2
     assert found["sampling"]["options"]["num_steps"] == num_steps

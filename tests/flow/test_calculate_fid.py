@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner
 
 from fid.frechet import frechet_distance
 from fid.moments import Moments
@@ -21,10 +16,11 @@ from flow.presets import CIFAR10
 from neon import checkpoint
 from neon.quantize import to_uint8
 from neon.seeds import image_rng
+from tests.commands import FidCommand
 from tests.flow import published
 from tests.quarters import Quarters, write_statistics
 
-ROOT = Path(__file__).resolve().parents[2]
+COMMAND = FidCommand("flow", main, {"--model_ckpt": "model.pt", "--fid_stats": "stats.npz"})
 
 
 @pytest.fixture(scope="module")
@@ -36,34 +32,10 @@ def tiny(tmp_path_factory) -> Path:
     return folder
 
 
-def arguments(folder: Path, *options: object) -> list[str]:
-    files = ["--model_ckpt", str(folder / "model.pt"), "--fid_stats", str(folder / "stats.npz")]
-    return [*files, "--extractor", "tests.quarters:open_quarters", "--device", "cpu", *map(str, options)]
-
-
-def here(folder: Path, *options: object):
-    """In this process."""
-    return CliRunner().invoke(main, arguments(folder, *options))
-
-
-def started(folder: Path, *options: object, ranks: int) -> dict:
-    """As users start it: in a folder of its own, uninstalled, so the script must find the project by itself."""
-    launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    call = [sys.executable, *launcher, str(ROOT / "flow" / "calculate_fid.py"), *arguments(folder, *options)]
-    done = subprocess.run(call, cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.strip().splitlines()[-1])
-
-
-def result(done) -> dict:
-    assert done.exit_code == 0, done.output
-    return json.loads(done.stdout.strip().splitlines()[-1])
-
-
 def test_the_number_is_the_one_of_the_parts(tiny):
     """Sampled, quantised and measured here by hand: the same Frechet distance."""
     options = ("--num_images", 5, "--batch_size", 4, "--img_size", 32, "--seed", 5)
-    found = result(here(tiny, *options, "--integration_method", "euler", "--integration_steps", 2))
+    found = COMMAND.here(tiny, *options, "--integration_method", "euler", "--integration_steps", 2)
     family = Flow()
     model = family.load(checkpoint.read(tiny / "model.pt")).eval()
     with torch.inference_mode():
@@ -79,12 +51,12 @@ def test_the_number_is_the_one_of_the_parts(tiny):
 def test_ranks_and_batches_do_not_change_the_number(tiny):
     """By dopri5 with its own steps for every image."""
     options = ("--num_images", 4, "--tol", 0.1)
-    alone = result(here(tiny, *options, "--batch_size", 4))
-    together = started(tiny, *options, "--batch_size", 2, ranks=2)
+    alone = COMMAND.here(tiny, *options, "--batch_size", 4)
+    together = COMMAND.outside(tiny, *options, "--batch_size", 2, ranks=2)
     assert together["ranks"] == 2
     assert together["sampling"]["options"] == {"solver": "dopri5", "num_steps": None, "tol": 0.1, "error_norm": "image"}
     assert together["value"] == pytest.approx(alone["value"], rel=2e-4)
-    other = result(here(tiny, *options, "--weights", "raw", "--seed", 1, "--error_norm", "batch"))
+    other = COMMAND.here(tiny, *options, "--weights", "raw", "--seed", 1, "--error_norm", "batch")
     assert abs(other["value"] - alone["value"]) > 2e-3 * alone["value"]
 
 
@@ -99,7 +71,7 @@ def test_ranks_and_batches_do_not_change_the_number(tiny):
     ],
 )
 def test_what_is_missing_is_named_in_one_line(tiny, options, message):
-    done = here(tiny, *options)
+    done = COMMAND.invoke(tiny, *options)
     assert done.exit_code == 1
     assert message in done.stderr
     assert isinstance(done.exception, SystemExit)  # a message, not a traceback
@@ -110,7 +82,7 @@ def test_the_defaults_are_the_published_protocol(tiny, monkeypatch):
     asked = []
     monkeypatch.setattr("flow.calculate_fid.calculate_fid", asked.append)
     for options in ((), ("--integration_method", "euler")):
-        assert here(tiny, *options).exit_code == 0
+        assert COMMAND.invoke(tiny, *options).exit_code == 0
     adaptive, fixed = asked
     assert adaptive.options == Sampling(solver="dopri5", tol=1e-5, error_norm="image")
     assert fixed.options == Sampling(solver="euler", num_steps=100)
@@ -122,7 +94,7 @@ def test_the_real_size_makes_images(tmp_path):
     """35,746,307 parameters in TorchCFM's layout, the command as printed but for the count."""
     published.write_checkpoint(tmp_path / "model.pt", CIFAR10)
     write_statistics(tmp_path / "stats.npz")
-    alone = started(tmp_path, "--num_images", 2, "--batch_size", 1024, ranks=1)
+    alone = COMMAND.outside(tmp_path, "--num_images", 2, "--batch_size", 1024, ranks=1)
     assert alone["value"] > 0
-    together = started(tmp_path, "--num_images", 2, "--batch_size", 1024, ranks=2)
+    together = COMMAND.outside(tmp_path, "--num_images", 2, "--batch_size", 1024, ranks=2)
     assert together["value"] == pytest.approx(alone["value"], rel=1e-3)

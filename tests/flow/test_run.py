@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
-from fid.features import open_extractor
-from fid.moments import Moments
-from fid.reference import write_reference
 from flow.family import Flow, Sampling
 from neon import config
 from neon.checkpoint import read
@@ -23,8 +15,9 @@ from neon.distributed import World
 from neon.run import Run
 from neon.seeds import image_rng
 from neon.train_base import train_base
+from tests.commands import started
+from tests.whole_run import assert_finished, assert_merged, assert_same_run, snapshot, write_real_images
 
-ROOT = Path(__file__).resolve().parents[2]
 NUM_SYNTH = 24
 CONFIG = """
 family = "flow"
@@ -93,12 +86,7 @@ def write_config(folder: Path, name: str, *, store: str = "images", pairing: str
 def folder(tmp_path_factory) -> Path:
     """Real images, their reference statistics, a base model trained on them for a few steps."""
     folder = tmp_path_factory.mktemp("flow")
-    with np.load(ROOT / "demo" / "fashion_base.npz") as data:
-        np.savez(folder / "real.npz", images=data["images"][:500], labels=data["labels"][:500])
-    extractor = open_extractor("fashion-cnn")
-    moments = Moments(extractor.dim)
-    moments.update(extractor(open_images(folder / "real.npz").read(range(500))).pool)
-    write_reference(folder / "reference.npz", moments, {"extractor": extractor.name})
+    write_real_images(folder, 500)
     assert train_base(config.load(write_config(folder, "base")), folder / "base", World())["steps"] == 16
     return folder
 
@@ -106,11 +94,6 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def alone(folder) -> dict:
     return Run(config.load(write_config(folder, "alone")), folder / "alone", World()).all()
-
-
-def snapshot(folder: Path) -> dict[str, torch.Tensor]:
-    (path,) = (folder / "finetune").glob("snapshot-*")
-    return dict(read(path, weights="any").tensors)
 
 
 def images_of(model, labels, num_steps):
@@ -130,9 +113,7 @@ def test_training_learned_the_images(folder):
 
 
 def test_end_to_end(folder, alone):
-    assert set(alone["rows"]) == {"base", "self-trained", "random direction", "neon"}
-    assert alone["metric"] == "fd12[fashion-cnn]"
-    assert (folder / "alone/report.html").is_file()
+    assert_finished(folder / "alone", alone, num_images=12)
     synth = open_images(folder / "alone/synth")
     assert synth.labels.tolist() == [i % 10 for i in range(NUM_SYNTH)]
     base = Flow().load(read(folder / "base/model.safetensors"))
@@ -142,36 +123,18 @@ def test_end_to_end(folder, alone):
 
 
 def test_the_merged_file_is_the_formula_and_samples(folder, alone):
-    merged, base = read(folder / "alone/neon.safetensors", weights="any"), read(folder / "base/model.safetensors")
-    shot = snapshot(folder / "alone")
-    assert list(merged.tensors) == list(base.tensors)
-    for name, b in base.tensors.items():
-        expected = b - alone["w"] * (shot[name] - b)
-        torch.testing.assert_close(merged.tensors[name], expected, rtol=0, atol=1e-6 * float(expected.abs().max() + 1e-6))
-    moved = {name for name in shot if (shot[name] - base.tensors[name]).abs().max() > 1e-5}
-    assert {"label_emb.weight", "time_embed.0.weight", "input_blocks.0.0.weight", "out.2.bias"} <= moved
-    assert images_of(Flow().load(merged), [3, 4], 2).isfinite().all()
+    model = Flow().load(read(folder / "alone/neon.safetensors", weights="any"))
+    moves = assert_merged(folder / "alone", model, folder / "base/model.safetensors", alone["w"])
+    for name in ("label_emb.weight", "time_embed.0.weight", "input_blocks.0.0.weight", "out.2.bias"):
+        assert moves[name] > 1e-5, name
+    assert images_of(model, [3, 4], 2).isfinite().all()
 
 
 def test_two_ranks_make_the_same_model(folder, alone):
     """Same noise, labels and count; the same fine-tune up to the order of sums."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "neon", "run"]
-    arguments = [str(write_config(folder, "together")), "--out", str(folder / "together"), "--device", "cpu"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    together = json.loads(done.stdout.strip().splitlines()[-1])
-    assert together["ranks"] == 2
-    one, two = (open_images(folder / name / "synth") for name in ("alone", "together"))
-    assert len(one) == len(two) == NUM_SYNTH
-    assert one.labels.tolist() == two.labels.tolist()
-    difference = one.read(range(NUM_SYNTH)).int() - two.read(range(NUM_SYNTH)).int()
-    assert difference.abs().max() <= 1
-    assert (difference != 0).float().mean() < 1e-3
-    ones, twos = snapshot(folder / "alone"), snapshot(folder / "together")
-    for name, value in ones.items():
-        torch.testing.assert_close(twos[name], value, rtol=0, atol=1e-5 * float(value.abs().max()), msg=name)
-    assert together["value"] == pytest.approx(alone["value"], rel=0.01)
+    out = folder / "together"
+    together = started("-m", "neon", "run", write_config(folder, "together"), "--out", out, "--device", "cpu", ranks=2)
+    assert_same_run(folder / "alone", out, (alone, together), num_synth=NUM_SYNTH)
 
 
 @pytest.mark.parametrize(("name", "settings"), [("codes", {"store": "codes"}), ("assigned", {"pairing": "assigned"})])

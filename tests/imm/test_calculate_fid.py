@@ -1,6 +1,5 @@
 """The published command: from a pickle of the original layout to one JSON object, alone and under torchrun."""
 
-import json
 import os
 import subprocess
 import sys
@@ -8,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner
 
 from fid.frechet import frechet_distance
 from fid.moments import Moments
@@ -19,10 +17,11 @@ from imm.presets import MODELS
 from neon import checkpoint
 from neon.quantize import to_uint8
 from neon.seeds import image_rng
+from tests.commands import ROOT, FidCommand
 from tests.imm import published
 from tests.quarters import Quarters, write_statistics
 
-ROOT = Path(__file__).resolve().parents[2]
+COMMAND = FidCommand("imm", main, {"--model_ckpt": "model.pkl", "--vae": "vae", "--fid_stats": "stats.npz"})
 
 
 @pytest.fixture(scope="module")
@@ -41,35 +40,9 @@ def tiny(tmp_path_factory, patch):
     return folder
 
 
-def arguments(folder, *options):
-    files = {"--model_ckpt": "model.pkl", "--vae": "vae", "--fid_stats": "stats.npz"}
-    paths = [part for name, file in files.items() for part in (name, str(folder / file))]
-    return [*paths, "--extractor", "tests.quarters:open_quarters", "--device", "cpu", *map(str, options)]
-
-
-def here(folder, *options):
-    """In this process."""
-    return CliRunner().invoke(main, arguments(folder, *options))
-
-
-def started(folder, *options, ranks):
-    """As users start it: in a folder of its own, uninstalled, so the script must find the project by itself."""
-    launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    call = [sys.executable, *launcher, str(ROOT / "imm" / "calculate_fid.py"), *arguments(folder, *options)]
-    done = subprocess.run(call, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.strip().splitlines()[-1])
-
-
-def result(done):
-    assert done.exit_code == 0, done.output
-    return json.loads(done.stdout.strip().splitlines()[-1])
-
-
 def test_the_number_is_the_one_of_the_parts(tiny):
     """Sampled, decoded, quantised and measured here by hand: the same Frechet distance."""
-    found = result(here(tiny, "--num_images", 23, "--batch_size", 7, "--img_size", 16, "--steps", 2, "--seed", 5))
+    found = COMMAND.here(tiny, "--num_images", 23, "--batch_size", 7, "--img_size", 16, "--steps", 2, "--seed", 5)
     family = IMM()
     model = family.load(checkpoint.read(tiny / "model.pkl")).eval()
     family.open(tiny / "vae", torch.device("cpu"))
@@ -84,11 +57,11 @@ def test_the_number_is_the_one_of_the_parts(tiny):
 
 def test_ranks_and_batches_do_not_change_the_number(tiny):
     options = ("--num_images", 23, "--img_size", 16, "--steps", 2)
-    alone = result(here(tiny, *options, "--batch_size", 64))
-    together = started(tiny, *options, "--batch_size", 4, ranks=2)
+    alone = COMMAND.here(tiny, *options, "--batch_size", 64)
+    together = COMMAND.outside(tiny, *options, "--batch_size", 4, ranks=2)
     assert together["ranks"] == 2
     assert together["value"] == pytest.approx(alone["value"], rel=1e-3)
-    other = result(here(tiny, *options, "--seed", 1, "--protocol", "base"))
+    other = COMMAND.here(tiny, *options, "--seed", 1, "--protocol", "base")
     assert other["sampling"]["options"]["cfg_scale"] == 1.5
     assert abs(other["value"] - alone["value"]) > 1e-2 * alone["value"]
 
@@ -104,7 +77,7 @@ def test_ranks_and_batches_do_not_change_the_number(tiny):
     ],
 )
 def test_what_is_missing_is_named_in_one_line(tiny, options, message):
-    done = here(tiny, "--img_size", 16, *options)
+    done = COMMAND.invoke(tiny, "--img_size", 16, *options)
     assert done.exit_code == 1
     assert message in done.stderr
     assert isinstance(done.exception, SystemExit)  # a message, not a traceback
@@ -146,6 +119,6 @@ def test_the_real_size_loads_in_little_more_than_its_own_memory_and_makes_images
     published.write_vae(tmp_path / "vae", published.SD_VAE)
     write_statistics(tmp_path / "stats.npz", 256)
     options = ("--num_images", 2, "--batch_size", 1, "--img_size", 256, "--steps", 1)
-    alone = started(tmp_path, *options, ranks=1)
+    alone = COMMAND.outside(tmp_path, *options, ranks=1)
     assert alone["value"] > 0
-    assert started(tmp_path, *options, ranks=2)["value"] == pytest.approx(alone["value"], rel=1e-3)
+    assert COMMAND.outside(tmp_path, *options, ranks=2)["value"] == pytest.approx(alone["value"], rel=1e-3)

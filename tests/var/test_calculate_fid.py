@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +15,7 @@ from fid.reference import read_reference
 from neon import checkpoint
 from neon.quantize import to_uint8
 from neon.seeds import image_rng
+from tests.commands import FidCommand
 from tests.quarters import Quarters
 from tests.var import published
 from var import calculate_fid, presets
@@ -26,8 +23,7 @@ from var.family import VAR
 from var.sampler import Sampling
 from var.transformer import Transformer
 
-ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / "var" / "calculate_fid.py"
+COMMAND = FidCommand("var", calculate_fid.main, {"--var_ckpt": "var.pth", "--vae_ckpt": "vae.pth", "--fid_stats": "stats.npz"})
 
 
 @pytest.fixture(scope="module")
@@ -37,30 +33,9 @@ def tiny(tmp_path_factory) -> Path:
     return folder
 
 
-def arguments(folder: Path, *options: object) -> list[str]:
-    files = {"--var_ckpt": "var.pth", "--vae_ckpt": "vae.pth", "--fid_stats": "stats.npz"}
-    named = [word for option, name in files.items() if option not in options for word in (option, str(folder / name))]
-    return [*named, "--extractor", "tests.quarters:open_quarters", "--device", "cpu", *map(str, options)]
-
-
-def in_process(folder: Path, *options: object) -> dict:
-    done = CliRunner().invoke(calculate_fid.main, arguments(folder, *options))
-    assert done.exit_code == 0, done.output
-    return json.loads(done.stdout.strip().splitlines()[-1])
-
-
-def outside(folder: Path, *options: object, ranks: int = 1) -> dict:
-    """In a folder of its own, uninstalled: the script must find the project by itself."""
-    launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    command = [sys.executable, *launcher, str(SCRIPT), *arguments(folder, *options)]
-    done = subprocess.run(command, cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.strip().splitlines()[-1])
-
-
 def test_the_number_is_the_one_of_the_parts(tiny):
     """Sampled, decoded, quantised and measured here by hand: the same Frechet distance, with the defaults of the Neon row."""
-    found = in_process(tiny, "--N", 13, "--batch_size", 7, "--img_size", 32, "--model_depth", 2, "--seed", 5, "--top_k", 9)
+    found = COMMAND.here(tiny, "--N", 13, "--batch_size", 7, "--img_size", 32, "--model_depth", 2, "--seed", 5, "--top_k", 9)
     assert found["sampling"]["options"] == {"cfg_scale": 2.8, "top_k": 9, "top_p": 0.95, "more_smooth": False}
     assert found["sampling"]["uint8"] == "truncate"
     family = VAR()
@@ -78,8 +53,8 @@ def test_the_number_is_the_one_of_the_parts(tiny):
 
 
 def test_ranks_and_batches_do_not_change_the_number(tiny):
-    alone = in_process(tiny, "--num_images", 9, "--batch_size", 64, "--protocol", "base")
-    together = outside(tiny, "--num_images", 9, "--batch_size", 2, "--protocol", "base", ranks=2)
+    alone = COMMAND.here(tiny, "--num_images", 9, "--batch_size", 64, "--protocol", "base")
+    together = COMMAND.outside(tiny, "--num_images", 9, "--batch_size", 2, "--protocol", "base", ranks=2)
     assert together["ranks"] == 2
     assert alone["sampling"]["options"]["cfg_scale"] == together["sampling"]["options"]["cfg_scale"] == 1.5
     assert together["value"] == pytest.approx(alone["value"], rel=1e-3)
@@ -97,14 +72,14 @@ def test_ranks_and_batches_do_not_change_the_number(tiny):
     ],
 )
 def test_a_mistake_is_one_line(tiny, options, message):
-    done = CliRunner().invoke(calculate_fid.main, arguments(tiny, "--num_images", 2, *options))
+    done = COMMAND.invoke(tiny, "--num_images", 2, *options)
     assert done.exit_code == 1
     assert message in done.output
     assert "Traceback" not in done.output
 
 
 def test_a_swapped_file_is_named(tiny):
-    done = CliRunner().invoke(calculate_fid.main, arguments(tiny, "--var_ckpt", tiny / "vae.pth"))
+    done = COMMAND.invoke(tiny, "--var_ckpt", tiny / "vae.pth")
     assert done.exit_code == 1
     assert "vae.pth: not a VAR state dict" in done.output
 
@@ -134,8 +109,8 @@ def test_the_published_command_in_real_size(tmp_path):
     """d16 as printed but for the missing weights: few images, another feature network; plain python and torchrun."""
     published.write_real(tmp_path)
     options = ("--num_images", 2, "--batch_size", 64, "--img_size", 256)
-    alone = outside(tmp_path, *options)
-    together = outside(tmp_path, *options, ranks=2)
+    alone = COMMAND.outside(tmp_path, *options)
+    together = COMMAND.outside(tmp_path, *options, ranks=2)
     assert (alone["ranks"], together["ranks"]) == (1, 2)
     assert alone["num_images"] == together["num_images"] == 2
     assert alone["sampling"]["options"]["cfg_scale"] == 2.8

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from fid.features import open_extractor
-from fid.moments import Moments
-from fid.reference import write_reference
 from neon import config
 from neon.checkpoint import read
 from neon.data import open_images
@@ -23,10 +16,11 @@ from neon.run import Run
 from neon.seeds import ImageRng
 from neon.train_autoencoder import train_autoencoder
 from neon.train_base import train_base
+from tests.commands import started
+from tests.whole_run import assert_finished, assert_merged, assert_same_run, snapshot, write_real_images
 from var.family import VAR
 from var.sampler import Sampling
 
-ROOT = Path(__file__).resolve().parents[2]
 CONFIG = """
 family = "var"
 [data]
@@ -103,12 +97,7 @@ def write_config(folder: Path, store: str) -> Path:
 def folder(tmp_path_factory) -> Path:
     """Real images, their reference statistics, a tokeniser and a base model trained on them for a few steps."""
     folder = tmp_path_factory.mktemp("var")
-    with np.load(ROOT / "demo" / "fashion_base.npz") as data:
-        np.savez(folder / "real.npz", images=data["images"][:96], labels=data["labels"][:96])
-    extractor = open_extractor("fashion-cnn")
-    moments = Moments(extractor.dim)
-    moments.update(extractor(open_images(folder / "real.npz").read(range(96))).pool)
-    write_reference(folder / "reference.npz", moments, {"extractor": extractor.name})
+    write_real_images(folder, 96)
     experiment = config.load(write_config(folder, "images"))
     assert train_autoencoder(experiment, folder / "tokeniser", World())["held_out"] == 16
     trained = train_base(experiment, folder / "base", World())
@@ -122,15 +111,8 @@ def alone(folder) -> dict:
     return Run(config.load(write_config(folder, "images")), folder / "alone", World()).all()
 
 
-def snapshot(folder: Path) -> dict[str, torch.Tensor]:
-    (path,) = (folder / "finetune").glob("snapshot-*")
-    return dict(read(path, weights="raw").tensors)
-
-
 def test_end_to_end(folder, alone):
-    assert set(alone["rows"]) == {"base", "self-trained", "random direction", "neon"}
-    assert alone["metric"] == "fd20[fashion-cnn]"
-    assert (folder / "alone/report.html").is_file()
+    assert_finished(folder / "alone", alone, num_images=20)
     synth = open_images(folder / "alone/synth")
     assert synth.shape == (1, 28, 28)
     assert synth.labels.tolist() == [i % 10 for i in range(24)]
@@ -138,16 +120,9 @@ def test_end_to_end(folder, alone):
 
 def test_the_merged_file_is_the_formula_and_samples(folder, alone):
     family, merged = VAR(), read(folder / "alone/neon.safetensors", weights="any")
-    base, shot = read(folder / "base/model.safetensors", weights="raw"), snapshot(folder / "alone")
     model = family.load(merged)  # also checks levels, mask and zero biases
-    parameters = {name for name, _ in model.named_parameters()}
-    assert set(merged.tensors) == set(base.tensors)
-    for name, b in base.tensors.items():
-        expected = b - alone["w"] * (shot[name] - b) if name in parameters else b
-        torch.testing.assert_close(
-            merged.tensors[name], expected, rtol=0, atol=1e-6 * float(expected[expected.isfinite()].abs().max() + 1e-6)
-        )
-    assert (shot["head.weight"] - base.tensors["head.weight"]).abs().max() > 1e-5  # the fine-tune moved something
+    moves = assert_merged(folder / "alone", model, folder / "base/model.safetensors", alone["w"])
+    assert moves["head.weight"] > 1e-5  # the fine-tune moved something
     family.open(folder / "tokeniser/autoencoder.safetensors", torch.device("cpu"))
     codes, _ = family.sample(model.eval(), ImageRng([0, 1]), torch.tensor([3, 4]), Sampling(cfg_scale=1.0))
     assert family.decode(codes).shape == (2, 1, 28, 28)
@@ -156,24 +131,9 @@ def test_the_merged_file_is_the_formula_and_samples(folder, alone):
 
 def test_two_ranks_make_the_same_model(folder, alone):
     """Same noise, labels and count; the same fine-tune up to the order of sums."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "neon", "run"]
-    arguments = [str(write_config(folder, "images")), "--out", str(folder / "together"), "--device", "cpu"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    together = json.loads(done.stdout.strip().splitlines()[-1])
-    assert together["ranks"] == 2
-
-    one, two = (open_images(folder / name / "synth") for name in ("alone", "together"))
-    assert one.labels.tolist() == two.labels.tolist()
-    difference = one.read(range(24)).int() - two.read(range(24)).int()
-    assert difference.abs().max() <= 1
-    assert (difference != 0).float().mean() < 1e-3
-    ones, twos = snapshot(folder / "alone"), snapshot(folder / "together")
-    for name, value in ones.items():
-        if name != "attn_bias_for_masking":
-            torch.testing.assert_close(twos[name], value, rtol=0, atol=1e-5 * float(value.abs().max()))
-    assert together["value"] == pytest.approx(alone["value"], rel=0.01)
+    out = folder / "together"
+    together = started("-m", "neon", "run", write_config(folder, "images"), "--out", out, "--device", "cpu", ranks=2)
+    assert_same_run(folder / "alone", out, (alone, together), num_synth=24, constants={"attn_bias_for_masking"})
 
 
 def test_ranks_sample_and_train_on_the_same_tokens(folder, alone):
@@ -184,12 +144,9 @@ def test_ranks_sample_and_train_on_the_same_tokens(folder, alone):
     assert tokens.shape == (24, 70)
     assert tokens.dtype == torch.int64
     run.finetune()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "neon", "finetune"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    arguments = [str(path), "--out", str(folder / "codes2"), "--device", "cpu", "--set", "sampling.batch=3"]
-    done = subprocess.run([*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    again = torch.cat([torch.from_numpy(np.load(shard)["codes"]) for shard in sorted((folder / "codes2/synth").glob("shard-*.npz"))])
+    out = folder / "codes2"
+    started("-m", "neon", "finetune", path, "--out", out, "--device", "cpu", "--set", "sampling.batch=3", ranks=2)
+    again = torch.cat([torch.from_numpy(np.load(shard)["codes"]) for shard in sorted((out / "synth").glob("shard-*.npz"))])
     assert (tokens == again).float().mean() >= 0.999
     base, ones, twos = (
         read(folder / "base/model.safetensors", weights="raw").tensors,

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import click
@@ -19,14 +15,14 @@ from fid.reference import read_reference
 from neon import checkpoint
 from neon.quantize import to_uint8
 from neon.seeds import image_rng
+from tests.commands import FidCommand
 from tests.quarters import Quarters
 from tests.xar import published
 from xar import calculate_fid
 from xar.family import XAR, XARSampling
 from xar.presets import SIZES
 
-ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / "xar" / "calculate_fid.py"
+COMMAND = FidCommand("xar", calculate_fid.main, {"--model_ckpt": "base.pth", "--vae_path": "vae.safetensors", "--fid_stats": "stats.npz"})
 
 
 @pytest.fixture(scope="module")
@@ -36,30 +32,9 @@ def tiny(tmp_path_factory) -> Path:
     return folder
 
 
-def arguments(folder: Path, *options: object) -> list[str]:
-    files = {"--model_ckpt": "base.pth", "--vae_path": "vae.safetensors", "--fid_stats": "stats.npz"}
-    named = [word for option, name in files.items() if option not in options for word in (option, str(folder / name))]
-    return [*named, "--extractor", "tests.quarters:open_quarters", "--device", "cpu", *map(str, options)]
-
-
-def in_process(folder: Path, *options: object) -> dict:
-    done = CliRunner().invoke(calculate_fid.main, arguments(folder, *options))
-    assert done.exit_code == 0, done.output
-    return json.loads(done.stdout.strip().splitlines()[-1])
-
-
-def outside(folder: Path, *options: object, ranks: int = 1) -> dict:
-    """In a folder of its own, uninstalled: the script must find the project by itself."""
-    launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    command = [sys.executable, *launcher, str(SCRIPT), *arguments(folder, *options)]
-    done = subprocess.run(command, cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.strip().splitlines()[-1])
-
-
 def test_the_number_is_the_one_of_the_parts(tiny):
     """Sampled, decoded, quantised and measured here by hand: the same Frechet distance."""
-    found = in_process(tiny, "--num_images", 23, "--batch_size", 7, "--img_size", 32, "--flow_steps", 2, "--cfg", 1.8, "--seed", 5)
+    found = COMMAND.here(tiny, "--num_images", 23, "--batch_size", 7, "--img_size", 32, "--flow_steps", 2, "--cfg", 1.8, "--seed", 5)
     family = XAR()
     model = family.load(checkpoint.read(tiny / "base.pth")).eval()
     family.open(tiny / "vae.safetensors", torch.device("cpu"))
@@ -78,14 +53,14 @@ def test_the_number_is_the_one_of_the_parts(tiny):
 
 def test_ranks_and_batches_do_not_change_the_number(tiny):
     options = ("--num_images", 23, "--flow_steps", 2, "--cfg", 1.5)
-    alone = in_process(tiny, *options, "--batch_size", 64)
-    together = outside(tiny, *options, "--batch_size", 4, ranks=2)
+    alone = COMMAND.here(tiny, *options, "--batch_size", 64)
+    together = COMMAND.outside(tiny, *options, "--batch_size", 4, ranks=2)
     assert together["ranks"] == 2
     assert together["value"] == pytest.approx(alone["value"], rel=1e-3)
 
 
 def test_the_weights_of_a_fine_tuned_file_are_its_average(tiny):
-    found = in_process(tiny, "--num_images", 4, "--flow_steps", 2, "--cfg", 1.0, "--model_ckpt", tiny / "tuned.pth")
+    found = COMMAND.here(tiny, "--num_images", 4, "--flow_steps", 2, "--cfg", 1.0, "--model_ckpt", tiny / "tuned.pth")
     assert found["checkpoint"]["weights"] == "ema"
 
 
@@ -103,7 +78,7 @@ def test_the_weights_of_a_fine_tuned_file_are_its_average(tiny):
     ],
 )
 def test_a_mistake_is_one_line(tiny, options, message):
-    done = CliRunner().invoke(calculate_fid.main, arguments(tiny, "--num_images", 2, *options))
+    done = COMMAND.invoke(tiny, "--num_images", 2, *options)
     assert done.exit_code == 1
     assert message in done.output
     assert "Traceback" not in done.output
@@ -154,8 +129,8 @@ def test_the_published_command_in_real_size(tmp_path):
     published.write_real(tmp_path, SIZES["xar_base"])
     files = ("--model", "xar_base", "--model_ckpt", tmp_path / "model.pth", "--vae_path", tmp_path / "kl16.ckpt")
     options = ("--cfg", 3.8, "--num_images", 2, "--batch_size", 32, "--flow_steps", 2, "--img_size", 256)
-    alone = outside(tmp_path, *files, *options)
-    together = outside(tmp_path, *files, *options, ranks=2)
+    alone = COMMAND.outside(tmp_path, *files, *options)
+    together = COMMAND.outside(tmp_path, *files, *options, ranks=2)
     assert (alone["ranks"], together["ranks"]) == (1, 2)
     assert alone["num_images"] == together["num_images"] == 2
     assert together["value"] == pytest.approx(alone["value"], rel=1e-3)

@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
-from fid.features import open_extractor
-from fid.moments import Moments
-from fid.reference import write_reference
 from neon import config
 from neon.checkpoint import read
 from neon.data import open_images
@@ -23,9 +15,10 @@ from neon.run import Run
 from neon.seeds import ImageRng
 from neon.train_autoencoder import train_autoencoder
 from neon.train_base import train_base
+from tests.commands import ROOT, started
+from tests.whole_run import assert_finished, assert_merged, assert_same_run, write_real_images
 from xar.family import XAR, XARSampling
 
-ROOT = Path(__file__).resolve().parents[2]
 CONFIG = """
 family = "xar"
 [data]
@@ -100,12 +93,7 @@ def write_config(folder: Path, store: str) -> Path:
 def folder(tmp_path_factory) -> Path:
     """Real images, their reference statistics, an autoencoder and a base model trained on them for a few steps."""
     folder = tmp_path_factory.mktemp("xar")
-    with np.load(ROOT / "demo" / "fashion_base.npz") as data:
-        np.savez(folder / "real.npz", images=data["images"][:96], labels=data["labels"][:96])
-    extractor = open_extractor("fashion-cnn")
-    moments = Moments(extractor.dim)
-    moments.update(extractor(open_images(folder / "real.npz").read(range(96))).pool)
-    write_reference(folder / "reference.npz", moments, {"extractor": extractor.name})
+    write_real_images(folder, 96)
     experiment = config.load(write_config(folder, "images"))
     assert train_autoencoder(experiment, folder / "vae", World())["held_out"] == 16
     assert train_base(experiment, folder / "base", World())["steps"] == 4
@@ -118,9 +106,7 @@ def alone(folder) -> dict:
 
 
 def test_end_to_end(folder, alone):
-    assert set(alone["rows"]) == {"base", "self-trained", "random direction", "neon"}
-    assert alone["metric"] == "fd20[fashion-cnn]"
-    assert (folder / "alone/report.html").is_file()
+    assert_finished(folder / "alone", alone, num_images=20)
     synth = open_images(folder / "alone/synth")
     assert synth.shape == (1, 32, 32)
     assert synth.labels.tolist() == [i % 10 for i in range(20)]
@@ -128,17 +114,10 @@ def test_end_to_end(folder, alone):
 
 def test_the_merged_file_is_the_formula_and_samples(folder, alone):
     family, merged = XAR(), read(folder / "alone/neon.safetensors", weights="any")
-    base = read(folder / "base/model.safetensors", weights="any")
-    shot = read(next((folder / "alone/finetune").glob("snapshot-*")), weights="any")
     model = family.load(merged)
-    buffers = {name for name, _ in model.named_buffers()}
-    for name, b in base.tensors.items():
-        expected = b if name in buffers else b - alone["w"] * (shot.tensors[name] - b)
-        torch.testing.assert_close(
-            merged.tensors[name], expected, rtol=0, atol=1e-6 * float(expected[expected.isfinite()].abs().max() + 1e-6)
-        )
+    moves = assert_merged(folder / "alone", model, folder / "base/model.safetensors", alone["w"])
+    assert moves["pred.weight"] > 1e-5  # the fine-tune moved something
     assert not torch.isnan(merged.tensors["mask"]).any()
-    assert (shot.tensors["pred.weight"] - base.tensors["pred.weight"]).abs().max() > 1e-5  # the fine-tune moved something
     family.open(folder / "vae/autoencoder.safetensors", torch.device("cpu"))
     codes, _ = family.sample(model.eval(), ImageRng([0, 1]), torch.tensor([3, 4]), XARSampling(num_steps=2, cfg_scale=1.5))
     assert torch.isfinite(family.decode(codes)).all()
@@ -147,25 +126,9 @@ def test_the_merged_file_is_the_formula_and_samples(folder, alone):
 
 def test_two_ranks_make_the_same_model(folder, alone):
     """Same noise, labels and count; with dropout 0 the same fine-tune up to the order of sums."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "neon", "run"]
-    arguments = [str(write_config(folder, "images")), "--out", str(folder / "together"), "--device", "cpu"]
-    done = subprocess.run(
-        [*command, *arguments], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    together = json.loads(done.stdout.strip().splitlines()[-1])
-    assert together["ranks"] == 2
-
-    one, two = (open_images(folder / name / "synth") for name in ("alone", "together"))
-    assert one.labels.tolist() == two.labels.tolist()
-    difference = one.read(range(20)).int() - two.read(range(20)).int()
-    assert difference.abs().max() <= 1
-    assert (difference != 0).float().mean() < 1e-3
-    shots = [read(next((folder / name / "finetune").glob("snapshot-*")), weights="any").tensors for name in ("alone", "together")]
-    for name, value in shots[0].items():
-        if name != "mask":
-            torch.testing.assert_close(shots[1][name], value, rtol=0, atol=1e-5 * float(value.abs().max()))
-    assert together["value"] == pytest.approx(alone["value"], rel=0.01)
+    out = folder / "together"
+    together = started("-m", "neon", "run", write_config(folder, "images"), "--out", out, "--device", "cpu", ranks=2)
+    assert_same_run(folder / "alone", out, (alone, together), num_synth=20, constants={"mask"})
 
 
 def test_sampled_latents_train_without_the_autoencoder_s_round_trip(folder):
