@@ -20,7 +20,7 @@ import click  # noqa: E402
 from edm.family import EDM, Sampling  # noqa: E402
 from edm.guidance import GuidedEDM  # noqa: E402
 from neon import quantize  # noqa: E402
-from neon.calculate_fid import PATH, Common, Request, calculate_fid, common_options  # noqa: E402
+from neon.calculate_fid import PATH, Common, Images, Request, calculate_fid, common_options  # noqa: E402
 
 
 class Seeds(click.ParamType):
@@ -96,10 +96,7 @@ def main(
             options=options,
             uint8=uint8,
             labels="drawn",
-            num_images=len(seeds),
-            batch_size=max_batch_size,
-            first_seed=seeds.start,
-            fid_stats=ref,
+            images=Images(num_images=len(seeds), batch_size=max_batch_size, first_seed=seeds.start, fid_stats=ref),
             common=common,
         )
     )

@@ -66,10 +66,10 @@ def frechet_distance(*, generated: Gaussian, reference: Gaussian) -> float:
     return max(distance.item(), 0.0)
 
 
-def _lower_form(factor: Tensor, covariance: Tensor, block: int = 512) -> Tensor:
+def _lower_form(factor: Tensor, covariance: Tensor, block: int = 256) -> Tensor:
     """The lower triangle of F^T S F, which is all that a symmetric eigenvalue routine reads: nearly half of a product saved."""
     right = covariance @ factor
     form = torch.zeros(factor.shape[1], factor.shape[1], dtype=torch.float64)
-    for j in range(0, len(form), block):
-        form[j:, j : j + block] = factor[:, j:].T @ right[:, j : j + block]
+    for i in range(0, len(form), block):
+        torch.mm(factor[:, i : i + block].T, right[:, : i + block], out=form[i : i + block, : i + block])
     return form

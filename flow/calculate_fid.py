@@ -20,17 +20,11 @@ import click  # noqa: E402
 from flow.family import Flow, Sampling  # noqa: E402
 from flow.presets import EULER_STEPS  # noqa: E402
 from neon import quantize  # noqa: E402
-from neon.calculate_fid import PATH, Common, Request, calculate_fid, common_options  # noqa: E402
+from neon.calculate_fid import PATH, Common, Images, Request, calculate_fid, common_options, images_options  # noqa: E402
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True})
 @click.option("--model_ckpt", type=PATH, required=True, help="Weights: TorchCFM's .pt, or our safetensors.")
-@click.option("--num_images", type=click.IntRange(min=2), default=50_000, help="Images; image i has class i mod the number of classes.")
-@click.option(
-    "--batch_size", type=click.IntRange(min=1), default=1024, help="Images per network call and rank; changes speed and memory only."
-)
-@click.option("--img_size", type=int, help="Side of the images in pixels; checked against the model.  [default: the model's]")
-@click.option("--fid_stats", type=PATH, required=True, help="Reference statistics (.npz with mu and sigma).")
 @click.option("--integration_method", type=click.Choice(["dopri5", "euler"]), default="dopri5", help="Adaptive, or equal steps.")
 @click.option(
     "--integration_steps", type=click.IntRange(min=1), help=f"Steps of euler; dopri5 has none.  [default for euler: {EULER_STEPS}]"
@@ -42,21 +36,17 @@ from neon.calculate_fid import PATH, Common, Request, calculate_fid, common_opti
     default="image",
     help="dopri5's error of each image, or of the batch; published: batch, where images depend on batches and ranks.",
 )
-@click.option("--seed", type=int, default=0, help="Image i has the seed SEED + i.")
 @click.option("--uint8", type=click.Choice(quantize.RULES), default="edm", help="Rounding; published: edm.")
+@images_options(batch_size=1024)
 @common_options
 def main(
     model_ckpt: Path,
-    num_images: int,
-    batch_size: int,
-    img_size: int | None,
-    fid_stats: Path,
     integration_method: str,
     integration_steps: int | None,
     tol: float,
     error_norm: str,
-    seed: int,
     uint8: quantize.Rule,
+    images: Images,
     common: Common,
 ) -> None:
     """FID of a flow-matching checkpoint against reference statistics; the last line on stdout is one JSON object.
@@ -78,14 +68,9 @@ def main(
         Request(
             family=Flow(),
             checkpoint=model_ckpt,
-            img_size=img_size,
             options=options,
             uint8=uint8,
-            labels="balanced",
-            num_images=num_images,
-            batch_size=batch_size,
-            first_seed=seed,
-            fid_stats=fid_stats,
+            images=images,
             common=common,
         )
     )

@@ -21,38 +21,28 @@ from imm.autoencoder import autoencoder_file  # noqa: E402
 from imm.family import IMM, Sampling  # noqa: E402
 from imm.presets import CFG_SCALE, Protocol  # noqa: E402
 from neon import checkpoint, quantize  # noqa: E402
-from neon.calculate_fid import PATH, Common, Request, calculate_fid, common_options  # noqa: E402
+from neon.calculate_fid import PATH, Common, Images, Request, calculate_fid, common_options, images_options  # noqa: E402
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True})
 @click.option("--model_ckpt", type=PATH, required=True, help="IMM weights: a published .pkl, or our safetensors.")
-@click.option("--num_images", type=click.IntRange(min=2), default=50_000, help="Images; image i has class i mod 1000.")
-@click.option(
-    "--batch_size", type=click.IntRange(min=1), default=64, help="Images per network call and rank; changes speed and memory only."
-)
-@click.option("--img_size", type=int, help="Side of the images in pixels; checked against the model.  [default: the model's]")
-@click.option("--fid_stats", type=PATH, required=True, help="Reference statistics (.npz with mu and sigma).")
 @click.option("--steps", type=click.IntRange(min=1), default=8, help="Steps of the pushforward sampler on the uniform grid.")
 @click.option("--cfg_scale", type=float, help="Guidance.  [default: 1.8; 1.5 with --protocol base; 1 for an unconditional model]")
 @click.option("--protocol", type=click.Choice(["neon", "base"]), default="neon", help="Whose guidance is the default.")
 @click.option(
     "--vae", type=PATH, default=Path("checkpoints/sd-vae-ft-ema"), help="SD autoencoder, a file or a folder; unused by pixel models."
 )
-@click.option("--seed", type=int, default=0, help="Image i has the seed SEED + i.")
 @click.option("--uint8", type=click.Choice(quantize.RULES), help="Rounding.  [default, published: truncate; edm for pixel models]")
+@images_options(batch_size=64)
 @common_options
 def main(
     model_ckpt: Path,
-    num_images: int,
-    batch_size: int,
-    img_size: int | None,
-    fid_stats: Path,
     steps: int,
     cfg_scale: float | None,
     protocol: Protocol,
     vae: Path,
-    seed: int,
     uint8: quantize.Rule | None,
+    images: Images,
     common: Common,
 ) -> None:
     """FID of an IMM checkpoint against reference statistics; the last line on stdout is one JSON object.
@@ -77,14 +67,9 @@ def main(
             family=family,
             checkpoint=model_ckpt,
             autoencoder=autoencoder,
-            img_size=img_size,
             options=options,
             uint8=uint8 or ("edm" if is_pixel_space else "truncate"),
-            labels="balanced",
-            num_images=num_images,
-            batch_size=batch_size,
-            first_seed=seed,
-            fid_stats=fid_stats,
+            images=images,
             common=common,
         )
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
@@ -23,7 +23,7 @@ from neon.distributed import World, world
 from neon.evaluate import Evaluation, Yardstick, evaluate, why_not_comparable
 from neon.family import Family
 from neon.generate import Source
-from neon.options import gathered
+from neon.options import Command, gathered
 from neon.precision import Precision
 from neon.progress import say
 
@@ -61,22 +61,51 @@ common_options = gathered(
 
 
 @dataclass(frozen=True, kw_only=True)
+class Images:
+    """How many images, which, and what they are compared with: what `images_options` gathers."""
+
+    num_images: int
+    batch_size: int
+    first_seed: int
+    fid_stats: Path
+    img_size: int | None = None
+    """Side of the decoded images in pixels; a model that makes another size is refused before anything is sampled."""
+
+
+def images_options(*, batch_size: int) -> Callable[[Command], Command]:
+    """The published flags of all families but EDM, which has a spelling of its own."""
+    return gathered(
+        Images,
+        "images",
+        [
+            click.option(
+                "--num_images", "--N", type=click.IntRange(min=2), default=50_000, help="Images; image i has class i mod the classes."
+            ),
+            click.option(
+                "--batch_size",
+                type=click.IntRange(min=1),
+                default=batch_size,
+                help="Images per network call and rank; changes speed and memory only.",
+            ),
+            click.option("--img_size", type=int, help="Side of the images in pixels; checked against the model.  [default: the model's]"),
+            click.option("--fid_stats", type=PATH, required=True, help="Reference statistics (.npz with mu and sigma)."),
+            click.option("--seed", "first_seed", type=int, default=0, help="Image i has the seed SEED + i."),
+        ],
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Request:
     """One evaluation of one checkpoint."""
 
     family: Family
     checkpoint: Path
     autoencoder: Path | None = None
-    img_size: int | None = None
-    """Side of the decoded images in pixels; a model that makes another size is refused before anything is sampled."""
     options: object
     """The family's sampling options."""
     uint8: quantize.Rule
-    labels: Literal["balanced", "drawn"]
-    num_images: int
-    batch_size: int
-    first_seed: int
-    fid_stats: Path
+    labels: Literal["balanced", "drawn"] = "balanced"
+    images: Images
     common: Common
 
 
@@ -98,7 +127,7 @@ def _calculate(request: Request, ranks: World) -> dict[str, object]:
     model = request.family.load(found).to(ranks.device).eval().requires_grad_(False)
     sampling = config.Sampling(
         uint8=request.uint8,
-        batch=request.batch_size,
+        batch=request.images.batch_size,
         draw_on=request.common.draw_on,
         precision=request.common.precision,
         options=request.options,
@@ -107,38 +136,40 @@ def _calculate(request: Request, ranks: World) -> dict[str, object]:
         family=request.family,
         sampling=sampling,
         labels=request.labels,
-        first_seed=request.first_seed,
+        first_seed=request.images.first_seed,
         num_classes=request.family.num_classes(model),
     )
-    _check_size(request, source, model, ranks)
-    say(
-        ranks,
-        f"{request.num_images:,} images, seeds from {request.first_seed}, labels {request.labels}, {json.dumps(config.to_plain(sampling))}",
-    )
+    _check_size(request, model)
+    seeds = f"{request.images.num_images:,} images, seeds from {request.images.first_seed}"
+    say(ranks, f"{seeds}, labels {request.labels}, {json.dumps(config.to_plain(sampling))}")
     runs: list[Evaluation] = []
     for repeat in range(request.common.repeats):
-        block = replace(source, first_seed=request.first_seed + repeat * request.num_images)
-        runs.append(evaluate(block, model, request.num_images, [yardstick], ranks, desc=f"block {repeat + 1} of {request.common.repeats}"))
+        block = replace(source, first_seed=request.images.first_seed + repeat * request.images.num_images)
+        runs.append(
+            evaluate(block, model, request.images.num_images, [yardstick], ranks, desc=f"block {repeat + 1} of {request.common.repeats}")
+        )
     return _result(request, yardstick, found, sampling, runs, ranks)
 
 
 def _yardstick(request: Request, ranks: World) -> Yardstick:
     """First of all, so that a missing reference or extractor is said before anything slow starts."""
-    reference = read_reference(request.fid_stats)
+    reference = read_reference(request.images.fid_stats)
     extractor = open_extractor(request.common.extractor, path=request.common.inception, device=ranks.device)
     if len(reference.mean) != extractor.dim:
-        raise ValueError(f"{request.fid_stats} holds statistics of {len(reference.mean)} features, {extractor.name} gives {extractor.dim}")
-    has_score = extractor.num_classes and request.num_images >= 10  # its ten splits need an image each
+        raise ValueError(
+            f"{request.images.fid_stats} holds statistics of {len(reference.mean)} features, {extractor.name} gives {extractor.dim}"
+        )
+    has_score = extractor.num_classes and request.images.num_images >= 10  # its ten splits need an image each
     metrics: tuple[Metric, ...] = ("fid", "is") if has_score else ("fid",)
     return Yardstick(extractor=extractor, reference=reference, metrics=metrics)
 
 
-def _check_size(request: Request, source: Source, model: torch.nn.Module, ranks: World) -> None:
-    if request.img_size is None:
+def _check_size(request: Request, model: torch.nn.Module) -> None:
+    if request.images.img_size is None:
         return
     made = request.family.img_size(model)
-    if made != request.img_size:
-        raise ValueError(f"--img_size {request.img_size}: {request.checkpoint} makes images of {made} x {made} pixels")
+    if made != request.images.img_size:
+        raise ValueError(f"--img_size {request.images.img_size}: {request.checkpoint} makes images of {made} x {made} pixels")
 
 
 def _result(
@@ -149,9 +180,9 @@ def _result(
     runs: Sequence[Evaluation],
     ranks: World,
 ) -> dict[str, object]:
-    metric = metric_name(frechet_kind(yardstick.extractor), request.num_images, yardstick.extractor.name)
+    metric = metric_name(frechet_kind(yardstick.extractor), request.images.num_images, yardstick.extractor.name)
     values = [run.metrics[metric] for run in runs]
-    reason = why_not_comparable(yardstick, request.num_images)
+    reason = why_not_comparable(yardstick, request.images.num_images)
     seconds = {phase: math.fsum(run.seconds[phase] for run in runs) for phase in runs[0].seconds}
     result: dict[str, object] = {
         "metric": metric,
@@ -159,8 +190,8 @@ def _result(
         "comparable": reason is None,
         "reason": reason,
         "metrics": runs[values.index(min(values))].metrics,
-        "num_images": request.num_images,
-        "first_seed": request.first_seed,
+        "num_images": request.images.num_images,
+        "first_seed": request.images.first_seed,
         "labels": request.labels,
         "sampling": config.to_plain(sampling),
         "checkpoint": {"path": str(request.checkpoint), "weights": found.weights, "sha256": found.sha256},
@@ -171,7 +202,7 @@ def _result(
         "device": str(ranks.device),
         "ranks": ranks.size,
         "seconds": seconds,
-        "images_per_second": request.num_images * len(runs) / seconds["total"],
+        "images_per_second": request.images.num_images * len(runs) / seconds["total"],
     }
     if len(runs) > 1:
         result["repeats"] = spread(values)

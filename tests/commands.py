@@ -35,8 +35,10 @@ def started(*command: object, ranks: int = 1, cwd: Path = ROOT) -> dict:
 
 
 def last_object(stdout: str) -> dict:
-    """Strict JSON: it knows no infinity (EDM's S_max is one by default) and no NaN."""
-    return json.loads(stdout.strip().splitlines()[-1], parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    """The last line, the only JSON object there. Strict JSON: it knows no infinity (EDM's S_max is one by default) and no NaN."""
+    *before, last = stdout.strip().splitlines()
+    assert not any(line.startswith("{") for line in before), "one result, from rank 0"
+    return json.loads(last, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ if __name__ == "__main__":
 import click  # noqa: E402
 
 from neon import checkpoint, config, quantize  # noqa: E402
-from neon.calculate_fid import PATH, Common, Request, calculate_fid, common_options  # noqa: E402
+from neon.calculate_fid import PATH, Common, Images, Request, calculate_fid, common_options, images_options  # noqa: E402
 from var.family import VAR  # noqa: E402
 from var.presets import CFG_SCALE, PATCH_NUMS, TOP_K, TOP_P, Protocol  # noqa: E402
 from var.sampler import Sampling  # noqa: E402
@@ -27,37 +27,27 @@ from var.transformer import VARArch  # noqa: E402
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True})
 @click.option("--var_ckpt", type=PATH, required=True, help="VAR weights: a published .pth of any depth, or our safetensors.")
-@click.option("--num_images", "--N", type=click.IntRange(min=2), default=50_000, help="Images; image i has class i mod 1000.")
-@click.option(
-    "--batch_size", type=click.IntRange(min=1), default=64, help="Images per network call and rank; changes speed and memory only."
-)
-@click.option("--img_size", type=int, help="Side of the images in pixels; checked against the model.  [default: the model's]")
 @click.option("--model_depth", type=int, help="Checked against the model.  [default: the model's]")
-@click.option("--fid_stats", type=PATH, required=True, help="Reference statistics (.npz with mu and sigma).")
-@click.option("--vae_ckpt", type=PATH, default=Path("checkpoints/vae_ch160v4096z32.pth"), help="The VQ-VAE (download_models.sh --bases).")
+@click.option("--vae_ckpt", type=PATH, default=Path("checkpoints/vae_ch160v4096z32.pth"), help="The VQ-VAE (download_models.sh --models).")
 @click.option("--cfg", type=float, help="Guidance.  [default: 2.8 at 256 and 3.2 at 512 px; 1.5 and 2.0 with --protocol base]")
 @click.option("--top_k", type=int, default=TOP_K, help="Draw from the k likeliest tokens; 0: all.")
 @click.option("--top_p", type=float, default=TOP_P, help="... and of those from the likeliest with this probability; 0: all.")
 @click.option("--more_smooth", is_flag=True, help="Average codes instead of drawing them: prettier pictures, not for numbers.")
 @click.option("--protocol", type=click.Choice(["neon", "base"]), default="neon", help="Whose guidance is the default.")
-@click.option("--seed", type=int, default=0, help="Image i has the seed SEED + i.")
 @click.option("--uint8", type=click.Choice(quantize.RULES), default="truncate", help="Rounding; published: truncate.")
+@images_options(batch_size=64)
 @common_options
 def main(
     var_ckpt: Path,
-    num_images: int,
-    batch_size: int,
-    img_size: int | None,
     model_depth: int | None,
-    fid_stats: Path,
     vae_ckpt: Path,
     cfg: float | None,
     top_k: int,
     top_p: float,
     more_smooth: bool,
     protocol: Protocol,
-    seed: int,
     uint8: quantize.Rule,
+    images: Images,
     common: Common,
 ) -> None:
     """FID of a VAR checkpoint against reference statistics; the last line on stdout is one JSON object.
@@ -79,14 +69,9 @@ def main(
             family=VAR(),
             checkpoint=var_ckpt,
             autoencoder=vae_ckpt,
-            img_size=img_size,
             options=options,
             uint8=uint8,
-            labels="balanced",
-            num_images=num_images,
-            batch_size=batch_size,
-            first_seed=seed,
-            fid_stats=fid_stats,
+            images=images,
             common=common,
         )
     )

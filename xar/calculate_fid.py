@@ -20,7 +20,7 @@ if __name__ == "__main__":
 import click  # noqa: E402
 
 from neon import checkpoint, config, quantize  # noqa: E402
-from neon.calculate_fid import PATH, Common, Request, calculate_fid, common_options  # noqa: E402
+from neon.calculate_fid import PATH, Common, Images, Request, calculate_fid, common_options, images_options  # noqa: E402
 from xar.family import XAR, XARSampling  # noqa: E402
 from xar.presets import CFG_SCALE, NUM_STEPS, SIZES, Protocol  # noqa: E402
 from xar.transformer import XARArch  # noqa: E402
@@ -29,7 +29,9 @@ from xar.transformer import XARArch  # noqa: E402
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True})
 @click.option("--model", type=click.Choice(list(SIZES)), help="Checked against the file.  [default: what the file holds]")
 @click.option("--model_ckpt", type=PATH, required=True, help="xAR weights: a published .pth, or our safetensors.")
-@click.option("--vae_path", type=PATH, default=Path("xar/pretrained/kl16.ckpt"), help="The KL-16 autoencoder (download_models.sh --bases).")
+@click.option(
+    "--vae_path", type=PATH, default=Path("xar/pretrained/kl16.ckpt"), help="The KL-16 autoencoder (download_models.sh --models)."
+)
 @click.option("--cfg", type=float, help="Guidance of the last cell.  [default: 3.8 for xar_base, 2.7 for xar_large; see --protocol]")
 @click.option("--flow_steps", type=int, help="Steps per cell.  [default: 40 for xar_base, 50 for the others]")
 @click.option(
@@ -38,14 +40,8 @@ from xar.transformer import XARArch  # noqa: E402
     default="neon",
     help="Whose guidance is the default. base: 2.7 (xar_base), 2.3 (xar_large), 2.2 (xar_huge), for base models only.",
 )
-@click.option("--num_images", type=click.IntRange(min=2), default=50_000, help="Images; image i has class i mod 1000.")
-@click.option(
-    "--batch_size", type=click.IntRange(min=1), default=64, help="Images per network call and rank; changes speed and memory only."
-)
-@click.option("--img_size", type=int, help="Side of the images in pixels; checked against the model.  [default: the model's]")
-@click.option("--fid_stats", type=PATH, required=True, help="Reference statistics (.npz with mu and sigma).")
-@click.option("--seed", type=int, default=0, help="Image i has the seed SEED + i.")
 @click.option("--uint8", type=click.Choice(quantize.RULES), default="truncate", help="Rounding; published: truncate.")
+@images_options(batch_size=64)
 @common_options
 def main(
     model: str | None,
@@ -54,12 +50,8 @@ def main(
     cfg: float | None,
     flow_steps: int | None,
     protocol: Protocol,
-    num_images: int,
-    batch_size: int,
-    img_size: int | None,
-    fid_stats: Path,
-    seed: int,
     uint8: quantize.Rule,
+    images: Images,
     common: Common,
 ) -> None:
     """FID of an xAR checkpoint against reference statistics; the last line on stdout is one JSON object.
@@ -80,14 +72,9 @@ def main(
             family=XAR(),
             checkpoint=model_ckpt,
             autoencoder=vae_path,
-            img_size=img_size,
             options=options,
             uint8=uint8,
-            labels="balanced",
-            num_images=num_images,
-            batch_size=batch_size,
-            first_seed=seed,
-            fid_stats=fid_stats,
+            images=images,
             common=common,
         )
     )

@@ -1,7 +1,6 @@
 """`neon fid`: any number of ranks, parts or resumptions gives the same statistics."""
 
 import gzip
-import json
 import struct
 from pathlib import Path
 
@@ -15,10 +14,9 @@ from fid.reference import read_reference
 from neon import records
 from neon.cli import main
 from neon.data import open_images
+from tests.commands import ROOT, last_object, started
 from tests.core.line import Pixels
-from tests.core.test_ranks import torchrun
 
-ROOT = Path(__file__).resolve().parents[2]
 EXACT = ("--extractor", "tests.core.line:open_pixels")
 NETWORK = ("--extractor", "fashion-cnn")
 
@@ -26,7 +24,7 @@ NETWORK = ("--extractor", "fashion-cnn")
 def neon(*arguments: object) -> dict:
     done = CliRunner().invoke(main, ["fid", *map(str, arguments)], catch_exceptions=False)
     assert done.exit_code == 0, done.output
-    return json.loads(done.stdout.splitlines()[-1])
+    return last_object(done.stdout)
 
 
 def refused(*arguments: object) -> str:
@@ -61,10 +59,8 @@ def assert_same_statistics(a: Path, b: Path, relative: float) -> None:
 def test_statistics_of_any_number_of_ranks(request, tmp_path, ranks, images, extractor, relative):
     source = request.getfixturevalue(images)
     neon("ref", "--data", source, "--out", tmp_path / "one.npz", "--batch", 7, "--device", "cpu", *extractor)
-    command = ("-m", "neon", "fid", "ref", "--data", str(source), "--out", str(tmp_path / "more.npz"), "--batch", "16", "--device", "cpu")
-    done = torchrun(ranks, *command, *extractor)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("sha256") > 0
+    options = ("--data", source, "--out", tmp_path / "more.npz", "--batch", 16, "--device", "cpu")
+    assert started("-m", "neon", "fid", "ref", *options, *extractor, ranks=ranks)["sha256"]
     assert read_reference(tmp_path / "more.npz").count == 101
     assert_same_statistics(tmp_path / "one.npz", tmp_path / "more.npz", relative)
 
@@ -75,10 +71,8 @@ def test_metrics_of_two_ranks(tmp_path, tiny):
     for metric in ("fid", "fid_inf", "precision", "coverage"):
         arguments += ["--metric", metric]
     alone = neon("calc", *arguments)
-    done = torchrun(2, "-m", "neon", "fid", "calc", *map(str, arguments), "--device", "cpu")
-    assert done.returncode == 0, done.stderr
-    (line,) = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    assert json.loads(line)["metrics"] == pytest.approx(alone["metrics"], rel=1e-10, abs=1e-8)
+    together = started("-m", "neon", "fid", "calc", *arguments, "--device", "cpu", ranks=2)
+    assert together["metrics"] == pytest.approx(alone["metrics"], rel=1e-10, abs=1e-8)
     assert alone["comparable"] is False
     assert alone["num_images"] == 101
     assert {"seconds", "images_per_second", "reference_sha256", "extractor_sha256", "source_sha256", "versions"} <= set(alone)

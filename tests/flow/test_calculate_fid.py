@@ -86,7 +86,7 @@ def test_the_defaults_are_the_published_protocol(tiny, monkeypatch):
     adaptive, fixed = asked
     assert adaptive.options == Sampling(solver="dopri5", tol=1e-5, error_norm="image")
     assert fixed.options == Sampling(solver="euler", num_steps=100)
-    assert (fixed.num_images, fixed.common.weights, fixed.uint8) == (50_000, "ema", "edm")
+    assert (fixed.images.num_images, fixed.common.weights, fixed.uint8) == (50_000, "ema", "edm")
 
 
 @pytest.mark.slow
