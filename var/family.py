@@ -70,7 +70,7 @@ class VAR(Family):
         with torch.device("meta"):  # initial weights would be overwritten
             model = self.build(arch)
         checkpoint.load_into(model)
-        check_derived(model, checkpoint.tensors, checkpoint.path)
+        check_derived(model.patch_nums, checkpoint.tensors, checkpoint.path)
         return model
 
     def open(self, autoencoder: Path | None, device: torch.device) -> None:

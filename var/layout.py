@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
-
-if TYPE_CHECKING:
-    from var.transformer import Transformer
+from torch import Tensor, nn
 
 MASK = "attn_bias_for_masking"
 
 
-def keep_published_layout(model: Transformer) -> None:
+def keep_published_layout(model: nn.Module) -> None:
     """The L x L attention mask of published files appears in the model's state dict and is dropped on loading; never kept."""
     model.register_state_dict_post_hook(_add_mask)
     model.register_load_state_dict_pre_hook(_drop_mask)
@@ -32,27 +28,27 @@ def scale_levels(patch_nums: tuple[int, ...]) -> Tensor:
     return torch.tensor([[level for level, side in enumerate(patch_nums) for _ in range(side * side)]])
 
 
-def check_derived(model: Transformer, stored: Mapping[str, Tensor], path: Path) -> None:
+def check_derived(patch_nums: tuple[int, ...], stored: Mapping[str, Tensor], path: Path) -> None:
     """Raises ValueError if levels, mask or zero biases of a file are not those of its network (they may be floats)."""
-    levels = scale_levels(model.patch_nums)
+    levels = scale_levels(patch_nums)
     expected = {"lvl_1L": levels, MASK: attention_mask(levels)}
     for name in stored:
         if name in expected or name.endswith("zero_k_bias"):
             value = stored[name].float()
             if not torch.equal(value, expected.get(name, torch.zeros_like(value)).float()):
                 raise ValueError(
-                    f"{path}: {name} is not that of a VAR with patch_nums {list(model.patch_nums)}; "
+                    f"{path}: {name} is not that of a VAR with patch_nums {list(patch_nums)}; "
                     "the file belongs to another network, or a merge has damaged it"
                 )
 
 
-def _add_mask(model: Transformer, state: dict[str, Tensor], prefix: str, _metadata: object) -> None:
+def _add_mask(_model: nn.Module, state: dict[str, Tensor], prefix: str, _metadata: object) -> None:
     names = list(state)
     after_levels = names[names.index(prefix + "lvl_1L") + 1 :]
-    state[prefix + MASK] = attention_mask(model.lvl_1L)
+    state[prefix + MASK] = attention_mask(state[prefix + "lvl_1L"])
     for name in after_levels:  # the published order
         state[name] = state.pop(name)
 
 
-def _drop_mask(_model: Transformer, state: dict[str, Tensor], prefix: str, *_unused: object) -> None:
+def _drop_mask(_model: nn.Module, state: dict[str, Tensor], prefix: str, *_unused: object) -> None:
     state.pop(prefix + MASK, None)
