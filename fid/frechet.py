@@ -38,11 +38,20 @@ class Gaussian:
     def factor(self) -> tuple[Tensor, Tensor]:
         """(U, order): covariance[order][:, order] = U^T U with U (R, D) upper trapezoidal, R the numerical rank. Computed once.
 
-        Cholesky's factorisation with complete pivoting: the rows of U fall in length. It ends at pivots below D * eps * the largest
-        variance, which are rounding errors (for a float32 file: negative ones too).
+        Where rounding has left negative eigenvalues (a float32 file), of the nearest positive semi-definite matrix.
         """
-        packed, order, rank, _ = lapack.dpstrf(self.covariance.numpy().T, lower=1)
-        return torch.from_numpy(packed.T).triu()[:rank], torch.from_numpy(order).long() - 1
+        upper, order = _pivoted_cholesky(self.covariance)
+        missed = (self.covariance.trace() - upper.square().sum()).abs()
+        if missed > len(self.mean) ** 2 * torch.finfo(torch.float64).eps * self.covariance.diagonal().max():
+            values, vectors = torch.linalg.eigh(self.covariance)
+            return _pivoted_cholesky((vectors * values.clamp(min=0)) @ vectors.T)
+        return upper, order
+
+
+def _pivoted_cholesky(covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """(U, order) with rows of U that fall in length; ends at pivots that are rounding errors: below D * eps * the largest variance."""
+    packed, order, rank, _ = lapack.dpstrf(covariance.numpy().T, lower=1)
+    return torch.from_numpy(packed.T).triu()[:rank], torch.from_numpy(order).long() - 1
 
 
 def frechet_distance(*, generated: Gaussian, reference: Gaussian) -> float:

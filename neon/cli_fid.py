@@ -129,11 +129,7 @@ VERSIONS = {"neon": neon.__version__, "torch": torch.__version__}
 @click.option("--data", "source", type=PATH, required=True, help=DATA_HELP)
 @click.option("--out", type=PATH, required=True, help="The .npz to write (mu, sigma, count, provenance).")
 @extraction_options
-def ref(
-    source: Path,
-    out: Path,
-    how: Extraction,
-) -> None:
+def ref(source: Path, out: Path, how: Extraction) -> None:
     """Make reference statistics of an image set, streaming: no feature matrix is kept.
 
     \b
@@ -153,12 +149,7 @@ def ref(
 @click.option("--images", "chosen", metavar="START:STOP", required=True, help="Which images, counted from 0, STOP excluded.")
 @click.option("--out", type=PATH, required=True, help="The .safetensors file of sums to write; `neon fid merge` adds them up.")
 @extraction_options
-def part(
-    source: Path,
-    chosen: str,
-    out: Path,
-    how: Extraction,
-) -> None:
+def part(source: Path, chosen: str, out: Path, how: Extraction) -> None:
     """Sums over a part of an image set, so that several machines (or days) share the work.
 
     \b
@@ -210,14 +201,7 @@ def merge_parts(parts: Sequence[Path], out: Path) -> None:
     help="Nearest neighbours of precision, recall, density, coverage (the paper: 5).",
 )
 @extraction_options
-def calc(
-    source: Path,
-    reference: Path,
-    ref_data: Path | None,
-    metrics: Sequence[Metric],
-    k: int,
-    how: Extraction,
-) -> None:
+def calc(source: Path, reference: Path, ref_data: Path | None, metrics: Sequence[Metric], k: int, how: Extraction) -> None:
     """Metrics of generated images against a reference, in one pass.
 
     \b

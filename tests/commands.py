@@ -18,10 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def start(*command: object, ranks: int = 1, cwd: Path = ROOT, timeout: float | None = None) -> subprocess.CompletedProcess[str]:
-    """`python COMMAND`, or the same on several ranks of this machine.
-
-    In another folder than ROOT the project is not found from the working directory, as where it is not installed.
-    """
+    """`python COMMAND`, or the same on several ranks of this machine."""
     launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     call = [sys.executable, *launcher, *map(str, command)]
     return subprocess.run(call, cwd=cwd, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=timeout)
@@ -66,6 +63,6 @@ class FidCommand:
         return last_object(done.stdout)
 
     def outside(self, folder: Path, *options: object, ranks: int = 1) -> dict:
-        """As users start it, and from another folder, so the script must find the project by itself."""
+        """As users start it, from another folder. tests.quarters is never installed: the script must find the project by itself."""
         script = ROOT / self.family / "calculate_fid.py"
         return started(script, *self.arguments(folder, options), ranks=ranks, cwd=folder)

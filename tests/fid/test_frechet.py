@@ -73,6 +73,18 @@ def test_a_covariance_rounded_to_float32_still_works():
     assert 0 <= distance < 1e-2 * exact.trace()
 
 
+@pytest.mark.parametrize("power", [2.0, 4.0, 6.0])
+def test_files_in_float32_keep_their_accuracy(power):
+    """Commuting covariances, so the distance is sum (sqrt a - sqrt b)^2; their small eigenvalues drown in float32's rounding."""
+    index = torch.arange(1, 301, dtype=torch.float64)
+    a, b = index**-power, 1.3 * index**-power * (1 + 0.3 * index.sin())
+    rotation = torch.linalg.qr(torch.randn(300, 300, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))[0]
+    exact, other = ((rotation * values) @ rotation.T for values in (a, b))
+    mean, want = torch.zeros(300), (a.sqrt() - b.sqrt()).square().sum().item()
+    assert frechet_distance(generated=Gaussian(mean, exact), reference=Gaussian(mean, other)) == pytest.approx(want, abs=1e-12)
+    assert frechet_distance(generated=Gaussian(mean, exact), reference=Gaussian(mean, other.float())) == pytest.approx(want, abs=2e-7)
+
+
 def test_finite_sample_bias_of_a_one_dimensional_gaussian():
     """Two sets of the same distribution: the distance is small, positive and falls about like 1/n."""
     generator = torch.Generator().manual_seed(0)
