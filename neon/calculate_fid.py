@@ -6,7 +6,7 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -132,22 +132,20 @@ def _calculate(request: Request, ranks: World) -> dict[str, object]:
         precision=request.common.precision,
         options=request.options,
     )
-    source = Source(
-        family=request.family,
-        sampling=sampling,
-        labels=request.labels,
-        first_seed=request.images.first_seed,
-        num_classes=request.family.num_classes(model),
-    )
     _check_size(request, model)
     seeds = f"{request.images.num_images:,} images, seeds from {request.images.first_seed}"
     say(ranks, f"{seeds}, labels {request.labels}, {json.dumps(config.to_plain(sampling))}")
     runs: list[Evaluation] = []
     for repeat in range(request.common.repeats):
-        block = replace(source, first_seed=request.images.first_seed + repeat * request.images.num_images)
-        runs.append(
-            evaluate(block, model, request.images.num_images, [yardstick], ranks, desc=f"block {repeat + 1} of {request.common.repeats}")
+        block = Source(
+            family=request.family,
+            sampling=sampling,
+            labels=request.labels,
+            first_seed=request.images.first_seed + repeat * request.images.num_images,
+            num_classes=request.family.num_classes(model),
         )
+        desc = f"block {repeat + 1} of {request.common.repeats}"
+        runs.append(evaluate(block, model, request.images.num_images, [yardstick], ranks, desc=desc))
     return _result(request, yardstick, found, sampling, runs, ranks)
 
 

@@ -10,6 +10,7 @@ import torch
 from click.testing import CliRunner
 
 from fid.frechet import frechet_distance
+from fid.partial import read_partial
 from fid.reference import read_reference
 from neon import records
 from neon.cli import main
@@ -106,6 +107,41 @@ def test_a_killed_pass_goes_on_and_ends_with_the_same_bits(tmp_path, tiny, monke
         assert again == result["metrics"]
         assert sum(calls[-11:]) == 101  # nothing of the finished pass is left to go on from
     assert not list((tmp_path / "sums").iterdir())
+
+
+@pytest.mark.parametrize(("images", "batch", "is_other"), [("20:80", 10, False), ("0:60", 9, False), ("0:60", 10, True)])
+def test_sums_of_another_pass_are_not_gone_on_with(tmp_path, tiny, monkeypatch, images, batch, is_other):
+    monkeypatch.setattr(records.Saver, "is_due", True)
+    extract, calls = Pixels.extract, []
+
+    def dies_at_the_fourth(self, pixels):
+        calls.append(len(pixels))
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return extract(self, pixels)
+
+    monkeypatch.setattr(Pixels, "extract", dies_at_the_fourth)
+    sums = ("--resume", tmp_path / "sums")
+    killed = ("part", "--data", tiny, "--images", "0:60", "--batch", 10, "--out", tmp_path / "killed.safetensors", *sums, *EXACT)
+    CliRunner().invoke(main, ["fid", *map(str, killed)])
+    assert len(calls) == 4
+    if is_other:
+        np.savez(tiny, images=255 - np.load(tiny)["images"])
+    asked = ("part", "--data", tiny, "--images", images, "--batch", batch, *EXACT)
+    neon(*asked, "--out", tmp_path / "resumed.safetensors", *sums)
+    neon(*asked, "--out", tmp_path / "fresh.safetensors")
+    resumed, fresh = (read_partial(tmp_path / f"{name}.safetensors").moments.tensors() for name in ("resumed", "fresh"))
+    assert all(torch.equal(resumed[name], fresh[name]) for name in fresh)
+
+
+def open_told(*, path, device, allow_unknown_weights):
+    raise ValueError(f"told {path} and {allow_unknown_weights}")
+
+
+def test_what_is_said_about_weights_reaches_the_extractor(tmp_path, tiny):
+    told = ("ref", "--data", tiny, "--out", tmp_path / "ref.npz", "--extractor", "tests.core.test_cli_fid:open_told")
+    assert "told None and False" in refused(*told)
+    assert "told w.pth and True" in refused(*told, "--inception", "w.pth", "--allow-unknown-weights")
 
 
 def test_parts_of_several_machines_add_up_to_the_whole(tmp_path, tiny):

@@ -17,8 +17,7 @@ from neon.config import load
 from neon.data import open_images
 from neon.distributed import World
 from neon.run import Run
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.commands import ROOT, started
 
 
 def run(config: Path, folder: Path, *overrides: str) -> dict:
@@ -69,6 +68,20 @@ def test_eval_repeats_are_disjoint_blocks(line_config, tmp_path):
     shifted = load(line_config, ["report.cfg_scale=1.0", "report.first_seed=2040"])
     assert several[1] == Run(shifted, tmp_path / "b", World()).evaluate_base(1)["value"]
     assert several[0] != several[1]
+
+
+def test_eval_of_another_file_by_the_command(line_config, tmp_path):
+    base = checkpoint.read(tmp_path / "base.safetensors")
+    other = {name: value * 0.9 if name == "mean" else value for name, value in base.tensors.items()}
+    metadata = {"family": "tests.core.line:Line", "arch": {}, "weights": "raw"}
+    checkpoint.write(tmp_path / "other.safetensors", other, metadata=metadata)
+    options = ("--set", "report.cfg_scale=1.0", "--device", "cpu", "--out", tmp_path / "eval")
+    named = ("--checkpoint", tmp_path / "other.safetensors", "--weights", "raw", "--repeats", 2)
+    found = started("-m", "neon", "eval", line_config, *named, *options)
+    settings = ["report.cfg_scale=1.0", f"base.checkpoint={tmp_path / 'other.safetensors'}", "base.weights=raw"]
+    expected = Run(load(line_config, settings), tmp_path / "by-hand", World()).evaluate_base(2)
+    assert found["repeats"]["values"] == expected["repeats"]["values"]
+    assert found["value"] != Run(load(line_config, ["report.cfg_scale=1.0"]), tmp_path / "base", World()).evaluate_base(1)["value"]
 
 
 def test_a_finished_run_repeats_nothing(line_config, tmp_path):

@@ -66,6 +66,15 @@ def test_ranks_and_batches_do_not_change_the_number(tiny):
     assert abs(other["value"] - alone["value"]) > 1e-2 * alone["value"]
 
 
+def test_repeats_are_disjoint_blocks_of_seeds(tiny):
+    options = ("--num_images", 5, "--img_size", 16, "--steps", 1)
+    found = COMMAND.here(tiny, *options, "--seed", 3, "--repeats", 2)
+    values = [COMMAND.here(tiny, *options, "--seed", seed)["value"] for seed in (3, 8)]
+    assert found["repeats"]["values"] == values
+    assert values[0] != values[1]
+    assert found["value"] == min(values)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
