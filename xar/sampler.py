@@ -62,8 +62,8 @@ def integrate_ode(velocity: Velocity, start: Tensor, num_steps: int) -> Tensor:
 
 
 def cell_guidance(cfg_scale: float, cell: int) -> float:
-    """The guidance of a cell: linear from 1 at the first to cfg_scale at the last; cfg_scale <= 1 means none at all."""
-    return 1 + (max(cfg_scale, 1.0) - 1) * cell / (NUM_CELLS - 1)
+    """The guidance of a cell: linear from 1 at the first to cfg_scale at the last. A cell with 1 or less is not guided."""
+    return 1 + (cfg_scale - 1) * cell / (NUM_CELLS - 1)
 
 
 def guided(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:

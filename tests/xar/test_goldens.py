@@ -22,6 +22,7 @@ from neon.train import Trainer, lr_at
 from tests import goldens
 from xar import cells, loss, sampler
 from xar.family import XAR, XARObjective
+from xar.presets import SIZES
 from xar.transformer import RotaryEmbedding, XARArch, XARTransformer
 from xar.vae import KL16, KL16Arch
 
@@ -32,7 +33,11 @@ FLOAT64_TOLERANCE = 1e-12
 
 
 def model_of(config: dict) -> XARTransformer:
-    arch = XARArch(width=config["dim"], num_heads=config["heads"], encoder_depth=config["enc"], decoder_depth=config["dec"])
+    """The network of a published size, which the config names, or of the sizes that it lists."""
+    if "model" in config:
+        arch = SIZES[config["model"]]
+    else:
+        arch = XARArch(width=config["dim"], num_heads=config["heads"], encoder_depth=config["enc"], decoder_depth=config["dec"])
     return goldens.seed_by_name(XARTransformer(arch)).eval()
 
 
@@ -140,7 +145,22 @@ class Recording(SharedRng):
         return self.draws[-1]
 
 
-@pytest.mark.parametrize("file", goldens.collect("xar", "xar_*sample_*.npz"), ids=ids)
+SAMPLES = goldens.collect("xar", "xar_*sample_*.npz")
+TRACED = [file for file in SAMPLES if "traj_cell" in goldens.config_of(file)]
+
+
+@pytest.mark.parametrize("file", [file for file in SAMPLES if file not in TRACED], ids=ids)
+@pytest.mark.slow
+def test_tokens_of_a_published_size(file):
+    config, arrays = goldens.load(file)
+    model, labels = model_of(config), goldens.tensor(arrays["labels"])
+    torch.manual_seed(config["seed"])
+    rng = SharedRng(config["B"])
+    latents = sampler.sample_cells(model, rng, labels, num_steps=config["num_steps"], cfg_scale=config["cfg_scale"])
+    assert_relative(latents, arrays["tokens"], SAMPLE_TOLERANCE, "tokens")
+
+
+@pytest.mark.parametrize("file", TRACED, ids=ids)
 def test_sampling(file):
     config, arrays = goldens.load(file)
     model, num_steps, traced = model_of(config), config["num_steps"], config["traj_cell"]
@@ -353,7 +373,7 @@ def test_training_steps_with_the_published_draws(file):
         images=10**9,
         batch=batch,
         lr=config["lr"],
-        lr_ramp_images=config["warmup_epochs"] * iterations * batch,
+        lr_ramp_images=round(config["warmup_epochs"] * iterations * batch),
         optimizer="adamw",
         betas=tuple(config["betas"]),
         eps=config["eps"],
@@ -384,10 +404,13 @@ def test_training_steps_with_the_published_draws(file):
         assert trainer.last_grad_norm == pytest.approx(float(arrays["grad_norms"][step]), rel=2e-6)
         averages.append({name: trainer.ema[name].clone() for name in names})
 
+    first_saved = math.ceil(config["save_img_interval"] / batch) - 1  # the original saves after the step that reaches the interval
+    assert config["files_saved"][0].endswith(f"-{(first_saved + 1) * batch}.pth")
     for i, name in enumerate(names):
         for prefix, value in {"raw": parameters[name].detach(), "ema": averages[-1][name]}.items():
             assert float(value.norm()) == pytest.approx(float(arrays[f"{prefix}_norms"][i]), rel=TRAINING_TOLERANCE), (prefix, name)
             first = arrays[f"{prefix}_first4"]
             goldens.assert_close(value.flatten()[:4], first[i], atol=TRAINING_TOLERANCE * np.abs(first).max(), what=f"{prefix} {name}")
         saved = arrays["ckpt_ema_first4"]
-        goldens.assert_close(averages[1][name].flatten()[:4], saved[i], atol=TRAINING_TOLERANCE * np.abs(saved).max(), what=f"saved {name}")
+        value = averages[first_saved][name].flatten()[:4]
+        goldens.assert_close(value, saved[i], atol=TRAINING_TOLERANCE * np.abs(saved).max(), what=f"saved {name}")
