@@ -253,14 +253,16 @@ class UNet(nn.Module):
         self.out = nn.Sequential(norm(widths[0]), nn.SiLU(), zeroed(last))
 
     def embed(self, t: Tensor, batch: int, y: Tensor | None) -> Tensor:
-        """(N, E) from times of shape (N,) or () and class indices (N,)."""
+        """(N, E) from times as in `forward` and class indices (N,)."""
         if (y is None) != (self.num_classes == 0):
             raise ValueError(f"the network takes {self.num_classes or 'no'} classes, but labels are {'missing' if y is None else 'given'}")
+        t = t.flatten(1)[:, 0] if t.ndim > 1 else t
         emb = self.time_embed(timestep_embedding(t.expand(batch), self.num_channels))
         return emb if y is None else emb + self.label_emb(y)
 
     def forward(self, t: Tensor, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """t: (N,) or (), in [0, 1]; x: (N, C, H, W); y: (N,) class indices, if the network is conditional. Returns (N, C or 2 C, H, W)."""
+        """t: (N,) or (), in [0, 1]; of (N, k) the first column counts, as published; x: (N, C, H, W); y: (N,) class indices, if the
+        network is conditional. Returns (N, C or 2 C, H, W)."""
         emb = self.embed(t, len(x), y)
         h = F.pixel_unshuffle(x, self.pixel_unshuffle)
         skips = []

@@ -7,7 +7,9 @@ import zlib
 
 import numpy as np
 import pytest
+import sympy
 import torch
+from sympy.parsing.sympy_parser import convert_xor, implicit_multiplication_application, parse_expr, standard_transformations
 
 from flow.coupling import assigned, exact_plan, sampled_pairs, sinkhorn_plan, transport_cost
 from flow.family import Flow, to_pixels
@@ -32,6 +34,7 @@ DOPRI5 = goldens.collect("flow", "sampler_dopri5_*.npz")
 FIELDS = goldens.collect("flow", "dopri5_*.npz")
 LOSSES = goldens.collect("flow", "loss_*.npz")
 PLANS = goldens.collect("flow", "ot_plan*.npz")
+GUIDED_PLANS = [file for file in PLANS if "guided_t" in np.load(file).files]  # the original's guided path needs equal batches
 TRAINS = goldens.collect("flow", "train_*.npz")
 WARMUPS = goldens.collect("flow", "lr_warmup*.npz")
 BYTES = goldens.collect("flow", "quantise*.npz")
@@ -49,6 +52,7 @@ def check_network(file):
     outputs = {}
     for name in config["block_names"]:
         net.get_submodule(name).register_forward_hook(lambda module, args, out, name=name: outputs.__setitem__(name, out))
+    net.time_embed.register_forward_pre_hook(lambda module, args: outputs.__setitem__("sinusoid", args[0]))
     t, x, y = (tensor(arrays[name]) if name in arrays else None for name in ("t", "x", "y"))
     out = net(t, x, y)
     for name, shape, row in zip(config["block_names"], config["block_shapes"], arrays["block_stats"], strict=True):
@@ -56,7 +60,7 @@ def check_network(file):
         assert list(block.shape) == shape
         actual = torch.stack([block.mean(), block.square().mean().sqrt(), block.flatten()[0], block.flatten()[-1]])
         assert_close(actual, row, atol=1e-5, rtol=1e-5, what=name)
-    assert_close(timestep_embedding(t.expand(len(x)), net.num_channels), arrays["sinusoid"], atol=1e-6)
+    assert_close(outputs["sinusoid"], arrays["sinusoid"], atol=1e-6, what="sinusoid")
     for name, actual in (("time_embed", outputs["time_embed"]), ("middle_block", outputs["middle_block"][:1])):
         if name in arrays:
             assert_close(actual, arrays[name], atol=1e-5, what=name)
@@ -166,10 +170,11 @@ def test_dopri5_with_the_original_steps(file):
     check_bytes(out, arrays["uint8"])
 
 
-FIELD = {
-    "f = -x (3 + 2 sin 6t) + cos 4t": lambda t, x, _: -x * (3 + 2 * torch.sin(6 * t)) + torch.cos(4 * t),
-    "f = 40 (sin 9t - x) / sqrt(1 + x^2)": lambda t, x, _: 40 * (torch.sin(9 * t) - x) / torch.sqrt(1 + x**2),
-}
+def field_of(formula):
+    """The function of (t, x) that a text like "f = -x (3 + 2 sin 6t)" writes, products without a sign and functions without brackets."""
+    readings = (*standard_transformations, implicit_multiplication_application, convert_xor)
+    expression = parse_expr(formula.removeprefix("f = "), transformations=readings, evaluate=False)
+    return sympy.lambdify(sympy.symbols("t x"), expression, modules=[torch])
 
 
 def span_times(span, dtype):
@@ -183,6 +188,7 @@ def span_times(span, dtype):
 @pytest.mark.parametrize("file", FIELDS, **by_name)
 def test_dopri5_on_fields(file):
     config, arrays = goldens.load(file)
+    slope = field_of(config["field"])
     for case, (nfe, accepted, rejected) in config["nfe_accepted_rejected"].items():
         dtype_name, span, tol = case.split("_")
         x = tensor(arrays["x"]).to(getattr(torch, dtype_name))
@@ -190,13 +196,17 @@ def test_dopri5_on_fields(file):
         sign = -1 if times[0] > times[-1] else 1  # backwards in t is forwards in -t with the negative field
 
         def field(t, x, labels=None, sign=sign):
-            return sign * FIELD[config["field"]](sign * t[:, None], x, labels)
+            return sign * slope(sign * t[:, None], x)
 
         calls = []
         states = dopri5(recorded(field, calls), x, None, (sign * times).tolist(), tol=float(tol), error_norm="batch")
         assert len(calls) == nfe == 2 + 6 * (accepted + rejected), case
-        atol = 1e-12 if x.dtype == torch.float64 else 5e-4 if sign < 0 else 5e-5
-        assert_close(states, arrays[f"y_{case}"], atol=atol, what=case)
+        expected = arrays[f"y_{case}"]
+        atol = 1e-12
+        if x.dtype == torch.float32:  # where a step jumps over a pole of the field, rounding alone moves the original by more
+            rounding = np.abs(expected - arrays[f"y_float64_{span}_{tol}"]).max()
+            atol = max(5e-4 if sign < 0 else 5e-5, float(rounding))
+        assert_close(states, expected, atol=atol, what=case)
 
 
 def objective(kind, sigma=0.0):
@@ -275,7 +285,7 @@ def test_transport(file):
         assert set(zip(i.tolist(), j.tolist(), strict=True)) == possible
 
 
-@pytest.mark.parametrize("file", PLANS, **by_name)
+@pytest.mark.parametrize("file", GUIDED_PLANS, **by_name)
 def test_labels_follow_their_images(file):
     config, arrays = goldens.load(file)
     x0, x1 = tensor(arrays["x0"]), tensor(arrays["x1"])
