@@ -80,9 +80,7 @@ def _merge_tensor(name: str, base: Tensor, synth: Tensor, w: float, on_mismatch:
     if not extrapolable:
         return base
     finite = base.isfinite() & synth.isfinite()
-    safe_synth = torch.where(finite, synth.to(base.dtype), base)
-    safe_base = torch.where(finite, base, torch.zeros_like(base))
-    return torch.where(finite, extrapolate(safe_base, difference(safe_base, safe_synth.nan_to_num()), w), base)
+    return torch.where(finite, extrapolate(base, difference(base, synth), w), base)
 
 
 def is_finite(tensor: Tensor) -> bool:

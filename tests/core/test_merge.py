@@ -39,6 +39,15 @@ def test_half_precision_is_rounded_once():
     assert not torch.equal(merged, half)  # arithmetic in bfloat16 is measurably something else
 
 
+@pytest.mark.parametrize("last", [0.5, float("inf")])
+def test_a_stored_float32_is_not_rounded_to_the_bases_dtype_first(last):
+    """Also in a tensor whose other entries cannot be extrapolated."""
+    base = {"p": torch.tensor([1.0, last], dtype=torch.float16)}
+    merged = reverse_merge(base, {"p": torch.tensor([1.0001, 0.25])}, -20.0, on_mismatch="keep_base")["p"]
+    assert merged.dtype == torch.float16
+    assert merged[0].item() == pytest.approx(1.002, abs=2**-11)  # 1.0001 in float16 is 1: rounded first, nothing would move
+
+
 def test_only_parameters_move():
     base, synth = state(0), state(1)
     merged = reverse_merge(base, synth, 2.0, parameters={"a.weight"})

@@ -43,9 +43,21 @@ def first_outputs(net, names):
     modules = dict(net.model.named_modules())
 
     def keep(name):
-        return lambda module, inputs, output: outputs.setdefault(name, output.detach())
+        def hook(module, inputs, output):  # returns nothing: what a hook returns takes the output's place
+            outputs.setdefault(name, output.detach())
+
+        return hook
 
     return outputs, [modules[name].register_forward_hook(keep(name)) for name in names]
+
+
+def augment_every_call(net, labels):
+    """Give the network the labels (B, 9), in each half of a guided batch: the original's files have them there, ours only in training."""
+
+    def hook(module, inputs, options):
+        return inputs, {**options, "augment_labels": labels.repeat(len(inputs[0]) // len(labels), 1)}
+
+    net.model.register_forward_pre_hook(hook, with_kwargs=True)
 
 
 @pytest.mark.parametrize("file", goldens.collect("imm", "*.npz", kind="network"), ids=lambda f: f.stem)
@@ -72,6 +84,8 @@ def test_network(file):
     t4, s4 = (time[:, None, None, None] for time in (t, s))
     assert_same(net(x.double(), t4, s4, labels, **augment), arrays["f_st"], "f_st")
     assert_same(net(x, t4.float(), s4.float(), labels, **augment), arrays["f_st32"], "f_st32")
+    if augment:
+        augment_every_call(net, augment["augment_labels"])
     t1, s1 = (goldens.tensor(arrays[name]) for name in ("t1", "s1"))
     assert_same(net(x.double(), t1, s1, labels), arrays["one_t"], "one_t")
     for name in arrays:
@@ -288,6 +302,9 @@ def test_training_steps(file):
             actual = values[name.partition(":")[2]].detach().flatten()[:500]
             # Adam's first steps are sign-like: an entry without a gradient may go either way
             close = (actual - goldens.tensor(arrays[name])).abs() < 1e-5
+            if name.endswith("attn.qkv.bias") and not config["net"].get("qk_norm"):
+                queries, _, contents = close.chunk(3)  # a bias of the keys shifts all scores of a query alike: no gradient at all
+                close = torch.cat([queries, contents])
             assert close.float().mean() >= 0.99, name
 
 
@@ -329,9 +346,14 @@ def test_merge(file):
         merged = reverse_merge(parts["base"], parts["aux"], config["w"], parameters=set(parameters), on_mismatch="keep_base")
         assert set(merged) == set(parts["merged"])
         for name, expected in parts["merged"].items():
+            base, aux, actual = (values[name].double() for values in (parts["base"], parts["aux"], merged))
             assert merged[name].dtype == expected.dtype
-            largest = expected[expected.isfinite()].abs().max().item()
-            torch.testing.assert_close(merged[name], expected, rtol=0, atol=1e-6 * largest, equal_nan=True, msg=f"{case} {name}")
+            is_kept = ~(base.isfinite() & aux.isfinite())
+            torch.testing.assert_close(actual[is_kept], base[is_kept], rtol=0, atol=0, equal_nan=True)
+            # the original rounds the other model, the difference, the product and the sum to the base's dtype; we only the sum
+            sizes = config["w"] * (aux.abs() + 2 * (aux - base).abs()) + 2 * expected.double().abs()
+            error = (actual - expected.double()).abs()
+            assert (error <= sizes * torch.finfo(expected.dtype).eps / 2)[~is_kept].all(), f"{case} {name}"
 
 
 def test_dit_names_the_wrong_resolution():
