@@ -10,4 +10,4 @@ if ! "$PYTHON" -c "import click, huggingface_hub, torch, tqdm"; then
     echo "download_models.sh: $PYTHON lacks the modules named above. Run: pip install -e . (or set PYTHON=/path/to/venv/bin/python)" >&2
     exit 1
 fi
-exec "$PYTHON" -m neon.download "$@"
+exec "$PYTHON" -m neon.cli.download "$@"

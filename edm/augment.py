@@ -1,8 +1,8 @@
 """Non-leaking augmentation: geometric and colour transforms whose parameters the network is told (Karras et al. 2022,
 arXiv 2206.00364, appendix F.2, after arXiv 2006.06676).
 
-Every transform of a `Pipe` draws its parameters and one uniform per image, the gate: the transform applies where the gate is
-below its multiplier times the pipe's probability. `draw` makes these numbers, `augment` consumes them.
+Every transform of a `Pipe` draws its parameters and one uniform per image, the gate: the transform applies where the
+gate is below its multiplier times the pipe's probability. `draw` makes these numbers, `augment` consumes them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ ANISO_ROTATED = 0.5
 
 @dataclass(frozen=True, kw_only=True)
 class Pipe:
-    """Transforms in the order in which they are drawn and applied; each field is a multiplier of `p`, 0 switches it off."""
+    """Transforms in the order in which they are drawn and applied; each field is a multiplier of `p`, 0 switches it
+    off."""
 
     p: float = 1.0
     xflip: float = 0.0
@@ -73,12 +74,14 @@ TRANSFORMS = {  # number of labels of each
 
 
 def training_pipe(p: float) -> Pipe:
-    """EDM's training augmentation (9 labels). Mirroring is a fair coin whatever p is: its multiplier makes it certain."""
+    """EDM's training augmentation (9 labels). Mirroring is a fair coin whatever p is: its multiplier makes it
+    certain."""
     return Pipe(p=p, xflip=1e8, yflip=1, scale=1, rotate_frac=1, aniso=1, translate_frac=1)
 
 
 def draw(pipe: Pipe, rng: Rng) -> Draws:
-    """Per active transform NAME: `NAME` (B,) or (B, 2) raw parameters and `NAME_gate` (B,) uniforms, in the published order."""
+    """Per active transform NAME: `NAME` (B,) or (B, 2) raw parameters and `NAME_gate` (B,) uniforms, in the published
+    order."""
     draws: Draws = {}
     for name in pipe.active():
         if name in ("xflip", "yflip", "lumaflip"):
@@ -225,5 +228,9 @@ def _rotation_about_grey(angle: Tensor) -> Tensor:
     a = 1 / math.sqrt(3)
     cross = torch.tensor([[0, -a, a], [a, 0, -a], [-a, a, 0]], device=angle.device)
     cos, sin = angle.cos()[:, None, None], angle.sin()[:, None, None]
-    upper = torch.eye(3, device=angle.device) * cos + cross * sin + torch.full((3, 3), 1 / 3, device=angle.device) * (1 - cos)
+    upper = (
+        torch.eye(3, device=angle.device) * cos
+        + cross * sin
+        + torch.full((3, 3), 1 / 3, device=angle.device) * (1 - cos)
+    )
     return F.pad(upper, (0, 1, 0, 1)) + torch.diag(torch.tensor([0.0, 0.0, 0.0, 1.0], device=angle.device))

@@ -20,7 +20,7 @@ import click  # noqa: E402
 from edm.family import EDM, Sampling  # noqa: E402
 from edm.guidance import GuidedEDM  # noqa: E402
 from neon import quantize  # noqa: E402
-from neon.calculate_fid import PATH, Common, Images, Request, calculate_fid, common_options  # noqa: E402
+from neon.cli.published_flags import PATH, Common, Images, Request, calculate_fid, common_options  # noqa: E402
 
 
 class Seeds(click.ParamType):
@@ -33,27 +33,45 @@ class Seeds(click.ParamType):
             return value
         first, dash, last = str(value).partition("-")
         if not (dash and first.isdecimal() and last.isdecimal() and int(first) < int(last)):
-            self.fail(f"{value!r}: expected one block of at least two seeds, FIRST-LAST with FIRST < LAST, for example 0-49999", param, ctx)
+            self.fail(
+                f"{value!r}: expected one block of at least two seeds, FIRST-LAST with FIRST < LAST, for "
+                "example 0-49999",
+                param,
+                ctx,
+            )
         return range(int(first), int(last) + 1)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True})
 @click.option("--network_pkl", type=PATH, required=True, help="EDM weights: a published .pkl or our safetensors.")
 @click.option("--ref", type=PATH, required=True, help="Reference statistics (.npz with mu and sigma).")
-@click.option("--seeds", type=Seeds(), default="0-49999", help="One image per seed; the class of an image is drawn from its seed.")
 @click.option(
-    "--max_batch_size", type=click.IntRange(min=1), default=256, help="Images per network call and rank; changes speed and memory only."
+    "--seeds", type=Seeds(), default="0-49999", help="One image per seed; the class of an image is drawn from its seed."
 )
-@click.option("--num_steps", type=click.IntRange(min=2), default=18, help="Solver steps: 18 at 32 x 32 pixels, 40 at 64 x 64.")
+@click.option(
+    "--max_batch_size",
+    type=click.IntRange(min=1),
+    default=256,
+    help="Images per network call and rank; changes speed and memory only.",
+)
+@click.option(
+    "--num_steps", type=click.IntRange(min=2), default=18, help="Solver steps: 18 at 32 x 32 pixels, 40 at 64 x 64."
+)
 @click.option("--sigma_min", type=float, default=Sampling.sigma_min, help="Smallest noise level.")
 @click.option("--sigma_max", type=float, default=Sampling.sigma_max, help="Largest noise level.")
 @click.option("--rho", type=float, default=Sampling.rho, help="Exponent of the noise levels.")
-@click.option("--S_churn", "s_churn", type=float, default=0.0, help="Noise added and removed along the way; 0 is deterministic.")
+@click.option(
+    "--S_churn", "s_churn", type=float, default=0.0, help="Noise added and removed along the way; 0 is deterministic."
+)
 @click.option("--S_min", "s_min", type=float, default=0.0, help="Churn only noise levels above.")
 @click.option("--S_max", "s_max", type=float, default=float("inf"), help="Churn only noise levels below.")
 @click.option("--S_noise", "s_noise", type=float, default=1.0, help="Standard deviation of the churned noise.")
-@click.option("--guide", type=PATH, help="A second model, say the self-trained one, for negative guidance: (1 + g) D - g D_guide.")
-@click.option("--guidance", type=float, default=1.0, help="g; with --guide only. Costs two network calls instead of one.")
+@click.option(
+    "--guide", type=PATH, help="A second model, say the self-trained one, for negative guidance: (1 + g) D - g D_guide."
+)
+@click.option(
+    "--guidance", type=float, default=1.0, help="g; with --guide only. Costs two network calls instead of one."
+)
 @click.option("--uint8", type=click.Choice(quantize.RULES), default="edm", help="Rounding; published: edm.")
 @common_options
 def main(

@@ -15,7 +15,7 @@ from edm import augment
 from edm.loss import Objective, pixel_losses
 from edm.precond import PRECONDITIONERS, Denoiser, Preconditioner
 from edm.sampler import Churn, noise_levels, sample_heun
-from neon.checkpoint import Checkpoint
+from neon.checkpoints.checkpoint import Checkpoint
 from neon.family import Draws, Family
 from neon.seeds import Rng
 
@@ -43,14 +43,16 @@ class Sampling:
     S_noise: float = 1.0
     """Standard deviation of the churned noise."""
     state: Literal["float64", "float32"] = "float64"
-    """dtype of the image between network calls and of the churned noise. float32 is the published script for guided sampling,
-    which also draws no noise in steps that S_min and S_max exclude."""
+    """dtype of the image between network calls and of the churned noise. float32 is the published script for guided
+    sampling, which also draws no noise in steps that S_min and S_max exclude."""
 
     def __post_init__(self) -> None:
         if self.num_steps < 2:
             raise ValueError(f"sampling.num_steps must be >= 2, got {self.num_steps}")
         if not 0 < self.sigma_min < self.sigma_max < math.inf:
-            raise ValueError(f"sampling needs 0 < sigma_min < sigma_max < inf, got {self.sigma_min} and {self.sigma_max}")
+            raise ValueError(
+                f"sampling needs 0 < sigma_min < sigma_max < inf, got {self.sigma_min} and {self.sigma_max}"
+            )
         if not self.rho > 0:
             raise ValueError(f"sampling.rho must be > 0, got {self.rho}")
         if self.state not in STATES:
@@ -73,7 +75,8 @@ class EDM(Family):
         return model
 
     def build(self, arch: Mapping[str, object]) -> Preconditioner:
-        """arch: `class_name` (EDMPrecond, VPPrecond, VEPrecond or iDDPMPrecond) and that class's constructor arguments."""
+        """arch: `class_name` (EDMPrecond, VPPrecond, VEPrecond or iDDPMPrecond) and that class's constructor
+        arguments."""
         arguments = dict(arch)
         class_name = arguments.pop("class_name", None)
         if class_name not in PRECONDITIONERS:
@@ -149,7 +152,9 @@ class EDM(Family):
         label_drop = net.model.label_dropout if how.label_drop is None else how.label_drop
         if class_labels is not None and label_drop:
             class_labels = class_labels * (draws["label_drop"] >= label_drop)
-        return pixel_losses(how, net, images, class_labels, level=draws["level"], noise=draws["noise"], augment_labels=augment_labels)
+        return pixel_losses(
+            how, net, images, class_labels, level=draws["level"], noise=draws["noise"], augment_labels=augment_labels
+        )
 
 
 def _augmented(net: Preconditioner, images: Tensor, draws: Draws, how: Objective) -> tuple[Tensor, Tensor | None]:
@@ -158,7 +163,8 @@ def _augmented(net: Preconditioner, images: Tensor, draws: Draws, how: Objective
     pipe = augment.training_pipe(how.augment)
     if net.augment_dim != pipe.label_dim:
         raise ValueError(
-            f"objective.augment needs a network with augment_dim {pipe.label_dim}, this one has {net.augment_dim}: without "
+            f"objective.augment needs a network with augment_dim {pipe.label_dim}, this one has {net.augment_dim}: "
+            "without "
             "augmentation labels it would learn to generate augmented images. Set augment = 0"
         )
     return augment.augment(pipe, images, draws)
@@ -171,7 +177,9 @@ def one_hot(labels: Tensor | None, label_dim: int) -> Tensor | None:
     if labels is None:
         raise ValueError(f"the network takes {label_dim} classes, but the images have no labels")
     if labels.min() < 0 or labels.max() >= label_dim:
-        raise ValueError(f"class labels must be in 0 .. {label_dim - 1}, got {int(labels.min())} .. {int(labels.max())}")
+        raise ValueError(
+            f"class labels must be in 0 .. {label_dim - 1}, got {int(labels.min())} .. {int(labels.max())}"
+        )
     return F.one_hot(labels, label_dim).float()
 
 

@@ -8,14 +8,14 @@ from torch import Tensor
 
 from edm.family import EDM
 from edm.precond import Denoiser
-from neon import checkpoint
+from neon.checkpoints import checkpoint
 
 
 class NegativeGuidance(Denoiser):
     """D = (1 + g) D_net - g D_guide, at the price of two networks (arXiv 2406.02507).
 
-    With the self-trained model as the guide this is, to first order in the weights, Neon's merge with w = g; the scripts of
-    arXiv 2510.03597 compare the two. g = 0 is the net and g = -1 the guide, one network each.
+    With the self-trained model as the guide this is, to first order in the weights, Neon's merge with w = g; the
+    scripts of arXiv 2510.03597 compare the two. g = 0 is the net and g = -1 the guide, one network each.
     """
 
     def __init__(self, net: Denoiser, guide: Denoiser, guidance: float):
@@ -46,4 +46,6 @@ class GuidedEDM(EDM):
         self.guide, self.guidance, self.weights = guide, guidance, weights
 
     def load(self, checkpoint_: checkpoint.Checkpoint) -> Denoiser:
-        return NegativeGuidance(super().load(checkpoint_), super().load(checkpoint.read(self.guide, weights=self.weights)), self.guidance)
+        return NegativeGuidance(
+            super().load(checkpoint_), super().load(checkpoint.read(self.guide, weights=self.weights)), self.guidance
+        )

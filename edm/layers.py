@@ -72,7 +72,9 @@ class Conv2d(nn.Module):
         self.weight = self.bias = None
         if kernel:
             fan_in, fan_out = in_channels * kernel**2, out_channels * kernel**2
-            self.weight = nn.Parameter(init.draw((out_channels, in_channels, kernel, kernel), fan_in, fan_out) * init.weight)
+            self.weight = nn.Parameter(
+                init.draw((out_channels, in_channels, kernel, kernel), fan_in, fan_out) * init.weight
+            )
             self.bias = nn.Parameter(init.draw((out_channels,), fan_in, fan_out) * init.bias)
         taps = torch.as_tensor(resample_filter, dtype=torch.float32)
         self.filter_padding = (len(taps) - 1) // 2
@@ -177,7 +179,9 @@ class UNetBlock(nn.Module):
         self.skip = None
         if resample or in_channels != out_channels:
             kernel = 1 if style.projects_resampled or in_channels != out_channels else 0
-            self.skip = Conv2d(in_channels, out_channels, kernel, init=style.init, resample=resample, resample_filter=taps)
+            self.skip = Conv2d(
+                in_channels, out_channels, kernel, init=style.init, resample=resample, resample_filter=taps
+            )
         if self.num_heads:
             self.norm2 = GroupNorm(out_channels, style.eps)
             self.qkv = Conv2d(out_channels, out_channels * 3, 1, init=style.init_qkv)
@@ -202,7 +206,9 @@ class UNetBlock(nn.Module):
         """(B, 3 C, H, W) -> (B, C, H, W); channel 3 c + j of a head is its channel c of query, key, value j."""
         B, _, H, W = qkv.shape
         split = qkv.reshape(B, self.num_heads, self.out_channels // self.num_heads, 3, H * W)
-        q, k, v = split.permute(3, 0, 1, 4, 2).contiguous().unbind(0)  # (B, heads, H W, C / heads): contiguous for the fast kernels
+        q, k, v = (
+            split.permute(3, 0, 1, 4, 2).contiguous().unbind(0)
+        )  # (B, heads, H W, C / heads): contiguous for the fast kernels
         return F.scaled_dot_product_attention(q, k, v).transpose(-1, -2).reshape(B, self.out_channels, H, W)
 
 

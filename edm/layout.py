@@ -41,7 +41,8 @@ class Layout:
         coarsest = self.img_resolution >> (len(self.channel_mult) - 1)
         if coarsest << (len(self.channel_mult) - 1) != self.img_resolution or coarsest < 1:
             raise ValueError(
-                f"img_resolution {self.img_resolution} cannot be halved {len(self.channel_mult) - 1} times, as channel_mult "
+                f"img_resolution {self.img_resolution} cannot be halved {len(self.channel_mult) - 1} times, as "
+                "channel_mult "
                 f"{list(self.channel_mult)} asks: choose fewer levels or another resolution"
             )
 
@@ -58,21 +59,31 @@ class Layout:
             else:
                 enc[f"{name}_down"] = UNetBlock(channels, channels, self.style, resample="down")
                 if self.encoder_type == "skip":
-                    enc[f"{name}_aux_down"] = Conv2d(aux_channels, aux_channels, 0, init=init, resample="down", resample_filter=taps)
+                    enc[f"{name}_aux_down"] = Conv2d(
+                        aux_channels, aux_channels, 0, init=init, resample="down", resample_filter=taps
+                    )
                     enc[f"{name}_aux_skip"] = Conv2d(aux_channels, channels, 1, init=init)
                 if self.encoder_type == "residual":
-                    enc[f"{name}_aux_residual"] = Conv2d(aux_channels, channels, 3, init=init, resample="fused_down", resample_filter=taps)
+                    enc[f"{name}_aux_residual"] = Conv2d(
+                        aux_channels, channels, 3, init=init, resample="fused_down", resample_filter=taps
+                    )
                     aux_channels = channels
             for index in range(self.num_blocks):
                 attention = res in self.attn_resolutions
-                enc[f"{name}_block{index}"] = UNetBlock(channels, self.model_channels * mult, self.style, attention=attention)
+                enc[f"{name}_block{index}"] = UNetBlock(
+                    channels, self.model_channels * mult, self.style, attention=attention
+                )
                 channels = self.model_channels * mult
         return enc
 
     def decoder(self, enc: nn.ModuleDict) -> nn.ModuleDict:
         """Levels from coarse to fine; every `block` first joins the skip connection on top of the stack."""
         dec = nn.ModuleDict()
-        skips = [block.out_channels for name, block in enc.items() if "aux" not in name and isinstance(block, Conv2d | UNetBlock)]
+        skips = [
+            block.out_channels
+            for name, block in enc.items()
+            if "aux" not in name and isinstance(block, Conv2d | UNetBlock)
+        ]
         channels = skips[-1]
         for level in reversed(range(len(self.channel_mult))):
             res = self.img_resolution >> level
@@ -86,7 +97,9 @@ class Layout:
             for index in range(self.num_blocks + 1):
                 attention = res in self.attn_resolutions and (self.attention_in == "every" or index == self.num_blocks)
                 out_channels = self.model_channels * self.channel_mult[level]
-                dec[f"{name}_block{index}"] = UNetBlock(channels + skips.pop(), out_channels, self.style, attention=attention)
+                dec[f"{name}_block{index}"] = UNetBlock(
+                    channels + skips.pop(), out_channels, self.style, attention=attention
+                )
                 channels = out_channels
             if self.decoder_type == "skip" or (self.decoder_type == "standard" and level == 0):
                 self._add_output(dec, name, channels, adds_coarser=not is_coarsest and self.decoder_type == "skip")
@@ -95,7 +108,9 @@ class Layout:
     def _add_output(self, dec: nn.ModuleDict, name: str, channels: int, *, adds_coarser: bool) -> None:
         out, style = self.out_channels, self.style
         if adds_coarser:
-            dec[f"{name}_aux_up"] = Conv2d(out, out, 0, init=style.init, resample="up", resample_filter=style.resample_filter)
+            dec[f"{name}_aux_up"] = Conv2d(
+                out, out, 0, init=style.init, resample="up", resample_filter=style.resample_filter
+            )
         dec[f"{name}_aux_norm"] = GroupNorm(channels, style.eps)
         dec[f"{name}_aux_conv"] = Conv2d(channels, out, 3, init=style.init_out)
 

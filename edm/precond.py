@@ -93,7 +93,9 @@ class Preconditioner(Denoiser):
         """sigma: (B or 1, 1, 1, 1) float32."""
         raise TypeError(f"{type(self).__name__} defines no preconditioning; use one of {', '.join(PRECONDITIONERS)}")
 
-    def forward(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None, augment_labels: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None, augment_labels: Tensor | None = None
+    ) -> Tensor:
         """The expected clean image, float32.
 
         x: (B, C, R, R), clean image plus sigma times unit noise, clean images in [-1, 1].
@@ -140,7 +142,9 @@ class EDMPrecond(Preconditioner):
     def coefficients(self, sigma: Tensor) -> Coefficients:
         data = self.sigma_data
         total = sigma**2 + data**2
-        return Coefficients(skip=data**2 / total, out=sigma * data / total.sqrt(), input=1 / total.sqrt(), noise=sigma.log() / 4)
+        return Coefficients(
+            skip=data**2 / total, out=sigma * data / total.sqrt(), input=1 / total.sqrt(), noise=sigma.log() / 4
+        )
 
 
 class VPPrecond(Preconditioner):
@@ -169,7 +173,9 @@ class VPPrecond(Preconditioner):
 
     def coefficients(self, sigma: Tensor) -> Coefficients:
         t = ((self.beta_min**2 + 2 * self.beta_d * (1 + sigma**2).log()).sqrt() - self.beta_min) / self.beta_d
-        return Coefficients(skip=torch.ones_like(sigma), out=-sigma, input=1 / (sigma**2 + 1).sqrt(), noise=(self.M - 1) * t)
+        return Coefficients(
+            skip=torch.ones_like(sigma), out=-sigma, input=1 / (sigma**2 + 1).sqrt(), noise=(self.M - 1) * t
+        )
 
 
 def vp_sigma(t: Tensor, *, beta_d: float, beta_min: float) -> Tensor:
@@ -226,7 +232,9 @@ class iDDPMPrecond(Preconditioner):  # noqa: N801 - the class name stored in che
     ):
         super().__init__(img_resolution, img_channels, label_dim, use_fp16, model_type, pixel_unshuffle, model_kwargs)
         self.M = M
-        u = torch.zeros(M + 1, device="cpu")  # also where the network is built on the meta device: sigma_min and sigma_max need it
+        u = torch.zeros(
+            M + 1, device="cpu"
+        )  # also where the network is built on the meta device: sigma_min and sigma_max need it
         alpha_bar = (0.5 * math.pi * torch.arange(M + 1, device="cpu") / M / (C_2 + 1)).sin() ** 2
         for j in range(M, 0, -1):
             u[j - 1] = ((u[j] ** 2 + 1) / (alpha_bar[j - 1] / alpha_bar[j]).clip(min=C_1) - 1).sqrt()

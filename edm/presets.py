@@ -1,4 +1,5 @@
-"""Published EDM networks as data (Karras et al. 2022, arXiv 2206.00364): constructor arguments as their files store them."""
+"""Published EDM networks as data (Karras et al. 2022, arXiv 2206.00364): constructor arguments as their files store
+them."""
 
 from __future__ import annotations
 

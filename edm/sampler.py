@@ -15,7 +15,8 @@ Denoiser = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Churn:
-    """Noise that the stochastic sampler adds and removes again in every step. S_churn = 0 is the deterministic sampler."""
+    """Noise that the stochastic sampler adds and removes again in every step. S_churn = 0 is the deterministic
+    sampler."""
 
     S_churn: float = 0.0
     """Total amount over all steps."""
@@ -30,7 +31,9 @@ class Churn:
         return min(self.S_churn / num_steps, math.sqrt(2) - 1) if self.S_min <= sigma <= self.S_max else 0.0
 
 
-def noise_levels(num_steps: int, *, sigma_min: float, sigma_max: float, rho: float, dtype: torch.dtype = torch.float64) -> Tensor:
+def noise_levels(
+    num_steps: int, *, sigma_min: float, sigma_max: float, rho: float, dtype: torch.dtype = torch.float64
+) -> Tensor:
     """Equation 5: (num_steps,) levels from sigma_max down to sigma_min, equidistant in sigma^(1 / rho)."""
     if num_steps < 2:
         raise ValueError(f"num_steps must be >= 2, got {num_steps}")
@@ -54,8 +57,8 @@ def sample_heun(
 
     latents: (B, *) unit normal; scaled here by sigmas[0].
     sigmas: (N,) strictly decreasing and positive, in data units (pixels in [-1, 1]); 0 follows.
-    noise: (B, *) unit normals for the step that starts at a level, asked once in every step iff S_churn > 0: also in steps
-        that S_min and S_max exclude, so that an image's noise need not depend on them.
+    noise: (B, *) unit normals for the step that starts at a level, asked once in every step iff S_churn > 0: also
+        in steps that S_min and S_max exclude, so that an image's noise need not depend on them.
     Returns (B, *) in the dtype of `sigmas`; float64 for published numbers. 2 N - 1 calls of D.
     """
     levels = [*sigmas.tolist(), 0.0]  # the control flow follows host numbers: nothing waits for the device

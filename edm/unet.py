@@ -1,7 +1,8 @@
 """The two U-Nets of EDM: SongUNet (DDPM++ and NCSN++, arXiv 2011.13456) and DhariwalUNet (ADM, arXiv 2105.05233).
 
 Attribute names and constructor arguments are those of the published checkpoints. A network is a mapping (scalars to the
-embedding `emb`) followed by an encoder and a decoder, which `edm.layout` builds and runs; another mapping can be put before them.
+embedding `emb`) followed by an encoder and a decoder, which `edm.layout` builds and runs; another mapping can be put
+before them.
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ ADM_INIT_OUT = Init("kaiming_uniform", weight=0.0)
 
 
 class SongUNet(nn.Module):
-    """DDPM++ (positional, standard, standard, mult 1, [1, 1]) and NCSN++ (fourier, residual, standard, mult 2, [1, 3, 3, 1]).
+    """DDPM++ (positional, standard, standard, mult 1, [1, 1]) and NCSN++ (fourier, residual, standard, mult 2, [1, 3,
+    3, 1]).
 
-    forward: x (B, in_channels, R, R); noise_labels (B,) or (1,); class_labels (B or 1, label_dim) one-hot, zero rows are
-    the null class; augment_labels (B, augment_dim) or None -> (B, out_channels, R, R).
+    forward: x (B, in_channels, R, R); noise_labels (B,) or (1,); class_labels (B or 1, label_dim) one-hot, zero
+    rows are the null class; augment_labels (B, augment_dim) or None -> (B, out_channels, R, R).
     """
 
     def __init__(
@@ -60,7 +62,9 @@ class SongUNet(nn.Module):
         emb_channels, noise_channels = model_channels * channel_mult_emb, model_channels * channel_mult_noise
 
         self.map_noise = (
-            FourierEmbedding(noise_channels) if embedding_type == "fourier" else PositionalEmbedding(noise_channels, endpoint=True)
+            FourierEmbedding(noise_channels)
+            if embedding_type == "fourier"
+            else PositionalEmbedding(noise_channels, endpoint=True)
         )
         self.map_label = Linear(label_dim, noise_channels, init=SONG_INIT) if label_dim else None
         self.map_augment = Linear(augment_dim, noise_channels, init=SONG_INIT, bias=False) if augment_dim else None
@@ -95,8 +99,12 @@ class SongUNet(nn.Module):
         """Encoder and decoder, conditioned on a finished embedding."""
         return decode(self.dec, encode(self.enc, x, emb), emb)
 
-    def forward(self, x: Tensor, noise_labels: Tensor, class_labels: Tensor | None, augment_labels: Tensor | None = None) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):  # cheap, and bfloat16 cannot tell neighbouring noise levels apart
+    def forward(
+        self, x: Tensor, noise_labels: Tensor, class_labels: Tensor | None, augment_labels: Tensor | None = None
+    ) -> Tensor:
+        with torch.autocast(
+            x.device.type, enabled=False
+        ):  # cheap, and bfloat16 cannot tell neighbouring noise levels apart
             emb = F.silu(self.embed(noise_labels, class_labels, augment_labels))
         return self.blocks(x, emb)
 
@@ -196,8 +204,12 @@ class DhariwalUNet(nn.Module):
         """Encoder, decoder and output layers, conditioned on a finished embedding."""
         return self.out_conv(F.silu(self.out_norm(decode(self.dec, encode(self.enc, x, emb), emb))))
 
-    def forward(self, x: Tensor, noise_labels: Tensor, class_labels: Tensor | None, augment_labels: Tensor | None = None) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):  # cheap, and bfloat16 cannot tell neighbouring noise levels apart
+    def forward(
+        self, x: Tensor, noise_labels: Tensor, class_labels: Tensor | None, augment_labels: Tensor | None = None
+    ) -> Tensor:
+        with torch.autocast(
+            x.device.type, enabled=False
+        ):  # cheap, and bfloat16 cannot tell neighbouring noise levels apart
             emb = F.silu(self.embed(noise_labels, class_labels, augment_labels))
         return self.blocks(x, emb)
 

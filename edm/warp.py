@@ -26,8 +26,8 @@ PAD = len(SYM6) // 4
 def warp(images: Tensor, inverse: Tensor) -> Tensor:
     """Resample images (B, C, H, W) so that output position p shows input position inverse @ p.
 
-    inverse: (B, 3, 3), homogeneous pixel coordinates about the image's centre, x first. The image is upsampled twice, warped
-    bilinearly and downsampled, so that no transform blurs or aliases more than the identity.
+    inverse: (B, 3, 3), homogeneous pixel coordinates about the image's centre, x first. The image is upsampled
+    twice, warped bilinearly and downsampled, so that no transform blurs or aliases more than the identity.
     """
     channels, height, width = images.shape[1:]
     images, G = _pad(images, inverse)
@@ -38,7 +38,11 @@ def warp(images: Tensor, inverse: Tensor) -> Tensor:
     G = scale2d(ones * 2, ones * 2) @ G @ scale2d(ones / 2, ones / 2)
     G = translate2d(-ones / 2, -ones / 2) @ G @ translate2d(ones / 2, ones / 2)
     out_height, out_width = (height + 2 * PAD) * 2, (width + 2 * PAD) * 2
-    G = scale2d(ones * 2 / images.shape[3], ones * 2 / images.shape[2]) @ G @ scale2d(ones * out_width / 2, ones * out_height / 2)
+    G = (
+        scale2d(ones * 2 / images.shape[3], ones * 2 / images.shape[2])
+        @ G
+        @ scale2d(ones * out_width / 2, ones * out_height / 2)
+    )
     grid = F.affine_grid(G[:, :2, :], [len(images), channels, out_height, out_width], align_corners=False)
     images = F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
     for axis in (3, 2):

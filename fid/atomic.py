@@ -10,7 +10,8 @@ from pathlib import Path
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A temporary path in the same folder (made if missing) that takes the place of `path` if the block ends without an error."""
+    """A temporary path in the same folder (made if missing) that takes the place of `path` if the block ends without an
+    error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

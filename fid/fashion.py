@@ -22,8 +22,8 @@ WEIGHTS = Path(__file__).parent / "data" / "fashion_cnn.safetensors"
 class FashionCNN(nn.Module):
     """uint8 grey images (B, 1, 28, 28) -> (features (B, 64), logits (B, 10)).
 
-    LeNet's scheme: three convolutions (at 28, 14 and 7 pixels), then one hidden layer of 64 units, whose activations are the
-    features.
+    LeNet's scheme: three convolutions (at 28, 14 and 7 pixels), then one hidden layer of 64 units, whose activations
+    are the features.
     """
 
     def __init__(self) -> None:
@@ -43,13 +43,16 @@ class FashionCNN(nn.Module):
 
 
 class FashionExtractor(Extractor):
-    """The 64 hidden units of the shipped classifier, and its 10 logits. Takes 28 x 28 grey images, or 32 x 32 ones with a frame of 2
-    pixels around them, as autoencoders need them."""
+    """The 64 hidden units of the shipped classifier, and its 10 logits. Takes 28 x 28 grey images, or 32 x 32 ones with
+    a frame of 2 pixels around them, as autoencoders need them."""
 
     name = "fashion-cnn"
     dim = 64
     num_classes = 10
-    comparable = "the features are those of a small Fashion-MNIST classifier, not of the 2015-12-05 Inception that FID is defined by"
+    comparable = (
+        "the features are those of a small Fashion-MNIST classifier, "
+        "not of the 2015-12-05 Inception that FID is defined by"
+    )
 
     def __init__(self, network: FashionCNN, *, sha256: str, device: torch.device | str = "cpu"):
         super().__init__(device)
@@ -60,7 +63,9 @@ class FashionExtractor(Extractor):
         if images.shape[1:] == (1, 32, 32):
             images = images[..., 2:-2, 2:-2]
         if images.shape[1:] != (1, 28, 28):
-            raise ValueError(f"fashion-cnn takes grey images (B, 1, 28, 28), or padded to 32 x 32, got {tuple(images.shape)}")
+            raise ValueError(
+                f"fashion-cnn takes grey images (B, 1, 28, 28), or padded to 32 x 32, got {tuple(images.shape)}"
+            )
         return Features(*self.network(images))
 
 

@@ -18,8 +18,8 @@ from torch import Tensor
 
 
 class Features(NamedTuple):
-    """pool: (B, dim) float32, what Frechet distance, KID and precision/recall see. logits: (B, K) float32 for the Inception
-    Score, or None if the network is no classifier."""
+    """pool: (B, dim) float32, what Frechet distance, KID and precision/recall see. logits: (B, K) float32 for the
+    Inception Score, or None if the network is no classifier."""
 
     pool: Tensor
     logits: Tensor | None
@@ -54,13 +54,19 @@ class Extractor(ABC):
         Raises ValueError for any other dtype or shape.
         """
         if images.dtype != torch.uint8:
-            raise ValueError(f"{self.name} takes uint8 images 0..255, got {images.dtype}: quantise with neon.quantize.to_uint8")
+            raise ValueError(
+                f"{self.name} takes uint8 images 0..255, got {images.dtype}: quantise with neon.quantize.to_uint8"
+            )
         if images.ndim != 4 or images.shape[1] not in (1, 3):
-            raise ValueError(f"{self.name} takes images (B, C, H, W) with 1 or 3 channels, got shape {tuple(images.shape)}")
+            raise ValueError(
+                f"{self.name} takes images (B, C, H, W) with 1 or 3 channels, got shape {tuple(images.shape)}"
+            )
         with full_float32(self.device):
             pool, logits = self.extract(images.to(self.device, non_blocking=True))
         if pool.shape != (len(images), self.dim):
-            raise ValueError(f"{self.name} promised {self.dim} features for {len(images)} images and gave {tuple(pool.shape)}")
+            raise ValueError(
+                f"{self.name} promised {self.dim} features for {len(images)} images and gave {tuple(pool.shape)}"
+            )
         return Features(pool.float(), None if logits is None else logits.float())
 
 
@@ -82,7 +88,8 @@ def to_rgb(images: Tensor) -> Tensor:
 
 
 class Opener(Protocol):
-    """Makes an extractor. path: weights, None = where they usually lie; a network whose weights are shipped ignores the rest."""
+    """Makes an extractor. path: weights, None = where they usually lie; a network whose weights are shipped ignores the
+    rest."""
 
     def __call__(self, *, path: Path | None, device: torch.device | str, allow_unknown_weights: bool) -> Extractor: ...
 
@@ -101,13 +108,15 @@ def open_extractor(
     """The extractor called `name`: one of SHIPPED, or "module:attribute" of your own, an `Opener`.
 
     path: file of the weights (default: the cache folder, or what is shipped).
-    Raises ValueError for an unknown name or wrong weights, FileNotFoundError if weights are absent, ImportError (naming the
-    extra to install) if an optional package is.
+    Raises ValueError for an unknown name or wrong weights, FileNotFoundError if weights are absent, ImportError (naming
+    the extra to install) if an optional package is.
     """
     target = SHIPPED.get(name, name)
     module_name, _, attribute = target.partition(":")
     if not attribute:
-        raise ValueError(f"no extractor {name!r}; shipped: {', '.join(SHIPPED)}; one of your own is named 'module:attribute'")
+        raise ValueError(
+            f"no extractor {name!r}; shipped: {', '.join(SHIPPED)}; one of your own is named 'module:attribute'"
+        )
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
@@ -119,5 +128,7 @@ def open_extractor(
         raise ValueError(f"extractor {name!r}: module {module_name!r} has no attribute {attribute!r}")
     extractor = opener(path=path, device=device, allow_unknown_weights=allow_unknown_weights)
     if not isinstance(extractor, Extractor):
-        raise ValueError(f"extractor {name!r}: {target} gave a {type(extractor).__name__}, expected a fid.features.Extractor")
+        raise ValueError(
+            f"extractor {name!r}: {target} gave a {type(extractor).__name__}, expected a fid.features.Extractor"
+        )
     return extractor

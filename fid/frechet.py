@@ -26,7 +26,9 @@ class Gaussian:
     def __post_init__(self) -> None:
         mean, covariance = self.mean.detach().cpu().double(), self.covariance.detach().cpu().double()
         if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
-            raise ValueError(f"expected mean (D,) and covariance (D, D), got {tuple(mean.shape)} and {tuple(covariance.shape)}")
+            raise ValueError(
+                f"expected mean (D,) and covariance (D, D), got {tuple(mean.shape)} and {tuple(covariance.shape)}"
+            )
         if not (torch.isfinite(mean).all() and torch.isfinite(covariance).all()):
             raise ValueError("mean or covariance contains NaN or infinity")
         if (covariance - covariance.T).abs().max() > 1e-5 * covariance.abs().max():
@@ -36,7 +38,8 @@ class Gaussian:
 
     @cached_property
     def factor(self) -> tuple[Tensor, Tensor]:
-        """(U, order): covariance[order][:, order] = U^T U with U (R, D) upper trapezoidal, R the numerical rank. Computed once.
+        """(U, order): covariance[order][:, order] = U^T U with U (R, D) upper trapezoidal, R the numerical rank.
+        Computed once.
 
         Where rounding has left negative eigenvalues (a float32 file), of the nearest positive semi-definite matrix.
         """
@@ -49,7 +52,8 @@ class Gaussian:
 
 
 def _pivoted_cholesky(covariance: Tensor) -> tuple[Tensor, Tensor]:
-    """(U, order) with rows of U that fall in length; ends at pivots that are rounding errors: below D * eps * the largest variance."""
+    """(U, order) with rows of U that fall in length; ends at pivots that are rounding errors: below D * eps * the
+    largest variance."""
     packed, order, rank, _ = lapack.dpstrf(covariance.numpy().T, lower=1)
     return torch.from_numpy(packed.T).triu()[:rank], torch.from_numpy(order).long() - 1
 
@@ -57,16 +61,22 @@ def _pivoted_cholesky(covariance: Tensor) -> tuple[Tensor, Tensor]:
 def frechet_distance(*, generated: Gaussian, reference: Gaussian) -> float:
     """|mu_g - mu_r|^2 + tr S_g + tr S_r - 2 tr (S_g S_r)^(1/2)  (Dowson and Landau 1982; FID: Heusel et al. 2017).
 
-    With S_r = U^T U, the trace of the root is the sum of sqrt(eigenvalues of U S_g U^T), a symmetric matrix: real whatever the
-    rank, and never negative after clipping. The rows of U fall in length, so the matrix is graded and its small eigenvalues
-    keep their digits: the distance of a Gaussian to itself is 0 within 1e-12 of its trace, also for singular covariances.
-    If either side has fewer samples than dimensions, the one with fewer is factored: its R x R matrix is smaller, and has no
-    zero eigenvalues whose rounding errors the root would blow up.
+    With S_r = U^T U, the trace of the root is the sum of sqrt(eigenvalues of U S_g U^T), a symmetric matrix: real
+    whatever the rank, and never negative after clipping. The rows of U fall in length, so the matrix is graded and its
+    small
+    eigenvalues
+    keep their digits: the distance of a Gaussian to itself is 0 within 1e-12 of its trace, also for singular
+    covariances. If either side has fewer samples than dimensions, the one with fewer is factored: its R x R matrix is
+    smaller, and
+    has no zero eigenvalues whose rounding errors the root would blow up.
 
     The factor is computed once per `Gaussian` object and reused. Raises ValueError if the dimensions differ.
     """
     if len(generated.mean) != len(reference.mean):
-        raise ValueError(f"generated statistics have {len(generated.mean)} features, the reference {len(reference.mean)}: other extractors")
+        raise ValueError(
+            f"generated statistics have {len(generated.mean)} features, the reference {len(reference.mean)}: other "
+            "extractors"
+        )
     factored, other = reference, generated
     if (generated.count or math.inf) < min(reference.count or math.inf, len(generated.mean)):
         factored, other = generated, reference
@@ -79,7 +89,8 @@ def frechet_distance(*, generated: Gaussian, reference: Gaussian) -> float:
 
 
 def _lower_form(upper: Tensor, covariance: Tensor, block: int = 256) -> Tensor:
-    """The lower triangle of U S U^T, which is all that a symmetric eigenvalue routine reads; zeros of U are not multiplied."""
+    """The lower triangle of U S U^T, which is all that a symmetric eigenvalue routine reads; zeros of U are not
+    multiplied."""
     rank = len(upper)
     left = torch.empty_like(upper)
     form = torch.zeros(rank, rank, dtype=torch.float64)

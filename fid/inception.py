@@ -28,9 +28,9 @@ WEIGHTS = PublishedWeights(
 class InceptionV3(nn.Module):
     """uint8 RGB images (B, 3, H, W) of any size -> the taps that metrics use, each globally average-pooled.
 
-    Returns {"64": (B, 64), "192": (B, 192), "768": (B, 768), "2048": (B, 2048), "logits_unbiased": (B, 1008)} in the dtype of
-    the weights. "2048" is FID's feature; softmax of "logits_unbiased" (the last layer without its bias) is the Inception
-    Score's distribution.
+    Returns {"64": (B, 64), "192": (B, 192), "768": (B, 768), "2048": (B, 2048), "logits_unbiased": (B, 1008)} in the
+    dtype of the weights. "2048" is FID's feature; softmax of "logits_unbiased" (the last layer without its bias) is the
+    Inception Score's distribution.
     """
 
     def __init__(self) -> None:
@@ -84,7 +84,9 @@ class InceptionExtractor(Extractor):
         self.sha256 = sha256
         published = sha256.startswith(WEIGHTS.sha256_prefix)
         self.name = NAME if published else f"inception-unknown-{sha256[:8]}"
-        self.comparable = None if published else f"the Inception weights (sha256 {sha256[:8]}...) are not the published ones"
+        self.comparable = (
+            None if published else f"the Inception weights (sha256 {sha256[:8]}...) are not the published ones"
+        )
 
     def extract(self, images: Tensor) -> Features:
         taps = self.network(to_rgb(images))
@@ -94,7 +96,8 @@ class InceptionExtractor(Extractor):
 def open_inception(*, path: Path | None, device: torch.device | str, allow_unknown_weights: bool) -> Extractor:
     """The published network from `path` or the cache.
 
-    Raises FileNotFoundError (saying what to put where) if the file is absent, ValueError if its hash or its keys differ.
+    Raises FileNotFoundError (saying what to put where) if the file is absent, ValueError if its hash or its keys
+    differ.
     """
     file = path if path is not None else WEIGHTS.find()
     sha256 = WEIGHTS.check(file, allow_unknown=allow_unknown_weights)
@@ -113,7 +116,13 @@ def max_pool(x: Tensor) -> Tensor:
 
 class ConvNormReLU(nn.Module):
     def __init__(
-        self, channels: int, out: int, kernel: int | tuple[int, int], *, stride: int = 1, padding: int | tuple[int, int] = 0
+        self,
+        channels: int,
+        out: int,
+        kernel: int | tuple[int, int],
+        *,
+        stride: int = 1,
+        padding: int | tuple[int, int] = 0,
     ) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, out, kernel, stride, padding, bias=False)
@@ -199,7 +208,8 @@ class BlockD(nn.Module):
 
 
 class BlockE(nn.Module):
-    """8 x 8. The first of the two averages in its pooling branch, the second takes the maximum: as in the TensorFlow graph."""
+    """8 x 8. The first of the two averages in its pooling branch, the second takes the maximum: as in the TensorFlow
+    graph."""
 
     def __init__(self, channels: int, *, pool: Callable[[Tensor], Tensor]):
         super().__init__()

@@ -13,8 +13,8 @@ from fid.moments import Moments
 
 
 class Extrapolated(NamedTuple):
-    """value: the distance extrapolated to infinitely many generated images. error: its standard error from the choice of the
-    images, by the jackknife. sizes, distances: the points of the fit."""
+    """value: the distance extrapolated to infinitely many generated images. error: its standard error from the choice
+    of the images, by the jackknife. sizes, distances: the points of the fit."""
 
     value: float
     error: float
@@ -26,16 +26,24 @@ PARTS = (1, 2, 3, 4)
 
 
 def frechet_infinity(
-    *, generated: Tensor, reference: Gaussian, groups: int = 10, seed: int = 0, progress: Callable[[int, int], None] | None = None
+    *,
+    generated: Tensor,
+    reference: Gaussian,
+    groups: int = 10,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Extrapolated:
     """Frechet distance at N = infinity: the intercept of a straight line through (1/n, FD_n)  (Chong and Forsyth 2020).
 
-    generated: features (N, D) in any order. The bias of FD_n is c/n to first order; n runs over N/1, N/2, N/3, N/4, and FD_n is
-    the mean over that many disjoint parts, so every point uses every image. The error bar repeats the fit with each of `groups`
-    random tenths left out (delete-a-group jackknife). The bias of a finite reference set stays in. n should be well above D.
+    generated: features (N, D) in any order. The bias of FD_n is c/n to first order; n runs over N/1, N/2, N/3, N/4,
+    and FD_n is the mean over that many disjoint parts, so every point uses every image. The error bar repeats the fit
+    with each of
+    `groups` random tenths left out (delete-a-group jackknife). The bias of a finite reference set stays in. n should be
+    well
+    above D.
 
-    progress(done, total) is called after each of the 10 * (groups + 1) distances. Raises ValueError if a part would have fewer
-    than 2 images.
+    progress(done, total) is called after each of the 10 * (groups + 1) distances. Raises ValueError if a part would
+    have fewer than 2 images.
     """
     if len(generated) // groups < 2 or len(generated) * (groups - 1) // groups < 2 * PARTS[-1]:
         raise ValueError(f"extrapolation with {groups} groups needs more than {len(generated)} images")
@@ -65,7 +73,8 @@ def frechet_infinity(
 
 
 def _intercept(distances: Tensor) -> Tensor:
-    """Of the least-squares line through (parts, distance): parts is proportional to 1/n, and 0 parts means infinitely many images."""
+    """Of the least-squares line through (parts, distance): parts is proportional to 1/n, and 0 parts means infinitely
+    many images."""
     x = torch.tensor(PARTS, dtype=torch.float64)
     slope = ((x - x.mean()) * distances).sum() / (x - x.mean()).square().sum()
     return distances.mean() - slope * x.mean()

@@ -14,9 +14,11 @@ NEIGHBOUR_METRICS = ("precision", "recall", "density", "coverage")
 
 
 def metric_name(metric: str, num_images: int, extractor: str, k: int | None = None) -> str:
-    """A name that says what a value may be compared with: "fid50k[inception-2015-12-05]", "precision10k[fashion-cnn,k=5]".
+    """A name that says what a value may be compared with: "fid50k[inception-2015-12-05]",
+    "precision10k[fashion-cnn,k=5]".
 
-    num_images: of the generated set; whole thousands are written as "50k". k: neighbours, for the metrics that have them.
+    num_images: of the generated set; whole thousands are written as "50k". k: neighbours, for the metrics that have
+        them.
     Raises ValueError if a neighbour metric comes without k, or another one with it.
     """
     if (k is not None) != (metric in NEIGHBOUR_METRICS):
@@ -34,9 +36,14 @@ def cautions(distance: float, *, num_images: int, dim: int) -> list[str]:
     """What a reader of a Frechet distance should be told: one sentence each, none if there is nothing to say."""
     notes = []
     if num_images <= dim:
-        notes.append(f"{num_images} images for {dim} features: the covariance is singular and the bias large; use many times more images")
+        notes.append(
+            f"{num_images} images for {dim} features: the covariance is singular and the bias large; use many times "
+            "more images"
+        )
     if distance < 1e-3:
-        notes.append(f"a distance of {distance:.2g} is what identical sets give: is the reference made of the evaluated images?")
+        notes.append(
+            f"a distance of {distance:.2g} is what identical sets give: is the reference made of the evaluated images?"
+        )
     return notes
 
 
@@ -50,8 +57,10 @@ class Spread(NamedTuple):
 def inception_score(logits: Tensor, *, splits: int = 10, seed: int = 2020) -> Spread:
     """exp of the mean KL(p(y|x) || p(y)) over `splits` parts of the shuffled images (Salimans et al. 2016).
 
-    logits: (N, K), for the published score those without the last layer's bias. The shuffle matters: in class order every part
-    would see few classes. numpy's RandomState(2020) is torch-fidelity's choice. Raises ValueError for fewer images than splits.
+    logits: (N, K), for the published score those without the last layer's bias. The shuffle matters: in class order
+    every part would see few classes. numpy's RandomState(2020) is torch-fidelity's choice. Raises ValueError for fewer
+    images than
+    splits.
     """
     if len(logits) < splits:
         raise ValueError(f"the Inception Score over {splits} splits needs at least {splits} images, got {len(logits)}")
@@ -65,11 +74,13 @@ def inception_score(logits: Tensor, *, splits: int = 10, seed: int = 2020) -> Sp
     return _spread(torch.stack(scores))
 
 
-def kernel_distance(*, generated: Tensor, reference: Tensor, subsets: int = 100, subset_size: int = 1000, seed: int = 2020) -> Spread:
+def kernel_distance(
+    *, generated: Tensor, reference: Tensor, subsets: int = 100, subset_size: int = 1000, seed: int = 2020
+) -> Spread:
     """KID (Binkowski et al. 2018): mean and std of `kernel_distance_unbiased` over random subsets of both sets.
 
-    generated: (N, D), reference: (M, D). Subsets are drawn without replacement by numpy's RandomState(seed), generated first,
-    as torch-fidelity draws them. Raises ValueError if a set is smaller than a subset.
+    generated: (N, D), reference: (M, D). Subsets are drawn without replacement by numpy's RandomState(seed),
+    generated first, as torch-fidelity draws them. Raises ValueError if a set is smaller than a subset.
     """
     smallest = min(len(generated), len(reference))
     if smallest < subset_size:

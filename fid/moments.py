@@ -13,9 +13,10 @@ from fid.frechet import Gaussian
 class Moments:
     """Count, mean and unbiased covariance of feature vectors, in float64.
 
-    Kept as count n, mean and scatter = sum (x - mean)(x - mean)^T; batches are merged by Chan's update (Chan, Golub, LeVeque
-    1979), which never subtracts two large sums. So the result agrees to 1e-10 relative for every split into batches, ranks
-    and machines, also when the mean is hundreds of standard deviations from zero.
+    Kept as count n, mean and scatter = sum (x - mean)(x - mean)^T; batches are merged by Chan's update (Chan, Golub,
+    LeVeque 1979), which never subtracts two large sums. So the result agrees to 1e-10 relative for every split into
+    batches,
+    ranks and machines, also when the mean is hundreds of standard deviations from zero.
 
     The state lives on the device of the first batch, or on the CPU if that device has no float64.
     """
@@ -34,7 +35,9 @@ class Moments:
             return
         if not torch.isfinite(features).all():
             bad = int((~torch.isfinite(features).all(1)).sum())
-            raise ValueError(f"{bad} of {len(features)} feature vectors are not finite: the images or the feature network are broken")
+            raise ValueError(
+                f"{bad} of {len(features)} feature vectors are not finite: the images or the feature network are broken"
+            )
         if self.count == 0:
             device = torch.device("cpu") if features.device.type == "mps" else features.device  # MPS has no float64
             self._mean, self._scatter = self._mean.to(device), self._scatter.to(device)
@@ -79,8 +82,8 @@ class Moments:
     def tensors(self) -> dict[str, Tensor]:
         """Sums that add over disjoint sets of images: sum them over ranks (all-reduce), or save them and go on later.
 
-        count: (1,), sum: (dim,) = sum of x, second: (dim, dim) = sum of x x^T, all float64 (a count is exact up to 2^53).
-        Going through raw sums costs one rounding: a relative error of about 1e-16 (1 + mean^2 / variance).
+        count: (1,), sum: (dim,) = sum of x, second: (dim, dim) = sum of x x^T, all float64 (a count is exact up to
+        2^53). Going through raw sums costs one rounding: a relative error of about 1e-16 (1 + mean^2 / variance).
         """
         count = torch.tensor([self.count], dtype=torch.float64, device=self._mean.device)
         second = torch.addr(self._scatter, self._mean, self._mean, alpha=self.count)
@@ -96,7 +99,9 @@ class Moments:
         moments.count = round(float(tensors["count"].reshape(())))
         if moments.count:
             moments._mean = tensors["sum"].double() / moments.count
-            moments._scatter = torch.addr(tensors["second"].double(), moments._mean, moments._mean, alpha=-moments.count)
+            moments._scatter = torch.addr(
+                tensors["second"].double(), moments._mean, moments._mean, alpha=-moments.count
+            )
         return moments
 
     def state(self) -> dict[str, Tensor]:

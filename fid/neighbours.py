@@ -30,22 +30,27 @@ def neighbours(
     budget_mib: int = 1024,
     device: torch.device | str = "cpu",
 ) -> Neighbours:
-    """The four metrics of two feature sets (N, D) and (M, D); the radius of a point is the distance to its k-th neighbour in its
-    own set, itself excluded.
+    """The four metrics of two feature sets (N, D) and (M, D); the radius of a point is the distance to its k-th
+    neighbour in its own set, itself excluded.
 
-    precision: share of generated points inside the ball of some reference point; recall: share of reference points inside the
-    ball of some generated point (Kynkaanniemi et al. 2019). density: mean number of reference balls around a generated point,
-    over k; coverage: share of reference balls with a generated point inside (Naeem et al. 2020).
+    precision: share of generated points inside the ball of some reference point; recall: share of reference points
+    inside the ball of some generated point (Kynkaanniemi et al. 2019). density: mean number of reference balls around a
+    generated
+    point, over k; coverage: share of reference balls with a generated point inside (Naeem et al. 2020).
 
     boundary: whether a point exactly on a sphere counts for precision and recall ("inside": torch-fidelity and NVIDIA;
     "outside": the prdc package). Density and coverage are defined with a strict <.
-    Distances are float64, in blocks that take at most `budget_mib` on `device` beside the features, which may stay on the CPU
-    or on disk. Raises ValueError if a set has fewer than k + 1 points or the dimensions differ.
+    Distances are float64, in blocks that take at most `budget_mib` on `device` beside the features, which may stay on
+    the CPU or on disk. Raises ValueError if a set has fewer than k + 1 points or the dimensions differ.
     """
     if generated.shape[1] != reference.shape[1]:
-        raise ValueError(f"generated features have {generated.shape[1]} dimensions, the reference's {reference.shape[1]}")
+        raise ValueError(
+            f"generated features have {generated.shape[1]} dimensions, the reference's {reference.shape[1]}"
+        )
     if k < 1 or min(len(generated), len(reference)) <= k:
-        raise ValueError(f"k = {k} neighbours need at least {k + 1} points in each set, got {len(generated)} and {len(reference)}")
+        raise ValueError(
+            f"k = {k} neighbours need at least {k + 1} points in each set, got {len(generated)} and {len(reference)}"
+        )
     if boundary not in ("inside", "outside"):
         raise ValueError(f"boundary is 'inside' or 'outside', got {boundary!r}")
     blocks = _Blocks(generated.shape[1], budget_mib, torch.device(device))
@@ -71,7 +76,8 @@ class _Blocks:
 
     def __init__(self, dim: int, budget_mib: int, device: torch.device):
         self.device = torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
-        # a block of side s: 5 float64 matrices s x s (norms, distances, their comparison, the block before, flags), and 4 s rows
+        # a block of side s: 5 float64 matrices s x s (norms, distances, their comparison, the block before, flags), and
+        # 4 s rows
         # of features (two sets, and a temporary of each)
         doubles = budget_mib * 2**20 / 8
         self.side = int(math.sqrt((0.4 * dim) ** 2 + doubles / 5) - 0.4 * dim)
@@ -103,5 +109,6 @@ class _Blocks:
 def _squared(x: Tensor, y: Tensor) -> Tensor:
     norms = x.square().sum(1)[:, None] + y.square().sum(1)[None]
     squared = torch.addmm(norms, x, y.T, alpha=-2)
-    # what is left of equal points is rounding: they must be at distance 0, or copies of a sample would miss each other's balls
+    # what is left of equal points is rounding: they must be at distance 0, or copies of a sample would miss each
+    # other's balls
     return squared.masked_fill_(squared < 1e-13 * norms, 0)

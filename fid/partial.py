@@ -39,7 +39,8 @@ def write_partial(path: Path, partial: Partial) -> None:
 
 
 def read_partial(path: Path) -> Partial:
-    """Raises FileNotFoundError, or ValueError if the file is none of `write_partial`'s or its count is not that of its images."""
+    """Raises FileNotFoundError, or ValueError if the file is none of `write_partial`'s or its count is not that of its
+    images."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"no partial statistics at {path}")
     try:
@@ -57,7 +58,8 @@ def read_partial(path: Path) -> Partial:
 
 
 def merge_partials(partials: Sequence[Partial]) -> Partial:
-    """The sums over all parts. Raises ValueError if they differ in source or extractor, or if an image is in two of them."""
+    """The sums over all parts. Raises ValueError if they differ in source or extractor, or if an image is in two of
+    them."""
     if not partials:
         raise ValueError("no partial statistics to merge")
     first = partials[0]
@@ -70,7 +72,9 @@ def merge_partials(partials: Sequence[Partial]) -> Partial:
         if start < stop:
             raise ValueError(f"image {start} is in two of the parts")
     total = Moments(first.moments.dim)
-    for partial in sorted(partials, key=lambda partial: partial.images):  # a fixed order: the same bits for any order of files
+    for partial in sorted(
+        partials, key=lambda partial: partial.images
+    ):  # a fixed order: the same bits for any order of files
         total.merge(partial.moments)
     return Partial(total, first.extractor, first.extractor_sha256, first.source, _joined(ranges))
 

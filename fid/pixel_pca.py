@@ -28,7 +28,9 @@ def principal_components(images: Tensor, dim: int) -> dict[str, Tensor]:
 class PixelPCA(Extractor):
     """Coordinates of the pixels along fixed principal components."""
 
-    comparable = "the features are principal components of pixels, not of the 2015-12-05 Inception that FID is defined by"
+    comparable = (
+        "the features are principal components of pixels, not of the 2015-12-05 Inception that FID is defined by"
+    )
 
     def __init__(self, name: str, *, mean: Tensor, basis: Tensor, sha256: str, device: torch.device | str = "cpu"):
         super().__init__(device)
@@ -40,7 +42,9 @@ class PixelPCA(Extractor):
     def extract(self, images: Tensor) -> Features:
         pixels = images.flatten(1).float() / 255
         if pixels.shape[1] != len(self._mean):
-            raise ValueError(f"{self.name} was made for images of {len(self._mean)} pixels, got shape {tuple(images.shape)}")
+            raise ValueError(
+                f"{self.name} was made for images of {len(self._mean)} pixels, got shape {tuple(images.shape)}"
+            )
         return Features((pixels - self._mean) @ self._basis, None)
 
 

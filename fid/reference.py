@@ -20,8 +20,8 @@ from fid.moments import Moments
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Reference(Gaussian):
-    """Statistics of a reference set as a file holds them. count: number of images, None if the file does not say (published
-    files)."""
+    """Statistics of a reference set as a file holds them. count: number of images, None if the file does not say
+    (published files)."""
 
     extractor: str | None  # name of the feature network; None: the file does not say
     provenance: dict[str, object]  # what the writer recorded; empty for published files
@@ -43,10 +43,18 @@ def read_reference(path: Path | str) -> Reference:
             keys = file.files if isinstance(file, np.lib.npyio.NpzFile) else []
             arrays = {key: file[key] for key in ("mu", "sigma", "count", "provenance") if key in keys}
     except (ValueError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path}: not an .npz of plain arrays ({error}). Pickled statistics are never opened: {_ADVICE}") from error
+        raise ValueError(
+            f"{path}: not an .npz of plain arrays ({error}). Pickled statistics are never opened: {_ADVICE}"
+        ) from error
     if "mu" not in arrays or "sigma" not in arrays:
-        images = " It holds images; `neon fid ref --data FILE --out ref.npz` makes statistics of them." if "arr_0" in keys else ""
-        raise ValueError(f"{path}: expected the arrays mu and sigma, found {', '.join(keys) or 'a bare array'}.{images}")
+        images = (
+            " It holds images; `neon fid ref --data FILE --out ref.npz` makes statistics of them."
+            if "arr_0" in keys
+            else ""
+        )
+        raise ValueError(
+            f"{path}: expected the arrays mu and sigma, found {', '.join(keys) or 'a bare array'}.{images}"
+        )
     provenance = json.loads(str(arrays["provenance"])) if "provenance" in arrays else {}
     try:
         return Reference(

@@ -13,8 +13,8 @@ from torch import Tensor
 class FeatureStore:
     """float32 rows (num_images, dim); row i belongs to image i in whatever batch, rank or order it arrives.
 
-    file: where the rows lie, so that a killed run finds them again. Without one they are in memory, or, beyond `limit_mib`, in
-    a temporary file that goes away with the store.
+    file: where the rows lie, so that a killed run finds them again. Without one they are in memory, or, beyond
+    `limit_mib`, in a temporary file that goes away with the store.
     """
 
     def __init__(self, num_images: int, dim: int, *, file: Path | None = None, limit_mib: int = 1024):
@@ -29,12 +29,17 @@ class FeatureStore:
         self._rows = flat.view(num_images, dim)
 
     def put(self, indices: Sequence[int], features: Tensor) -> None:
-        """Keep features (B, dim) of the images `indices`. Raises ValueError if an image comes twice or does not exist."""
+        """Keep features (B, dim) of the images `indices`. Raises ValueError if an image comes twice or does not
+        exist."""
         index = torch.as_tensor(list(indices), dtype=torch.long)
         if features.shape != (len(index), self.dim):
-            raise ValueError(f"expected features ({len(index)}, {self.dim}) for {len(index)} images, got {tuple(features.shape)}")
+            raise ValueError(
+                f"expected features ({len(index)}, {self.dim}) for {len(index)} images, got {tuple(features.shape)}"
+            )
         if len(index) and not 0 <= int(index.min()) <= int(index.max()) < self.num_images:
-            raise ValueError(f"images {int(index.min())} to {int(index.max())} do not fit into a store of {self.num_images}")
+            raise ValueError(
+                f"images {int(index.min())} to {int(index.max())} do not fit into a store of {self.num_images}"
+            )
         if self.has_row[index].any() or len(index.unique()) < len(index):
             raise ValueError(f"an image among {int(index.min())} to {int(index.max())} came twice")
         self._rows[index] = features.detach().to("cpu", torch.float32)
@@ -62,7 +67,8 @@ class FeatureStore:
             self._rows.copy_(state["rows"])
 
     def tensor(self) -> Tensor:
-        """(num_images, dim) in the order of the images, memory-mapped if the store is. Raises ValueError if a row is missing."""
+        """(num_images, dim) in the order of the images, memory-mapped if the store is. Raises ValueError if a row is
+        missing."""
         missing = int((~self.has_row).sum())
         if missing:
             raise ValueError(f"{missing} of {self.num_images} images have no features yet")

@@ -62,8 +62,10 @@ class PublishedWeights:
         sha256 = sha256_of(file)
         if not sha256.startswith(self.sha256_prefix) and not allow_unknown:
             raise ValueError(
-                f"{file}: sha256 is {sha256}, the published weights begin with {self.sha256_prefix}. With other weights the value "
-                "is no FID. Fetch the published file, or pass --allow-unknown-weights (the result is then marked not comparable)"
+                f"{file}: sha256 is {sha256}, the published weights begin with {self.sha256_prefix}. With other "
+                "weights the value "
+                "is no FID. Fetch the published file, or pass --allow-unknown-weights (the result is then marked not "
+                "comparable)"
             )
         return sha256
 
@@ -75,8 +77,16 @@ def read_state_dict(file: Path, *, into: nn.Module) -> None:
     """
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError) as error:  # what torch raises on foreign bytes
-        raise ValueError(f"{file}: not a plain PyTorch state dict ({type(error).__name__}: {str(error).partition(chr(10))[0]})") from error
+    except (
+        pickle.UnpicklingError,
+        RuntimeError,
+        EOFError,
+        LookupError,
+        ValueError,
+    ) as error:  # what torch raises on foreign bytes
+        raise ValueError(
+            f"{file}: not a plain PyTorch state dict ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
+        ) from error
     if not isinstance(state, dict):
         raise ValueError(f"{file}: expected a state dict, found {type(state).__name__}")
     expected = into.state_dict()

@@ -1,6 +1,7 @@
 """FID of a flow-matching checkpoint. The names of the solver's flags are those of TorchCFM's evaluation.
 
-    torchrun --standalone --nproc_per_node=8 flow/calculate_fid.py --model_ckpt checkpoints/otcfm_cifar10_weights_step_400000.pt \\
+    torchrun --standalone --nproc_per_node=8 flow/calculate_fid.py --model_ckpt
+    checkpoints/otcfm_cifar10_weights_step_400000.pt \\
         --num_images 50000 --batch_size 1024 --fid_stats fid_stats/cifar10-32x32.npz
 
 Runs as plain `python` too, and on a CPU. The numbers do not depend on the number of ranks or the batch size.
@@ -20,14 +21,18 @@ import click  # noqa: E402
 from flow.family import Flow, Sampling  # noqa: E402
 from flow.presets import EULER_STEPS  # noqa: E402
 from neon import quantize  # noqa: E402
-from neon.calculate_fid import PATH, Common, Images, Request, calculate_fid, common_options, images_options  # noqa: E402
+from neon.cli.published_flags import PATH, Common, Images, Request, calculate_fid, common_options, images_options  # noqa: E402
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True})
 @click.option("--model_ckpt", type=PATH, required=True, help="Weights: TorchCFM's .pt, or our safetensors.")
-@click.option("--integration_method", type=click.Choice(["dopri5", "euler"]), default="dopri5", help="Adaptive, or equal steps.")
 @click.option(
-    "--integration_steps", type=click.IntRange(min=1), help=f"Steps of euler; dopri5 has none.  [default for euler: {EULER_STEPS}]"
+    "--integration_method", type=click.Choice(["dopri5", "euler"]), default="dopri5", help="Adaptive, or equal steps."
+)
+@click.option(
+    "--integration_steps",
+    type=click.IntRange(min=1),
+    help=f"Steps of euler; dopri5 has none.  [default for euler: {EULER_STEPS}]",
 )
 @click.option("--tol", type=float, default=Sampling.tol, help="Relative and absolute tolerance of dopri5.")
 @click.option(

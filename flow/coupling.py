@@ -1,4 +1,5 @@
-"""Which noise goes with which image: optimal transport within a batch (Tong et al. 2024, arXiv 2302.00482, section 3.2).
+"""Which noise goes with which image: optimal transport within a batch (Tong et al. 2024, arXiv 2302.00482, section
+3.2).
 
 B noises and B images in any number of dimensions; plans are (B0, B1) float64 with equal marginals.
 """
@@ -25,7 +26,8 @@ def assigned(cost: Tensor) -> Tensor:
 def exact_plan(cost: Tensor) -> Tensor:
     """The transport of least cost between uniform weights.
 
-    With every row and column repeated up to their least common multiple it is an assignment; of a square cost a permutation / B.
+    With every row and column repeated up to their least common multiple it is an assignment; of a square cost a
+    permutation / B.
     """
     rows, columns = cost.shape
     size = math.lcm(rows, columns)
@@ -49,11 +51,14 @@ def sinkhorn_plan(cost: Tensor, reg: float, *, tolerance: float = 1e-9, max_iter
         plan = (scores + row[:, None] + column).exp()
         if (plan.sum(1) - marginals[0].exp()).norm() < tolerance:
             return plan
-    raise ValueError(f"sinkhorn did not converge in {max_iterations} iterations at reg {reg:g}: raise sigma, or use the exact plan")
+    raise ValueError(
+        f"sinkhorn did not converge in {max_iterations} iterations at reg {reg:g}: raise sigma, or use the exact plan"
+    )
 
 
 def sampled_pairs(plan: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """Pairs (i, j) drawn from a plan with replacement, by inverting its cumulative distribution. uniform: (B,) float64 on [0, 1)."""
+    """Pairs (i, j) drawn from a plan with replacement, by inverting its cumulative distribution. uniform: (B,) float64
+    on [0, 1)."""
     cumulative = (plan / plan.sum()).flatten().cumsum(0)
     drawn = torch.searchsorted(cumulative / cumulative[-1], uniform, right=True)
     return drawn // plan.shape[1], drawn % plan.shape[1]

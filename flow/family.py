@@ -13,7 +13,7 @@ from flow.loss import Objective, path
 from flow.presets import MODELS
 from flow.sampler import ErrorNorm, dopri5, euler
 from flow.unet import UNet
-from neon.checkpoint import Checkpoint
+from neon.checkpoints.checkpoint import Checkpoint
 from neon.family import Draws, Family
 from neon.seeds import Rng
 
@@ -27,10 +27,11 @@ class Sampling:
     num_steps: int | None = None
     """Network calls of Euler's method."""
     tol: float = 1e-5
-    """Relative and absolute tolerance of dopri5. Below the network's own rounding (1e-2 in bf16, 1e-3 in TF32) it only costs steps."""
+    """Relative and absolute tolerance of dopri5. Below the network's own rounding (1e-2 in bf16, 1e-3 in TF32) it only
+    costs steps."""
     error_norm: ErrorNorm = "image"
-    """dopri5's error is measured per image, or over the whole batch, as published: images then depend on their batch and on the
-    number of GPUs."""
+    """dopri5's error is measured per image, or over the whole batch, as published: images then depend on their batch
+    and on the number of GPUs."""
 
     def __post_init__(self) -> None:
         if self.solver not in ("dopri5", "euler"):
@@ -40,13 +41,16 @@ class Sampling:
         if self.solver == "euler" and (self.num_steps is None or self.num_steps < 1):
             raise ValueError(f"solver = 'euler' needs num_steps >= 1, got {self.num_steps}")
         if self.solver == "dopri5" and self.num_steps is not None:
-            raise ValueError(f"num_steps ({self.num_steps}) belongs to solver = 'euler': dopri5 chooses its steps by tol")
+            raise ValueError(
+                f"num_steps ({self.num_steps}) belongs to solver = 'euler': dopri5 chooses its steps by tol"
+            )
         if not self.tol > 0:
             raise ValueError(f"tol must be > 0, got {self.tol}")
 
 
 class Flow(Family):
-    """Codes are images (B, C, H, W) in [-1, 1] as the sampler makes them, not clipped; training eats these or uint8 images."""
+    """Codes are images (B, C, H, W) in [-1, 1] as the sampler makes them, not clipped; training eats these or uint8
+    images."""
 
     name = "flow"
     sampling = Sampling
@@ -61,8 +65,8 @@ class Flow(Family):
             raise ValueError(f"the constructor arguments in arch do not fit the U-Net: {error}") from error
 
     def arch_of(self, checkpoint: Checkpoint) -> Mapping[str, object]:
-        """TorchCFM's files hold tensors only. Heads, dropout and image size are not in their shapes, so only networks are recognised
-        that TorchCFM's scripts make: published ones, at any num_channels, with any number of classes."""
+        """TorchCFM's files hold tensors only. Heads, dropout and image size are not in their shapes, so only networks
+        are recognised that TorchCFM's scripts make: published ones, at any num_channels, with any number of classes."""
         if checkpoint.arch is not None:
             return checkpoint.arch
         shapes = {name: tuple(value.shape) for name, value in checkpoint.specs.items()}
@@ -73,8 +77,10 @@ class Flow(Family):
             if self._shapes(arch) == shapes:
                 return arch
         raise ValueError(
-            f"{checkpoint.path} does not say how its network is built, and its tensors are not those of a network that TorchCFM's scripts "
-            f"make ({', '.join(MODELS)}). Write it with neon.checkpoint.write, whose metadata hold the constructor arguments as `arch`"
+            f"{checkpoint.path} does not say how its network is built, and its tensors are not those of a network "
+            "that TorchCFM's scripts "
+            f"make ({', '.join(MODELS)}). Write it with neon.checkpoints.checkpoint.write, whose metadata hold the "
+            "constructor arguments as `arch`"
         )
 
     def _shapes(self, arch: Mapping[str, object]) -> dict[str, tuple[int, ...]]:
@@ -110,10 +116,11 @@ class Flow(Family):
         return euler(net, noise, labels, times)[-1], labels
 
     def draw(self, rng: Rng, codes: Tensor, labels: Tensor | None, how: object) -> Draws:
-        """In this order: `flipped` (B,) of stored images, `noise` like codes, the pairing, `t` (B,), `path_noise` like codes if sigma > 0.
+        """In this order: `flipped` (B,) of stored images, `noise` like codes, the pairing, `t` (B,), `path_noise` like
+        codes if sigma > 0.
 
-        Pairing needs the whole batch, which `loss` does not see: noise comes in the order of its image. Pairs that are drawn leave
-        images out and repeat others, so these draws hold the paired `images` and `labels` too.
+        Pairing needs the whole batch, which `loss` does not see: noise comes in the order of its image. Pairs that are
+        drawn leave images out and repeat others, so these draws hold the paired `images` and `labels` too.
         """
         assert isinstance(how, Objective)
         draws: Draws = {}
@@ -147,7 +154,8 @@ class Flow(Family):
 
 
 def to_pixels(codes: Tensor, flipped: Tensor | None) -> Tensor:
-    """Float images (B, C, H, W): bytes as TorchCFM normalises them, mirrored where `flipped` (B,) says so; floats as they are."""
+    """Float images (B, C, H, W): bytes as TorchCFM normalises them, mirrored where `flipped` (B,) says so; floats as
+    they are."""
     images = (codes.float() / 255 - 0.5) / 0.5 if codes.dtype == torch.uint8 else codes
     return images if flipped is None else torch.where(flipped[:, None, None, None], images.flip(-1), images)
 

@@ -1,6 +1,7 @@
 """Flow matching: regress the velocity of a path from noise x0 at t = 0 to an image x1 at t = 1.
 
-Lipman et al. 2023 (arXiv 2210.02747), Tong et al. 2024 (arXiv 2302.00482, table 1), Albergo and Vanden-Eijnden 2023 (arXiv 2209.15571).
+Lipman et al. 2023 (arXiv 2210.02747), Tong et al. 2024 (arXiv 2302.00482, table 1), Albergo and Vanden-Eijnden 2023
+(arXiv 2209.15571).
 """
 
 from __future__ import annotations
@@ -24,20 +25,25 @@ class Objective:
     """Which path is learned. The defaults are TorchCFM's, but for the pairing."""
 
     kind: Kind = "otcfm"
-    """icfm: straight lines; otcfm: straight lines between noise and images paired by optimal transport; fm: Lipman's path to noise
-    of standard deviation sigma around the image; si: variance preserving; sb: Schroedinger bridge between pairs."""
+    """icfm: straight lines; otcfm: straight lines between noise and images paired by optimal transport; fm: Lipman's
+    path to noise of standard deviation sigma around the image; si: variance preserving; sb: Schroedinger bridge between
+    pairs."""
     sigma: float = 0.0
     """Standard deviation of the path's own noise: constant, in the middle of the bridge for sb, at the image for fm."""
     pairing: Pairing = "assigned"
-    """otcfm and sb. assigned: every image once, with its noise in the best assignment of the batch. sampled: pairs drawn from the plan
-    with replacement, as published, which leaves out 37 % of a batch. sinkhorn: drawn from the plan of entropy 2 sigma^2 (sb)."""
+    """otcfm and sb. assigned: every image once, with its noise in the best assignment of the batch. sampled: pairs
+    drawn from the plan with replacement, as published, which leaves out 37 % of a batch. sinkhorn: drawn from the plan
+    of entropy 2 sigma^2
+    (sb)."""
     flip: float = 0.0
     """Share of stored images that are mirrored; published: 0.5."""
 
     def __post_init__(self) -> None:
         for name, kind in (("kind", Kind), ("pairing", Pairing)):
             if getattr(self, name) not in get_args(kind):
-                raise ValueError(f"objective.{name} must be one of {', '.join(get_args(kind))}, got {getattr(self, name)!r}")
+                raise ValueError(
+                    f"objective.{name} must be one of {', '.join(get_args(kind))}, got {getattr(self, name)!r}"
+                )
         if self.sigma < 0 or (self.sigma == 0 and self.kind == "sb"):
             raise ValueError(f"objective.sigma must be >= 0, and > 0 for sb, got {self.sigma}")
         if self.kind == "fm" and self.sigma >= 1:
@@ -61,11 +67,14 @@ class Objective:
         cost = transport_cost(noise, images)
         if uniform is None:
             return torch.argsort(assigned(cost)), torch.arange(len(images))
-        return sampled_pairs(sinkhorn_plan(cost, 2 * self.sigma**2) if self.pairing == "sinkhorn" else exact_plan(cost), uniform)
+        return sampled_pairs(
+            sinkhorn_plan(cost, 2 * self.sigma**2) if self.pairing == "sinkhorn" else exact_plan(cost), uniform
+        )
 
 
 def path(how: Objective, noise: Tensor, images: Tensor, t: Tensor, path_noise: Tensor | None) -> tuple[Tensor, Tensor]:
-    """x_t and its velocity u_t. noise, images, path_noise (if how.has_path_noise): (B, ...) alike; t: (B,) on [0, 1)."""
+    """x_t and its velocity u_t. noise, images, path_noise (if how.has_path_noise): (B, ...) alike; t: (B,) on [0,
+    1)."""
     time = t.view(-1, *[1] * (images.ndim - 1))
     if how.kind == "fm":
         spread = 1 - (1 - how.sigma) * time

@@ -14,8 +14,15 @@ CIFAR10: dict[str, object] = {
 }
 """The network of all published checkpoints (otcfm, cfm, fm). 35,746,307 parameters."""
 
-MNIST28: dict[str, object] = {"dim": [1, 28, 28], "num_channels": 32, "num_res_blocks": 1, "class_cond": True, "num_classes": 10}
-"""The network of TorchCFM's MNIST examples. Its level of width 32 cannot see the time: a norm with one channel per group follows."""
+MNIST28: dict[str, object] = {
+    "dim": [1, 28, 28],
+    "num_channels": 32,
+    "num_res_blocks": 1,
+    "class_cond": True,
+    "num_classes": 10,
+}
+"""The network of TorchCFM's MNIST examples. Its level of width 32 cannot see the time: a norm with one channel per
+group follows."""
 
 MODELS: dict[str, dict[str, object]] = {
     "cifar10_uncond": CIFAR10,

@@ -1,8 +1,10 @@
 """Integrate dx/dt = v(t, x) from noise at t = 0 to data at t = 1: Euler, and the adaptive method of Dormand and Prince.
 
-dopri5 follows torchdiffeq, by which the published numbers were made: Shampine's error weights, steps that are not cut at the end (the
-network is asked beyond t = 1, and the result is the last step's interpolant at 1), and an error norm over the whole batch, which couples
-its images. Ours is the norm per image: each image then has steps of its own and does not depend on its batch.
+dopri5 follows torchdiffeq, by which the published numbers were made: Shampine's error weights, steps that are not cut
+at the end (the network is asked beyond t = 1, and the result is the last step's interpolant at 1), and an error norm
+over the whole
+batch, which couples its images. Ours is the norm per image: each image then has steps of its own and does not depend on
+its batch.
 G groups with steps of their own: the images of the batch, or the batch as one.
 """
 
@@ -45,7 +47,8 @@ MIDPOINT = tuple(
         (11237099, 235043384),
     )
 )
-"""Weights of the slopes for the state in the middle of a step (Shampine 1986), of which the quartic interpolant is made."""
+"""Weights of the slopes for the state in the middle of a step (Shampine 1986), of which the quartic interpolant is
+made."""
 
 
 def euler(velocity: Velocity, x: Tensor, labels: Tensor | None, times: Tensor) -> list[Tensor]:
@@ -59,7 +62,13 @@ def euler(velocity: Velocity, x: Tensor, labels: Tensor | None, times: Tensor) -
 
 
 def dopri5(
-    velocity: Velocity, x: Tensor, labels: Tensor | None, times: Sequence[float], *, tol: float, error_norm: ErrorNorm = "image"
+    velocity: Velocity,
+    x: Tensor,
+    labels: Tensor | None,
+    times: Sequence[float],
+    *,
+    tol: float,
+    error_norm: ErrorNorm = "image",
 ) -> Tensor:
     """The states (T, B, ...) at `times`, ascending, of which the first is x. 2 + 6 (accepted + rejected steps) calls.
 
@@ -72,7 +81,11 @@ def dopri5(
     def field(t: Tensor, y: Tensor) -> Tensor:
         there = images[left].flatten()
         when = t.to(y.dtype).repeat_interleave(images.shape[1])
-        return velocity(when, y.reshape(len(there), *x.shape[1:]), None if labels is None else labels[there]).reshape(y.shape).to(y.dtype)
+        return (
+            velocity(when, y.reshape(len(there), *x.shape[1:]), None if labels is None else labels[there])
+            .reshape(y.shape)
+            .to(y.dtype)
+        )
 
     found = y.new_empty(len(times), *y.shape)
     found[0] = y
@@ -84,7 +97,10 @@ def dopri5(
         ratio = rms(combined(slopes, ERROR, h) / (tol + tol * torch.maximum(y.abs(), y_new.abs()))).double()
         t_new = t + h
         if not ratio.isfinite().all() or (t_new == t).any():
-            raise ValueError(f"dopri5 cannot go on at t = {t.min():.4g}: the velocity is not finite, or the tolerance {tol:g} is too small")
+            raise ValueError(
+                f"dopri5 cannot go on at t = {t.min():.4g}: the velocity is not finite, or the tolerance {tol:g} is "
+                "too small"
+            )
         accepted = ratio <= 1
         for k, time in enumerate(times[1:], 1):
             hit = accepted & (t < time) & (time <= t_new)
@@ -100,7 +116,8 @@ def dopri5(
 
 
 def first_step(field: Field, t: Tensor, y: Tensor, slope: Tensor, tol: float) -> Tensor:
-    """Length (G,) float64 of the first step (Hairer, Norsett and Wanner 1993, II.4, for an error of order 5). One call."""
+    """Length (G,) float64 of the first step (Hairer, Norsett and Wanner 1993, II.4, for an error of order 5). One
+    call."""
     scale = tol + y.abs() * tol
     d0, d1 = rms(y / scale), rms(slope / scale)
     h0 = torch.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / d1)
@@ -132,7 +149,8 @@ def combined(slopes: Sequence[Tensor], weights: Sequence[float], h: Tensor) -> T
 
 
 def growth(ratio: Tensor) -> Tensor:
-    """Factor of the next step's length from error / tolerance: at most 10, at least 0.2, and an accepted step never shrinks it."""
+    """Factor of the next step's length from error / tolerance: at most 10, at least 0.2, and an accepted step never
+    shrinks it."""
     least = torch.where(ratio < 1, 1.0, 0.2).to(ratio.dtype)
     return torch.where(ratio == 0, 10.0, torch.maximum(0.9 * ratio ** (-1 / 5), least).clamp(max=10))
 

@@ -1,4 +1,5 @@
-"""The U-Net of ADM (Dhariwal and Nichol 2021, arXiv 2105.05233) as TorchCFM uses it: a velocity v = net(t, x, y), time first.
+"""The U-Net of ADM (Dhariwal and Nichol 2021, arXiv 2105.05233) as TorchCFM uses it: a velocity v = net(t, x, y), time
+first.
 
 Attribute names are the published state-dict keys. N images, C channels, H, W pixels, E width of the embedding.
 """
@@ -28,9 +29,11 @@ Resample = Literal["up", "down"]
 
 
 def timestep_embedding(t: Tensor, channels: int) -> Tensor:
-    """(N,) times -> (N, channels): [cos(t f), sin(t f)], f falling geometrically from 1 towards 1e-4; odd widths end in a 0.
+    """(N,) times -> (N, channels): [cos(t f), sin(t f)], f falling geometrically from 1 towards 1e-4; odd widths end in
+    a 0.
 
-    t enters as it is, in [0, 1]: most frequencies hardly move over that range, which is how the published networks were trained.
+    t enters as it is, in [0, 1]: most frequencies hardly move over that range, which is how the published networks were
+    trained.
     """
     half = channels // 2
     frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
@@ -107,7 +110,8 @@ class ResBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Self-attention over the pixels. is_split_first: channels of qkv are ordered (qkv, head, c) instead of (head, qkv, c)."""
+    """Self-attention over the pixels. is_split_first: channels of qkv are ordered (qkv, head, c) instead of (head, qkv,
+    c)."""
 
     def __init__(self, channels: int, num_heads: int, *, is_split_first: bool):
         super().__init__()
@@ -124,7 +128,9 @@ class AttentionBlock(nn.Module):
             q, k, v = qkv.unflatten(1, (3, self.num_heads, -1)).unbind(1)
         else:
             q, k, v = qkv.unflatten(1, (self.num_heads, 3, -1)).unbind(2)
-        q, k, v = (part.transpose(-1, -2).contiguous() for part in (q, k, v))  # (N, heads, H W, c): contiguous for the fast kernels
+        q, k, v = (
+            part.transpose(-1, -2).contiguous() for part in (q, k, v)
+        )  # (N, heads, H W, c): contiguous for the fast kernels
         attended = F.scaled_dot_product_attention(q, k, v).transpose(-1, -2).reshape(pixels.shape)
         return (pixels + self.proj_out(attended)).view(x.shape)
 
@@ -155,13 +161,16 @@ class Blocks:
     is_split_first: bool
 
     def residual(self, in_channels: int, out_channels: int, resample: Resample | None = None) -> ResBlock:
-        return ResBlock(in_channels, out_channels, self.emb_channels, dropout=self.dropout, scales=self.scales, resample=resample)
+        return ResBlock(
+            in_channels, out_channels, self.emb_channels, dropout=self.dropout, scales=self.scales, resample=resample
+        )
 
     def attention(self, width: int, num_heads: int) -> AttentionBlock:
         heads = num_heads if self.num_head_channels == -1 else width // self.num_head_channels
         if heads < 1 or width % heads or (self.num_head_channels != -1 and width % self.num_head_channels):
             raise ValueError(
-                f"a layer of width {width} cannot be split into heads: num_heads {num_heads}, num_head_channels {self.num_head_channels}"
+                f"a layer of width {width} cannot be split into heads: num_heads {num_heads}, num_head_channels "
+                f"{self.num_head_channels}"
             )
         return AttentionBlock(width, heads, is_split_first=self.is_split_first)
 
@@ -199,10 +208,12 @@ class Blocks:
 class UNet(nn.Module):
     """The velocity field; constructor arguments as TorchCFM names them.
 
-    dim: (C, H, W) of an image. attention_resolutions: sides of the feature maps that are attended over, "16" or "16,8"; the middle
-    block always is. num_head_channels: width of a head; -1: there are num_heads (num_heads_upsample in the decoder, if not -1).
-    num_classes counts only with class_cond. pixel_unshuffle (not TorchCFM's): n x n pixels become channels of one position on the
-    way in and pixels again on the way out, for networks that a CPU can train.
+    dim: (C, H, W) of an image. attention_resolutions: sides of the feature maps that are attended over, "16" or
+    "16,8"; the middle block always is. num_head_channels: width of a head; -1: there are num_heads (num_heads_upsample
+    in the decoder, if
+    not -1). num_classes counts only with class_cond. pixel_unshuffle (not TorchCFM's): n x n pixels become channels of
+    one
+    position on the way in and pixels again on the way out, for networks that a CPU can train.
     """
 
     def __init__(
@@ -229,7 +240,11 @@ class UNet(nn.Module):
         self.num_classes = num_classes if class_cond else 0
         self.num_channels = num_channels
         self.pixel_unshuffle = pixel_unshuffle
-        channels, *sides = self.dim[0] * pixel_unshuffle**2, self.dim[1] // pixel_unshuffle, self.dim[2] // pixel_unshuffle
+        channels, *sides = (
+            self.dim[0] * pixel_unshuffle**2,
+            self.dim[1] // pixel_unshuffle,
+            self.dim[2] // pixel_unshuffle,
+        )
         widths = _widths(num_channels, channel_mult, sides)
         make = Blocks(
             emb_channels=4 * num_channels,
@@ -247,7 +262,9 @@ class UNet(nn.Module):
             self.label_emb = nn.Embedding(self.num_classes, make.emb_channels)
         self.input_blocks, skips = make.encoder(channels, widths, num_heads)
         deepest = widths[-1]
-        self.middle_block = Stage(make.residual(deepest, deepest), make.attention(deepest, num_heads), make.residual(deepest, deepest))
+        self.middle_block = Stage(
+            make.residual(deepest, deepest), make.attention(deepest, num_heads), make.residual(deepest, deepest)
+        )
         self.output_blocks = make.decoder(skips, widths, num_heads if num_heads_upsample == -1 else num_heads_upsample)
         last = nn.Conv2d(widths[0], channels * (2 if learn_sigma else 1), 3, padding=1)
         self.out = nn.Sequential(norm(widths[0]), nn.SiLU(), zeroed(last))
@@ -255,14 +272,17 @@ class UNet(nn.Module):
     def embed(self, t: Tensor, batch: int, y: Tensor | None) -> Tensor:
         """(N, E) from times as in `forward` and class indices (N,)."""
         if (y is None) != (self.num_classes == 0):
-            raise ValueError(f"the network takes {self.num_classes or 'no'} classes, but labels are {'missing' if y is None else 'given'}")
+            raise ValueError(
+                f"the network takes {self.num_classes or 'no'} classes, but labels are "
+                f"{'missing' if y is None else 'given'}"
+            )
         t = t.flatten(1)[:, 0] if t.ndim > 1 else t
         emb = self.time_embed(timestep_embedding(t.expand(batch), self.num_channels))
         return emb if y is None else emb + self.label_emb(y)
 
     def forward(self, t: Tensor, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """t: (N,) or (), in [0, 1]; of (N, k) the first column counts, as published; x: (N, C, H, W); y: (N,) class indices, if the
-        network is conditional. Returns (N, C or 2 C, H, W)."""
+        """t: (N,) or (), in [0, 1]; of (N, k) the first column counts, as published; x: (N, C, H, W); y: (N,) class
+        indices, if the network is conditional. Returns (N, C or 2 C, H, W)."""
         emb = self.embed(t, len(x), y)
         h = F.pixel_unshuffle(x, self.pixel_unshuffle)
         skips = []
@@ -286,11 +306,18 @@ def _checked_dim(dim: Sequence[int], pixel_unshuffle: int) -> tuple[int, int, in
 def _widths(num_channels: int, channel_mult: Sequence[float] | None, sides: Sequence[int]) -> list[int]:
     if channel_mult is None:
         if sides[1] not in CHANNEL_MULT:
-            raise ValueError(f"channel_mult: there is a default for images of side {', '.join(map(str, CHANNEL_MULT))}, not {sides[1]}")
+            raise ValueError(
+                f"channel_mult: there is a default for images of side {', '.join(map(str, CHANNEL_MULT))}, not "
+                f"{sides[1]}"
+            )
         channel_mult = CHANNEL_MULT[sides[1]]
     widths = [int(factor * num_channels) for factor in channel_mult]
     if not widths or any(width < 1 or width % NUM_GROUPS for width in widths):
-        raise ValueError(f"the levels' widths (channel_mult times num_channels) must be multiples of {NUM_GROUPS}, got {widths}")
+        raise ValueError(
+            f"the levels' widths (channel_mult times num_channels) must be multiples of {NUM_GROUPS}, got {widths}"
+        )
     if any(side % 2 ** (len(widths) - 1) for side in sides):
-        raise ValueError(f"{len(widths)} levels halve the image {len(widths) - 1} times, which its sides {list(sides)} do not allow")
+        raise ValueError(
+            f"{len(widths)} levels halve the image {len(widths) - 1} times, which its sides {list(sides)} do not allow"
+        )
     return widths

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from imm.vae import SD_VAE, StabilityEncoder, from_diffusers, layout_from_diffusers
-from neon import checkpoint
-from neon.autoencoder import ConvLayout, KLAutoencoder
+from neon.checkpoints import checkpoint
+from neon.networks.autoencoder import ConvLayout, KLAutoencoder
 
 FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 
@@ -26,12 +26,14 @@ def autoencoder_file(path: Path) -> Path:
         if candidate.is_file():
             return candidate
     raise FileNotFoundError(
-        f"no autoencoder at {path}: expected a weights file or a folder that holds {' or '.join(FILES)}, as stabilityai/sd-vae-ft-ema has"
+        f"no autoencoder at {path}: expected a weights file or a folder that holds {' or '.join(FILES)}, as "
+        "stabilityai/sd-vae-ft-ema has"
     )
 
 
 def read_autoencoder(path: Path) -> StabilityEncoder:
-    """The SD autoencoder with IMM's latent normalisation, from a file or folder in diffusers' names (current or legacy).
+    """The SD autoencoder with IMM's latent normalisation, from a file or folder in diffusers' names (current or
+    legacy).
 
     The layout comes from the `config.json` beside the weights; without one it is that of stabilityai/sd-vae-ft-ema.
     """
@@ -50,5 +52,7 @@ def _layout(config: Path) -> ConvLayout:
         return SD_VAE
     described = json.loads(config.read_text())
     if described.get("_class_name") != "AutoencoderKL":
-        raise ValueError(f"{config}: describes a {described.get('_class_name')!r}, expected an 'AutoencoderKL' beside its weights")
+        raise ValueError(
+            f"{config}: describes a {described.get('_class_name')!r}, expected an 'AutoencoderKL' beside its weights"
+        )
     return layout_from_diffusers(described)

@@ -20,19 +20,29 @@ import click  # noqa: E402
 from imm.autoencoder import autoencoder_file  # noqa: E402
 from imm.family import IMM, Sampling  # noqa: E402
 from imm.presets import CFG_SCALE, Protocol  # noqa: E402
-from neon import checkpoint, quantize  # noqa: E402
-from neon.calculate_fid import PATH, Common, Images, Request, calculate_fid, common_options, images_options  # noqa: E402
+from neon import quantize  # noqa: E402
+from neon.checkpoints import checkpoint  # noqa: E402
+from neon.cli.published_flags import PATH, Common, Images, Request, calculate_fid, common_options, images_options  # noqa: E402
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True})
 @click.option("--model_ckpt", type=PATH, required=True, help="IMM weights: a published .pkl, or our safetensors.")
-@click.option("--steps", type=click.IntRange(min=1), default=8, help="Steps of the pushforward sampler on the uniform grid.")
-@click.option("--cfg_scale", type=float, help="Guidance.  [default: 1.8; 1.5 with --protocol base; 1 for an unconditional model]")
+@click.option(
+    "--steps", type=click.IntRange(min=1), default=8, help="Steps of the pushforward sampler on the uniform grid."
+)
+@click.option(
+    "--cfg_scale", type=float, help="Guidance.  [default: 1.8; 1.5 with --protocol base; 1 for an unconditional model]"
+)
 @click.option("--protocol", type=click.Choice(["neon", "base"]), default="neon", help="Whose guidance is the default.")
 @click.option(
-    "--vae", type=PATH, default=Path("checkpoints/sd-vae-ft-ema"), help="SD autoencoder, a file or a folder; unused by pixel models."
+    "--vae",
+    type=PATH,
+    default=Path("checkpoints/sd-vae-ft-ema"),
+    help="SD autoencoder, a file or a folder; unused by pixel models.",
 )
-@click.option("--uint8", type=click.Choice(quantize.RULES), help="Rounding.  [default, published: truncate; edm for pixel models]")
+@click.option(
+    "--uint8", type=click.Choice(quantize.RULES), help="Rounding.  [default, published: truncate; edm for pixel models]"
+)
 @images_options(batch_size=64)
 @common_options
 def main(

@@ -48,7 +48,10 @@ class TimeEmbedding(nn.Module):
         if embedding_type not in ("positional", "fourier"):
             raise ValueError(f"embedding_type must be 'positional' or 'fourier', got {embedding_type!r}")
         if not use_mlp and frequency_embedding_size != hidden_size:
-            raise ValueError(f"without an MLP frequency_embedding_size ({frequency_embedding_size}) must be hidden_size ({hidden_size})")
+            raise ValueError(
+                f"without an MLP frequency_embedding_size ({frequency_embedding_size}) must be hidden_size "
+                f"({hidden_size})"
+            )
         self.size = frequency_embedding_size
         self.is_fourier = embedding_type == "fourier"
         if self.is_fourier:
@@ -107,7 +110,9 @@ class Attention(nn.Module):
         self.proj = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, heads, N, D / heads)
+        q, k, v = (
+            self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        )  # each (B, heads, N, D / heads)
         mixed = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v)
         return self.proj(mixed.transpose(1, 2).flatten(2))
 
@@ -194,7 +199,8 @@ class DiT(nn.Module):
         super().__init__()
         if img_resolution % patch_size or hidden_size % num_heads or hidden_size % 4:
             raise ValueError(
-                f"patch_size {patch_size} must divide img_resolution {img_resolution}; num_heads {num_heads} and 4 must divide "
+                f"patch_size {patch_size} must divide img_resolution {img_resolution}; num_heads {num_heads} and 4 "
+                "must divide "
                 f"hidden_size {hidden_size}"
             )
         if temb_mult != 1:
@@ -206,11 +212,14 @@ class DiT(nn.Module):
         self.x_embedder = PatchEmbedding(in_channels, hidden_size, patch_size)
         self.t_embedder = time_embedding()
         self.y_embedder = LabelEmbedding(num_classes + 1 + (class_dropout_prob > 0), hidden_size)
-        self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_ratio, dropout, has_qk_norm=qk_norm) for _ in range(depth))
+        self.blocks = nn.ModuleList(
+            DiTBlock(hidden_size, num_heads, mlp_ratio, dropout, has_qk_norm=qk_norm) for _ in range(depth)
+        )
         self.final_layer = FinalLayer(hidden_size, patch_size**2 * in_channels)
 
     def forward(self, x: Tensor, t: Tensor, s: Tensor, class_labels: Tensor | None) -> Tensor:
-        """x: (B, C, H, W) of the constructor's resolution; t, s: (B,) or (1,); class_labels: one-hot (B or 1, Y), zeros = no class."""
+        """x: (B, C, H, W) of the constructor's resolution; t, s: (B,) or (1,); class_labels: one-hot (B or 1, Y), zeros
+        = no class."""
         expected = (self.in_channels, self.img_resolution, self.img_resolution)
         if x.shape[1:] != expected:
             raise ValueError(f"this DiT takes images of shape {expected}, got {tuple(x.shape[1:])}")

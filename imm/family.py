@@ -16,7 +16,7 @@ from imm.loss import Objective, imm_loss
 from imm.precond import IMMPrecond
 from imm.sampler import edm_grid, explicit_grid, pushforward, restart, uniform_grid
 from imm.vae import PixelEncoder, StabilityEncoder
-from neon.checkpoint import Checkpoint
+from neon.checkpoints.checkpoint import Checkpoint
 from neon.family import Draws, Family
 from neon.seeds import Rng
 
@@ -35,7 +35,8 @@ class Sampling:
     grid: Grid = "uniform"
     """uniform: in t; edm: as EDM spaces sigma (rho 7); explicit: the noise levels of mid_nt."""
     mid_nt: tuple[float, ...] = ()
-    """Noise levels sigma / alpha between T and eps, descending; for grid = "explicit", where num_steps is one more than their number."""
+    """Noise levels sigma / alpha between T and eps, descending; for grid = "explicit", where num_steps is one more than
+    their number."""
     sampler: Literal["pushforward", "restart"] = "pushforward"
     state: Literal["float32", "float64"] = "float32"
     """dtype of times and state: Neon's numbers were made in float32, those of the base models in float64."""
@@ -49,7 +50,8 @@ class Sampling:
             raise ValueError(f"mid_nt belongs to grid = 'explicit', the grid is {self.grid!r}")
         if self.grid == "explicit" and self.num_steps != len(self.mid_nt) + 1:
             raise ValueError(
-                f"mid_nt names {len(self.mid_nt)} times in between, so num_steps must be {len(self.mid_nt) + 1}, got {self.num_steps}"
+                f"mid_nt names {len(self.mid_nt)} times in between, so num_steps must be {len(self.mid_nt) + 1}, got "
+                f"{self.num_steps}"
             )
 
     def times(self, net: IMMPrecond) -> Tensor:
@@ -61,9 +63,11 @@ class Sampling:
 
 
 class IMM(Family):
-    """Codes are images in [-1, 1] (B, 3, R, R), or latents (B, 4, R, R) of standard deviation 0.5 once an autoencoder is open.
+    """Codes are images in [-1, 1] (B, 3, R, R), or latents (B, 4, R, R) of standard deviation 0.5 once an autoencoder
+    is open.
 
-    Training eats uint8 images, the autoencoder's mean and standard deviation (B, 8, R, R), or codes as the sampler made them.
+    Training eats uint8 images, the autoencoder's mean and standard deviation (B, 8, R, R), or codes as the sampler made
+    them.
     """
 
     name = "imm"
@@ -125,7 +129,8 @@ class IMM(Family):
     def decode(self, codes: Tensor) -> Tensor:
         if isinstance(self.encoder, PixelEncoder) and codes.shape[1] not in (1, 3):
             raise ValueError(
-                f"these codes have {codes.shape[1]} channels: latents, which need an autoencoder. Name the SD VAE of the model "
+                f"these codes have {codes.shape[1]} channels: latents, which need an autoencoder. Name the SD VAE of "
+                "the model "
                 "(base.autoencoder, or --vae), for example stabilityai/sd-vae-ft-ema"
             )
         return self.encoder.decode(codes)
@@ -135,7 +140,8 @@ class IMM(Family):
         return images if isinstance(self.encoder, PixelEncoder) else self.encoder.encode_pixels(images)
 
     def draw(self, rng: Rng, codes: Tensor, labels: Tensor | None, how: object) -> Draws:
-        """In this order: `u_t` and `u_s` (one per group, repeated), `u_drop`, `noise`, and `latent` where codes are moments."""
+        """In this order: `u_t` and `u_s` (one per group, repeated), `u_drop`, `noise`, and `latent` where codes are
+        moments."""
         assert isinstance(how, Objective)
         if rng.batch % how.group_size:
             raise ValueError(f"the batch ({rng.batch}) must be a multiple of objective.group_size ({how.group_size})")

@@ -1,7 +1,7 @@
 """The loss of IMM: the samples that f makes at s from t must be distributed as those that it makes from a nearer r.
 
-Zhou et al. 2025 (arXiv 2503.07565), eq. 12 and algorithm 1: a kernel MMD within groups of m images that share (t, r, s).
-B batch, G = B / m groups.
+Zhou et al. 2025 (arXiv 2503.07565), eq. 12 and algorithm 1: a kernel MMD within groups of m images that share (t, r,
+s). B batch, G = B / m groups.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ class Objective:
 
     def __post_init__(self) -> None:
         if self.group_size < 2:
-            raise ValueError(f"objective.group_size must be >= 2 (a group is compared with itself), got {self.group_size}")
+            raise ValueError(
+                f"objective.group_size must be >= 2 (a group is compared with itself), got {self.group_size}"
+            )
         if self.times not in get_args(Times):
             raise ValueError(f"objective.times must be one of {', '.join(get_args(Times))}, got {self.times!r}")
         if not 0 <= self.label_dropout <= 1:
@@ -49,10 +51,13 @@ def uniform_nt(schedule: Schedule, u: Tensor, low: Tensor | float, high: Tensor 
     return schedule.log_nt(u * (t_high - t_low) + t_low).exp()
 
 
-def lognormal_nt(u: Tensor, log_low: Tensor | float, log_high: Tensor | float, *, P_mean: float, P_std: float) -> Tensor:
+def lognormal_nt(
+    u: Tensor, log_low: Tensor | float, log_high: Tensor | float, *, P_mean: float, P_std: float
+) -> Tensor:
     """nt whose logarithm is normal, truncated to [log_low, log_high]. u: uniform on [0, 1), any shape."""
     normal = torch.distributions.Normal(
-        torch.tensor(P_mean, dtype=torch.float64, device=u.device), torch.tensor(P_std, dtype=torch.float64, device=u.device)
+        torch.tensor(P_mean, dtype=torch.float64, device=u.device),
+        torch.tensor(P_std, dtype=torch.float64, device=u.device),
     )
     low, high = (normal.cdf(torch.as_tensor(end, dtype=torch.float64, device=u.device)) for end in (log_low, log_high))
     return normal.icdf(u.double() * (high - low) + low).exp()
@@ -79,7 +84,9 @@ def times(net: IMMPrecond, u_t: Tensor, u_s: Tensor, how: Objective) -> tuple[Te
 
 def kernel_weight(net: IMMPrecond, t: Tensor, s: Tensor) -> Tensor:
     """w(s, t) of the kernel: one over how much the network's output moves f. float64."""
-    alpha_t, alpha_s, sigma_t, sigma_s = (part(time) for part in (net.schedule.alpha, net.schedule.sigma) for time in (t, s))
+    alpha_t, alpha_s, sigma_t, sigma_s = (
+        part(time) for part in (net.schedule.alpha, net.schedule.sigma) for time in (t, s)
+    )
     if net.f_type == "euler_fm":
         return 1 / (t - s).abs() / net.sigma_data
     angle = alpha_s * sigma_t - sigma_s * alpha_t
@@ -95,7 +102,8 @@ def group_weight(schedule: Schedule, t: Tensor, *, a: float, b: float) -> Tensor
 
 
 def mean_kernel(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
-    """Mean over all m x m pairs of exp(-weight |x_i - y_j| / D). x, y: (G, m, D) float64; weight: (G,); returns (G,)."""
+    """Mean over all m x m pairs of exp(-weight |x_i - y_j| / D). x, y: (G, m, D) float64; weight: (G,); returns
+    (G,)."""
     squared = x.square().sum(2)[:, :, None] + y.square().sum(2)[:, None, :] - 2 * x @ y.transpose(1, 2)
     distance = squared.clamp(min=1e-8).sqrt()
     return torch.exp(-weight[:, None, None] * distance / x.shape[2]).mean((1, 2))
@@ -123,8 +131,10 @@ def imm_loss(
     """The loss of every image (B,) float64: its group's value, so the mean over images is the mean over groups.
 
     clean: (B, C, H, W); class_labels: one-hot (B, Y) or None; noise: unit normal like clean.
-    u_t, u_s: (B,) float64 uniform on [0, 1), equal within a group; u_drop: (B,) uniform, an image below label_dropout loses its class.
-    The target is the current network itself, in float32, and keeps its classes where the student has lost them (as published).
+    u_t, u_s: (B,) float64 uniform on [0, 1), equal within a group; u_drop: (B,) uniform, an image below
+    label_dropout loses its class. The target is the current network itself, in float32, and keeps its classes where the
+    student has lost them (as
+    published).
     """
     m = how.group_size
     if len(clean) % m:

@@ -1,6 +1,7 @@
 """IMMPrecond: one network evaluation takes x at time t to x at any earlier time s.
 
-Zhou et al. 2025 (arXiv 2503.07565), section 4. Times stay in the caller's dtype (float64 in training), the network sees float32.
+Zhou et al. 2025 (arXiv 2503.07565), section 4. Times stay in the caller's dtype (float64 in training), the network sees
+float32.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ WITHOUT_EFFECT = {"skip", "share_tsemb"}
 
 
 class IMMPrecond(nn.Module):
-    """f(x_t, t, s): the network between its input scaling and its output map. Arguments are those that checkpoints store.
+    """f(x_t, t, s): the network between its input scaling and its output map. Arguments are those that checkpoints
+    store.
 
     noise_schedule: fm (alpha = 1 - t, sigma = t) or vp_cosine.
     f_type: euler_fm (the network is a velocity), simple_edm (a direction on the sphere) or identity (the clean data).
@@ -32,7 +34,8 @@ class IMMPrecond(nn.Module):
     mixed_precision: kept because checkpoints store it, without effect: a run's precision is the caller's autocast.
     model_kwargs: arguments of the network.
 
-    Raises ValueError for an unknown choice or an argument that no IMM network has (the original swallowed misspelt ones).
+    Raises ValueError for an unknown choice or an argument that no IMM network has (the original swallowed misspelt
+    ones).
     """
 
     def __init__(
@@ -65,7 +68,12 @@ class IMMPrecond(nn.Module):
         self.nt_low, self.nt_high = (
             self.schedule.log_nt(torch.tensor(t, dtype=torch.float64, device="cpu")).exp().item() for t in (eps, T)
         )
-        interface = {"img_resolution": img_resolution, "in_channels": img_channels, "out_channels": img_channels, "label_dim": label_dim}
+        interface = {
+            "img_resolution": img_resolution,
+            "in_channels": img_channels,
+            "out_channels": img_channels,
+            "label_dim": label_dim,
+        }
         self.model = build_network(model_type, {**interface, **model_kwargs})
 
     def network(
@@ -78,7 +86,8 @@ class IMMPrecond(nn.Module):
         augment_labels: Tensor | None = None,
         force_fp32: bool = False,
     ) -> Tensor:
-        """The raw network F (B, C, H, W). t, s: one time, or one per image, of any shape. force_fp32: switch the caller's autocast off."""
+        """The raw network F (B, C, H, W). t, s: one time, or one per image, of any shape. force_fp32: switch the
+        caller's autocast off."""
         x, t, s = x.float(), t.float().reshape(-1, 1, 1, 1), s.float().reshape(-1, 1, 1, 1)
         c_in = torch.rsqrt(self.schedule.alpha(t) ** 2 + self.schedule.sigma(t) ** 2) / self.sigma_data
         second = s if self.temb_type == "identity" else t - s
@@ -118,7 +127,10 @@ class IMMPrecond(nn.Module):
         if cfg_scale == 1:
             return self(x, t, s, class_labels)
         if self.label_dim == 0 or class_labels is None:
-            raise ValueError(f"guidance (cfg_scale = {cfg_scale}) needs a class-conditional network and class labels; use cfg_scale = 1")
+            raise ValueError(
+                f"guidance (cfg_scale = {cfg_scale}) needs a class-conditional network and class labels; use "
+                "cfg_scale = 1"
+            )
         if t.numel() != 1 or s.numel() != 1:
             raise ValueError(f"guidance takes one t and one s for the whole batch, got {t.numel()} and {s.numel()}")
         labels = class_labels.expand(len(x), -1)
@@ -132,7 +144,9 @@ class IMMPrecond(nn.Module):
             return self.schedule.ddim(x, F, t, s)
         if self.f_type == "euler_fm":
             return x - (t - s) * self.sigma_data * F
-        alpha_t, alpha_s, sigma_t, sigma_s = (part(time) for part in (self.schedule.alpha, self.schedule.sigma) for time in (t, s))
+        alpha_t, alpha_s, sigma_t, sigma_s = (
+            part(time) for part in (self.schedule.alpha, self.schedule.sigma) for time in (t, s)
+        )
         norm = alpha_t**2 + sigma_t**2
         c_skip = (alpha_t * alpha_s + sigma_t * sigma_s) / norm
         c_out = -(alpha_s * sigma_t - alpha_t * sigma_s) * torch.rsqrt(norm) * self.sigma_data
@@ -147,13 +161,16 @@ class IMMPrecond(nn.Module):
 
 
 def build_network(model_type: str, arguments: dict[str, object]) -> nn.Module:
-    """A network by name from the arguments that it has; those of the other networks are left out, as stored recipes mix them."""
+    """A network by name from the arguments that it has; those of the other networks are left out, as stored recipes mix
+    them."""
     _expect("model_type", model_type, (*NETWORKS, *PRESET_SIZES))
     arguments = {**PRESET_SIZES.get(model_type, {}), **arguments}
     accepted = {name: arguments_of(network) for name, network in NETWORKS.items()}
     unknown = set(arguments) - WITHOUT_EFFECT.union(*accepted.values())
     if unknown:
-        raise ValueError(f"IMMPrecond: no IMM network has the argument(s) {', '.join(sorted(unknown))}; look for a misspelt name")
+        raise ValueError(
+            f"IMMPrecond: no IMM network has the argument(s) {', '.join(sorted(unknown))}; look for a misspelt name"
+        )
     name = "DiT" if model_type in PRESET_SIZES else model_type
     return NETWORKS[name](**{key: value for key, value in arguments.items() if key in accepted[name]})
 

@@ -61,10 +61,12 @@ MODELS = {
 
 Protocol = Literal["neon", "base"]
 CFG_SCALE: dict[Protocol, float] = {"neon": 1.8, "base": 1.5}
-"""Guidance on ImageNet-256. neon: of the 8-step row, those of 1, 2 and 4 steps were not stated. base: of every base row and of S."""
+"""Guidance on ImageNet-256. neon: of the 8-step row, those of 1, 2 and 4 steps were not stated. base: of every base row
+and of S."""
 
 SAMPLING: dict[str, dict[int, dict[str, object]]] = {
     "imagenet256": {steps: {"num_steps": steps, "cfg_scale": CFG_SCALE["base"]} for steps in (1, 2, 4, 8)},
     "cifar10": {1: {"num_steps": 1}, 2: {"num_steps": 2, "grid": "explicit", "mid_nt": (1.4,)}},
 }
-"""Options of the pushforward sampler by model and number of steps, as published for the base models; else the grid is uniform."""
+"""Options of the pushforward sampler by model and number of steps, as published for the base models; else the grid is
+uniform."""

@@ -44,7 +44,8 @@ def uniform_grid(net: Times, num_steps: int, dtype: torch.dtype) -> Tensor:
 def edm_grid(net: Times, num_steps: int, dtype: torch.dtype) -> Tensor:
     """(num_steps + 1,) times whose nt are spaced as EDM spaces sigma; the ends are T and eps up to rounding.
 
-    In float32 the order of the operations is the published one: t is off by 1e-6 then, which the time embedding of 1000 t sees.
+    In float32 the order of the operations is the published one: t is off by 1e-6 then, which the time embedding of 1000
+    t sees.
     """
     _at_least_one(num_steps)
     nt_max, nt_min = (net.schedule.log_nt(torch.tensor(t, dtype=dtype)).exp().item() for t in (net.T, net.eps))
@@ -55,10 +56,15 @@ def edm_grid(net: Times, num_steps: int, dtype: torch.dtype) -> Tensor:
 
 def explicit_grid(net: Times, mid_nt: Sequence[float], dtype: torch.dtype) -> Tensor:
     """T, the times of the noise levels `mid_nt` (descending, sigma / alpha), eps. No levels: one step."""
-    middle = net.schedule.t_of_nt(torch.tensor(list(mid_nt), dtype=torch.float32)).to(dtype)  # the published grids are float32 here
+    middle = net.schedule.t_of_nt(torch.tensor(list(mid_nt), dtype=torch.float32)).to(
+        dtype
+    )  # the published grids are float32 here
     grid = torch.cat([torch.tensor([net.T], dtype=dtype), middle, torch.tensor([net.eps], dtype=dtype)])
     if not (grid.diff() < 0).all():
-        raise ValueError(f"mid_nt must decrease and lie between the noise levels of T and eps, got {list(mid_nt)}: times {grid.tolist()}")
+        raise ValueError(
+            f"mid_nt must decrease and lie between the noise levels of T and eps, got {list(mid_nt)}: times "
+            f"{grid.tolist()}"
+        )
     return grid
 
 
@@ -66,7 +72,8 @@ def explicit_grid(net: Times, mid_nt: Sequence[float], dtype: torch.dtype) -> Te
 def pushforward(net: Net, x: Tensor, grid: Tensor, class_labels: Tensor | None, *, cfg_scale: float) -> Tensor:
     """Take x (B, C, H, W), noise of standard deviation sigma_data at grid[0], through the grid's times to the last.
 
-    State and times are in the grid's dtype. len(grid) - 1 steps, each one network call (two images per image if guided).
+    State and times are in the grid's dtype. len(grid) - 1 steps, each one network call (two images per image if
+    guided).
     """
     x, grid = x.to(grid.dtype), grid.to(x.device)
     for t, s in pairwise(grid):
@@ -79,7 +86,11 @@ def restart(net: Net, x: Tensor, grid: Tensor, class_labels: Tensor | None, rng:
     """As pushforward, but every step jumps to eps, and fresh noise leads back up to the grid's next time."""
     x, grid = x.to(grid.dtype), grid.to(x.device)
     eps = torch.tensor(net.eps, dtype=grid.dtype, device=x.device)
-    fresh = rng.normals(len(grid) - 2, x.shape[1:], dtype=x.dtype).to(x.device) * net.sigma_data if len(grid) > 2 else x.new_empty(0)
+    fresh = (
+        rng.normals(len(grid) - 2, x.shape[1:], dtype=x.dtype).to(x.device) * net.sigma_data
+        if len(grid) > 2
+        else x.new_empty(0)
+    )
     for i, t in enumerate(grid[:-1]):
         if i > 0:
             x = net.schedule.add_noise(x, fresh[i - 1], t)

@@ -1,7 +1,8 @@
 """EDM's two U-Nets with a second time: everything that IMM changes in them is in this file.
 
-The blocks, the layout and the names are those of edm/unet.py. IMM adds a branch for s that joins the embedding before the last
-silu (EDM applies that silu to the t branch alone), and its sinusoids are float64, so the whole mapping runs in float64.
+The blocks, the layout and the names are those of edm/unet.py. IMM adds a branch for s that joins the embedding before
+the last silu (EDM applies that silu to the t branch alone), and its sinusoids are float64, so the whole mapping runs in
+float64.
 """
 
 from __future__ import annotations
@@ -26,9 +27,12 @@ class PositionalEmbedding(layers.PositionalEmbedding):
 
 
 class SongUNet(edm_unet.SongUNet):
-    """DDPM++ or NCSN++ of (x, t, s). Further options are those of EDM's SongUNet; s_embed: whether the network sees s."""
+    """DDPM++ or NCSN++ of (x, t, s). Further options are those of EDM's SongUNet; s_embed: whether the network sees
+    s."""
 
-    def __init__(self, img_resolution: int, in_channels: int, out_channels: int, s_embed: bool = True, **options: object):
+    def __init__(
+        self, img_resolution: int, in_channels: int, out_channels: int, s_embed: bool = True, **options: object
+    ):
         super().__init__(img_resolution, in_channels, out_channels, **options)  # type: ignore[arg-type]
         width, noise_width = self.map_layer0.weight.shape
         is_fourier = isinstance(self.map_noise, FourierEmbedding)
@@ -36,7 +40,9 @@ class SongUNet(edm_unet.SongUNet):
             self.map_noise = PositionalEmbedding(noise_width, endpoint=True)
         self.has_s = s_embed
         if s_embed:
-            self.map_noise_s = FourierEmbedding(noise_width) if is_fourier else PositionalEmbedding(noise_width, endpoint=True)
+            self.map_noise_s = (
+                FourierEmbedding(noise_width) if is_fourier else PositionalEmbedding(noise_width, endpoint=True)
+            )
             self.map_layer0_s = Linear(noise_width, width, init=edm_unet.SONG_INIT)
             self.map_layer1_s = Linear(width, width, init=edm_unet.SONG_INIT)
         register_last(self, "enc", "dec")
@@ -54,7 +60,9 @@ class SongUNet(edm_unet.SongUNet):
 class DhariwalUNet(edm_unet.DhariwalUNet):
     """ADM of (x, t, s). Further options are those of EDM's DhariwalUNet; s_embed: whether the network sees s."""
 
-    def __init__(self, img_resolution: int, in_channels: int, out_channels: int, s_embed: bool = True, **options: object):
+    def __init__(
+        self, img_resolution: int, in_channels: int, out_channels: int, s_embed: bool = True, **options: object
+    ):
         super().__init__(img_resolution, in_channels, out_channels, **options)  # type: ignore[arg-type]
         width, noise_width = self.map_layer0.weight.shape
         self.map_noise = PositionalEmbedding(noise_width, endpoint=False)
@@ -62,7 +70,9 @@ class DhariwalUNet(edm_unet.DhariwalUNet):
         if s_embed:
             self.map_layer0_s = Linear(noise_width, width, init=edm_unet.ADM_INIT)
             self.map_layer1_s = Linear(width, width, init=edm_unet.ADM_INIT)
-        register_last(self, "map_augment", "map_layer0", "map_layer1", "map_label", "enc", "dec", "out_norm", "out_conv")
+        register_last(
+            self, "map_augment", "map_layer0", "map_layer1", "map_label", "enc", "dec", "out_norm", "out_conv"
+        )
 
     def forward(  # type: ignore[override]  # a network of two times
         self, x: Tensor, t: Tensor, s: Tensor, class_labels: Tensor | None, augment_labels: Tensor | None = None
@@ -80,7 +90,8 @@ def swap_halves(emb: Tensor) -> Tensor:
 
 
 def register_last(module: nn.Module, *names: str) -> None:
-    """Move children to the end: published files list the branch of s before them, and optimiser states go by that order."""
+    """Move children to the end: published files list the branch of s before them, and optimiser states go by that
+    order."""
     for name in names:
         if name in module._modules:
             module._modules[name] = module._modules.pop(name)

@@ -1,7 +1,8 @@
 """The Stable Diffusion autoencoder and the encoders of IMM: uint8 images <-> the space in which IMM's network works.
 
-Zhou et al. 2025 (arXiv 2503.07565) train on latents of `stabilityai/sd-vae-ft-ema`, shifted and scaled per channel; the usual factor
-0.18215 is not used. Published files carry the names of the diffusers library, older ones other attention names:
+Zhou et al. 2025 (arXiv 2503.07565) train on latents of `stabilityai/sd-vae-ft-ema`, shifted and scaled per channel; the
+usual factor 0.18215 is not used. Published files carry the names of the diffusers library, older ones other attention
+names:
 `from_diffusers` accepts both.
 """
 
@@ -14,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from neon.autoencoder import ConvLayout, KLAutoencoder, mean_and_std
+from neon.networks.autoencoder import ConvLayout, KLAutoencoder, mean_and_std
 
 SD_VAE = ConvLayout(ch=128, ch_mult=(1, 2, 4, 4), num_res_blocks=2, z_channels=4, has_moments=True)
 """Layout of stabilityai/sd-vae-ft-ema and sd-vae-ft-mse."""
@@ -25,7 +26,8 @@ LEGACY_ATTENTION = {"norm": "group_norm", "q": "query", "k": "key", "v": "value"
 
 
 def layout_from_diffusers(config: Mapping[str, object]) -> ConvLayout:
-    """The layout of a diffusers `config.json` of an AutoencoderKL. Raises ValueError for block types that are not plain."""
+    """The layout of a diffusers `config.json` of an AutoencoderKL. Raises ValueError for block types that are not
+    plain."""
     for key, plain in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
         kinds = config.get(key, [])
         if not isinstance(kinds, Sequence) or set(kinds) - {plain}:
@@ -58,9 +60,14 @@ def from_diffusers(tensors: Mapping[str, Tensor], layout: ConvLayout) -> dict[st
     are not known are kept, so that the strict load reports them.
     """
     is_legacy = any(".attentions.0.query." in name for name in tensors)
-    ours = {theirs: name for name, theirs in diffusers_names(layout, LEGACY_ATTENTION if is_legacy else ATTENTION).items()}
+    ours = {
+        theirs: name for name, theirs in diffusers_names(layout, LEGACY_ATTENTION if is_legacy else ATTENTION).items()
+    }
     renamed = {ours.get(name, name): tensor for name, tensor in tensors.items()}
-    return {name: tensor[:, :, None, None] if _is_attention(name) and tensor.ndim == 2 else tensor for name, tensor in renamed.items()}
+    return {
+        name: tensor[:, :, None, None] if _is_attention(name) and tensor.ndim == 2 else tensor
+        for name, tensor in renamed.items()
+    }
 
 
 def to_diffusers(tensors: Mapping[str, Tensor], layout: ConvLayout) -> dict[str, Tensor]:
@@ -79,7 +86,11 @@ def diffusers_names(layout: ConvLayout, attention: Mapping[str, str] = ATTENTION
     """{our parameter name: its name in a diffusers file}, in the order of that file."""
     with torch.device("meta"):
         known = KLAutoencoder(layout).state_dict().keys()
-    names = {f"{ours}.{kind}": f"{theirs}.{kind}" for ours, theirs in _module_names(layout, attention) for kind in ("weight", "bias")}
+    names = {
+        f"{ours}.{kind}": f"{theirs}.{kind}"
+        for ours, theirs in _module_names(layout, attention)
+        for kind in ("weight", "bias")
+    }
     return {ours: theirs for ours, theirs in names.items() if ours in known}
 
 
@@ -110,8 +121,8 @@ def _pairs(ours: str, theirs: str, names: Mapping[str, str]) -> Iterable[tuple[s
 class StabilityEncoder(nn.Module):
     """uint8 images <-> latents of IMM, by an SD autoencoder and one shift and scale per latent channel.
 
-    raw_mean, raw_std: statistics of the autoencoder's latents (the defaults are those of the published ImageNet-256 model);
-    they are brought to mean `final_mean` and standard deviation `final_std`.
+    raw_mean, raw_std: statistics of the autoencoder's latents (the defaults are those of the published ImageNet-256
+    model); they are brought to mean `final_mean` and standard deviation `final_std`.
     """
 
     scale: Tensor
@@ -128,7 +139,10 @@ class StabilityEncoder(nn.Module):
     ):
         super().__init__()
         if not len(raw_mean) == len(raw_std) == vae.layout.z_channels:
-            raise ValueError(f"raw_mean and raw_std need one entry per latent channel ({vae.layout.z_channels}), got {raw_mean}, {raw_std}")
+            raise ValueError(
+                f"raw_mean and raw_std need one entry per latent channel ({vae.layout.z_channels}), got {raw_mean}, "
+                f"{raw_std}"
+            )
         self.vae = vae
         scale = torch.tensor(final_std) / torch.tensor(raw_std)
         bias = torch.tensor(final_mean) - torch.tensor(raw_mean) * scale
@@ -149,7 +163,8 @@ class StabilityEncoder(nn.Module):
         return (mean + noise * std) * self.scale + self.bias
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents (B, Z, r, r) -> images (B, C, R, R), about [-1, 1], not clipped, float32. Published rounding: "truncate"."""
+        """Latents (B, Z, r, r) -> images (B, C, R, R), about [-1, 1], not clipped, float32. Published rounding:
+        "truncate"."""
         return self.vae.decode((latents - self.bias) / self.scale).float()
 
 

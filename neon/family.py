@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from neon.seeds import Rng
 
 if TYPE_CHECKING:
-    from neon.checkpoint import Checkpoint
+    from neon.checkpoints.checkpoint import Checkpoint
 
 Draws = dict[str, Tensor]
 """Every random number of one training step by name; each tensor has the batch as its first dimension."""
@@ -30,7 +30,7 @@ class NoOptions:
 
 
 class Trainable(ABC):
-    """What the training loop (neon/train.py) asks of a network's mathematics."""
+    """What the training loop (neon/training/loop.py) asks of a network's mathematics."""
 
     objective: type = NoOptions
     """Frozen dataclass of the loss's options. Keys of the recipe's `objective` table fill it."""
@@ -57,34 +57,41 @@ class Trainable(ABC):
 
 
 class TrainableAutoencoder(Trainable):
-    """A family's autoencoder as something to train (`neon train-autoencoder`). Its codes are uint8 images (B, C, H, W)."""
+    """A family's autoencoder as something to train (`neon train-autoencoder`). Its codes are uint8 images (B, C, H,
+    W)."""
 
     @abstractmethod
     def reconstruct(self, model: nn.Module, images: Tensor) -> Tensor:
-        """uint8 images (B, C, H, W) through encoder, bottleneck and decoder: float images of the same shape in [-1, 1], not clipped."""
+        """uint8 images (B, C, H, W) through encoder, bottleneck and decoder: float images of the same shape in [-1, 1],
+        not clipped."""
 
     def calibrated(self, model: nn.Module, images: Tensor, arch: Mapping[str, object]) -> dict[str, object]:
-        """The constructor arguments once trained. A family that scales its latents measures them on these uint8 images."""
+        """The constructor arguments once trained. A family that scales its latents measures them on these uint8
+        images."""
         return dict(arch)
 
 
 class Family(Trainable):
     """A kind of generator. One object serves one run: `open` may give it an autoencoder, nothing else changes it.
 
-    Codes are what training eats: pixels in [-1, 1], latents or token maps, with the batch as the first dimension. `loss` gets them
-    from `encode` (stored images) or from `sample` (stored codes).
+    Codes are what training eats: pixels in [-1, 1], latents or token maps, with the batch as the first dimension.
+    `loss` gets them from `encode` (stored images) or from `sample` (stored codes).
     """
 
     name: str
     sampling: type = NoOptions
-    """Frozen dataclass of the sampler's options; it is guided if it has a field `cfg_scale`. Keys of [sampling] fill it."""
+    """Frozen dataclass of the sampler's options; it is guided if it has a field `cfg_scale`. Keys of [sampling] fill
+    it."""
     trainable_autoencoder: TrainableAutoencoder | None = None
     """How to train an autoencoder for this family, if that can be done here."""
 
     def arch_of(self, checkpoint: Checkpoint) -> Mapping[str, object]:
-        """Constructor arguments of a checkpoint's network. A family whose published files do not hold them tells them from shapes."""
+        """Constructor arguments of a checkpoint's network. A family whose published files do not hold them tells them
+        from shapes."""
         if checkpoint.arch is None:
-            raise ValueError(f"{checkpoint.path} does not say how its network is built, and {self.name} cannot tell from the weights")
+            raise ValueError(
+                f"{checkpoint.path} does not say how its network is built, and {self.name} cannot tell from the weights"
+            )
         return checkpoint.arch
 
     def load(self, checkpoint: Checkpoint) -> nn.Module:
@@ -92,6 +99,11 @@ class Family(Trainable):
         model = self.build(self.arch_of(checkpoint))
         checkpoint.load_into(model)
         return model
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether the sampler takes a cfg_scale."""
+        return any(field.name == "cfg_scale" for field in fields(self.sampling))
 
     def open(self, autoencoder: Path | None, device: torch.device) -> None:
         """Make `encode` and `decode` ready. Latent and token families read their autoencoder here."""
@@ -140,12 +152,15 @@ def resolve(name: str) -> Family:
         if error.name is None or not target[0].startswith(error.name):
             raise  # the family exists, something that it imports does not
         raise ValueError(
-            f"no family {name!r}: there is no module {target[0]!r}. Use one of the shipped names ({', '.join(shipped())}) "
+            f"no family {name!r}: there is no module {target[0]!r}. Use one of the shipped names "
+            f"({', '.join(shipped())}) "
             "or 'module:ClassName' of your own"
         ) from error
     found = getattr(module, target[1], None)
     if not (isinstance(found, type) and issubclass(found, Family)):
-        raise ValueError(f"family {name!r}: {target[0]}.{target[1]} is {found!r}, expected a subclass of neon.family.Family")
+        raise ValueError(
+            f"family {name!r}: {target[0]}.{target[1]} is {found!r}, expected a subclass of neon.family.Family"
+        )
     return found()
 
 

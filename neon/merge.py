@@ -1,7 +1,8 @@
 """Neon's merge (arXiv 2510.03597, Algorithm 1): theta_neon = theta_base - w (theta_syn - theta_base).
 
-w > 0 moves away from the self-trained model; w = 0 is the base and w = -1 the self-trained model, bit for bit. Nothing is
-normalised. The difference form keeps a short fine-tune's small step exact; (1 + w) base - w syn would round it twice.
+w > 0 moves away from the self-trained model; w = 0 is the base and w = -1 the self-trained model, bit for bit. Nothing
+is normalised. The difference form keeps a short fine-tune's small step exact; (1 + w) base - w syn would round it
+twice.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ def reverse_merge(
 ) -> dict[str, Tensor]:
     """base - w (synth - base) for every parameter; everything else is the base's.
 
-    base, synth: state dicts with equal keys and shapes; any float dtype, mixed allowed. The arithmetic is at least float32
-        and is rounded once, to the base's dtype.
+    base, synth: state dicts with equal keys and shapes; any float dtype, mixed allowed. The arithmetic is at least
+        float32 and is rounded once, to the base's dtype.
     w: any finite number, same units as the paper's.
     parameters: names that are extrapolated, all others are buffers and come from the base; None means every name.
     on_mismatch: "error" refuses missing or extra names and entries that differ without being finite floats in both;
@@ -61,18 +62,27 @@ def merged_entries(
 def _merge_tensor(name: str, base: Tensor, synth: Tensor, w: float, on_mismatch: OnMismatch) -> Tensor:
     if base.shape != synth.shape:
         raise ValueError(
-            f"{name}: the base has shape {tuple(base.shape)}, the self-trained model {tuple(synth.shape)}; not the same network"
+            f"{name}: the base has shape {tuple(base.shape)}, the self-trained model {tuple(synth.shape)}; not the "
+            "same network"
         )
-    if w == 0 or (base.dtype == synth.dtype and torch.equal(base, synth)):  # -inf masks, counters, frozen tensors: nothing to extrapolate
+    if w == 0 or (
+        base.dtype == synth.dtype and torch.equal(base, synth)
+    ):  # -inf masks, counters, frozen tensors: nothing to extrapolate
         return base
     extrapolable = base.is_floating_point() and synth.is_floating_point()
     if extrapolable and is_finite(base) and is_finite(synth):
         if w == -1:
             return synth.to(base.dtype)
         step = difference(base, synth)
-        return extrapolate(base, step, w, out=step if step.dtype == base.dtype else None)  # three tensors in memory, not four
+        return extrapolate(
+            base, step, w, out=step if step.dtype == base.dtype else None
+        )  # three tensors in memory, not four
     if on_mismatch == "error":
-        what = "contains entries that are not finite" if extrapolable else f"is {base.dtype} in the base and {synth.dtype} in the other"
+        what = (
+            "contains entries that are not finite"
+            if extrapolable
+            else f"is {base.dtype} in the base and {synth.dtype} in the other"
+        )
         raise ValueError(
             f"{name}: differs between base and self-trained model and {what}; it cannot be extrapolated. "
             "If it is no parameter, keep the base's entries with on_mismatch='keep_base' (--on-mismatch keep_base)"
@@ -110,16 +120,18 @@ def check_same_names(base: Mapping[str, Tensor], synth: Mapping[str, Tensor], on
     if on_mismatch == "error" and (missing or extra):
         first = (missing + extra)[:3]
         raise ValueError(
-            f"base and self-trained model hold different entries: {len(missing)} of {len(base)} are missing in the self-trained model, "
-            f"{len(extra)} are only there; first: {', '.join(first)}. Are both of the same network and the same weight set (ema)?"
+            f"base and self-trained model hold different entries: {len(missing)} of {len(base)} are missing in the "
+            "self-trained model, "
+            f"{len(extra)} are only there; first: {', '.join(first)}. Are both of the same network and the same "
+            "weight set (ema)?"
         )
 
 
 class LiveMerge:
     """Moves a resident model to any w in one pass over its parameters' memory.
 
-    Base and difference stay on the model's device (twice the parameters' bytes). Buffers of the model are never touched.
-    The parameters equal those of `reverse_merge` bit for bit.
+    Base and difference stay on the model's device (twice the parameters' bytes). Buffers of the model are never
+    touched. The parameters equal those of `reverse_merge` bit for bit.
     """
 
     def __init__(self, model: nn.Module, base: Mapping[str, Tensor], synth: Mapping[str, Tensor]):
@@ -127,7 +139,8 @@ class LiveMerge:
         missing = [name for name in self._parameters if name not in base or name not in synth]
         if missing:
             raise ValueError(
-                f"{len(missing)} parameters of the model are missing in base or self-trained model; first: {', '.join(missing[:3])}"
+                f"{len(missing)} parameters of the model are missing in base or self-trained model; first: "
+                f"{', '.join(missing[:3])}"
             )
         self._synth = synth
         self._base: dict[str, Tensor] = {}
@@ -135,9 +148,14 @@ class LiveMerge:
         for name, parameter in self._parameters.items():
             b, s = base[name].to(parameter.device), synth[name].to(parameter.device)
             if parameter.dtype != b.dtype:
-                raise ValueError(f"{name}: the model is {parameter.dtype}, the base {b.dtype}; LiveMerge works in the base's dtype")
+                raise ValueError(
+                    f"{name}: the model is {parameter.dtype}, the base {b.dtype}; LiveMerge works in the base's dtype"
+                )
             if not (is_finite(b) and is_finite(s)):
-                raise ValueError(f"{name}: a parameter of base or self-trained model is not finite; nothing sensible can be extrapolated")
+                raise ValueError(
+                    f"{name}: a parameter of base or self-trained model is not finite; nothing sensible can be "
+                    "extrapolated"
+                )
             self._base[name], self._step[name] = b.clone(), difference(b, s)
 
     @torch.no_grad()
@@ -154,21 +172,28 @@ class LiveMerge:
                 extrapolate(self._base[name], self._step[name], w, out=parameter)
 
 
-def random_direction(base: Mapping[str, Tensor], synth: Mapping[str, Tensor], parameters: Collection[str], seed: int) -> dict[str, Tensor]:
+def random_direction(
+    base: Mapping[str, Tensor], synth: Mapping[str, Tensor], parameters: Collection[str], seed: int
+) -> dict[str, Tensor]:
     """A control in place of theta_syn: base + r, with r random, of the norm that synth - base has in every tensor."""
     control = dict(base)
     for name in parameters:
         step = difference(base[name], synth[name])
-        noise = torch.randn(step.shape, generator=torch.Generator().manual_seed(derived_seed(seed, name)), dtype=step.dtype)
+        noise = torch.randn(
+            step.shape, generator=torch.Generator().manual_seed(derived_seed(seed, name)), dtype=step.dtype
+        )
         norm = noise.norm()
         scaled = noise * (step.norm().cpu() / norm) if norm > 0 else torch.zeros_like(noise)
         control[name] = (base[name].to(step.dtype) + scaled.to(step.device)).to(base[name].dtype)
     return control
 
 
-def step_size(base: Mapping[str, Tensor], synth: Mapping[str, Tensor], w: float, parameters: Collection[str]) -> dict[str, float]:
-    """How far the merge moves: `relative_step` = |synth - base| / |base| over all parameters, and `swallowed`, the share of
-    moved entries that w (synth - base) cannot change in the base's dtype (bfloat16 swallows most of a short fine-tune)."""
+def step_size(
+    base: Mapping[str, Tensor], synth: Mapping[str, Tensor], w: float, parameters: Collection[str]
+) -> dict[str, float]:
+    """How far the merge moves: `relative_step` = |synth - base| / |base| over all parameters, and `swallowed`, the
+    share of moved entries that w (synth - base) cannot change in the base's dtype (bfloat16 swallows most of a short
+    fine-tune)."""
     moved = unchanged = 0
     step_squares = base_squares = 0.0
     for name in parameters:

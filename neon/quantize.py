@@ -1,4 +1,5 @@
-"""float -> uint8: the one place of the rounding rules. They change an FID, so the config names one and the result repeats it."""
+"""float -> uint8: the one place of the rounding rules. They change an FID, so the config names one and the result
+repeats it."""
 
 from __future__ import annotations
 

@@ -24,7 +24,8 @@ class Rng(Protocol):
         ...
 
     def normals(self, count: int, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
-        """(count, B, *shape) standard normal: what `count` successive steps of a stochastic sampler need, in one block."""
+        """(count, B, *shape) standard normal: what `count` successive steps of a stochastic sampler need, in one
+        block."""
         ...
 
     def uniform(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
@@ -62,19 +63,25 @@ class ImageRng:
         self._generators = [torch.Generator(where).manual_seed(int(seed) % (1 << 32)) for seed in seeds]
 
     def normal(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
-        return self._stack([torch.randn(tuple(shape), generator=g, device=g.device, dtype=dtype) for g in self._generators])
+        return self._stack(
+            [torch.randn(tuple(shape), generator=g, device=g.device, dtype=dtype) for g in self._generators]
+        )
 
     def normals(self, count: int, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
         return self.normal((count, *shape), dtype).transpose(0, 1)  # one draw per image instead of `count`
 
     def uniform(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
-        return self._stack([torch.rand(tuple(shape), generator=g, device=g.device, dtype=dtype) for g in self._generators])
+        return self._stack(
+            [torch.rand(tuple(shape), generator=g, device=g.device, dtype=dtype) for g in self._generators]
+        )
 
     def integers(self, high: int, shape: Sequence[int] = ()) -> Tensor:
         return self._stack([torch.randint(high, tuple(shape), generator=g, device=g.device) for g in self._generators])
 
     def exponential(self, shape: Sequence[int]) -> Tensor:
-        return self._stack([torch.empty(tuple(shape), device=g.device).exponential_(generator=g) for g in self._generators])
+        return self._stack(
+            [torch.empty(tuple(shape), device=g.device).exponential_(generator=g) for g in self._generators]
+        )
 
     def uniform_class(self, num_classes: int) -> Tensor:
         return self.integers(num_classes)
@@ -85,7 +92,9 @@ class ImageRng:
         threshold = self.uniform(probs.shape[1:-1], torch.float64).to(probs.device) * cumulative[..., -1]
         # first index whose cumulative sum exceeds the threshold: entries of probability zero are never chosen
         index = torch.searchsorted(cumulative, threshold[..., None], right=True)[..., 0]
-        last_possible = (probs > 0).to(torch.uint8).mul(torch.arange(1, probs.shape[-1] + 1, device=probs.device)).amax(-1) - 1
+        last_possible = (probs > 0).to(torch.uint8).mul(torch.arange(1, probs.shape[-1] + 1, device=probs.device)).amax(
+            -1
+        ) - 1
         return torch.minimum(index, last_possible)
 
     def _stack(self, draws: list[Tensor]) -> Tensor:
@@ -105,19 +114,27 @@ class SharedRng:
         self._where = generator.device if generator is not None else self.device
 
     def normal(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.randn((self.batch, *shape), generator=self.generator, device=self._where, dtype=dtype).to(self.device)
+        return torch.randn((self.batch, *shape), generator=self.generator, device=self._where, dtype=dtype).to(
+            self.device
+        )
 
     def normals(self, count: int, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.stack([self.normal(shape, dtype) for _ in range(count)])  # the order in which the original code draws
+        return torch.stack(
+            [self.normal(shape, dtype) for _ in range(count)]
+        )  # the order in which the original code draws
 
     def uniform(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.rand((self.batch, *shape), generator=self.generator, device=self._where, dtype=dtype).to(self.device)
+        return torch.rand((self.batch, *shape), generator=self.generator, device=self._where, dtype=dtype).to(
+            self.device
+        )
 
     def integers(self, high: int, shape: Sequence[int] = ()) -> Tensor:
         return torch.randint(high, (self.batch, *shape), generator=self.generator, device=self._where).to(self.device)
 
     def exponential(self, shape: Sequence[int]) -> Tensor:
-        return torch.empty((self.batch, *shape), device=self._where).exponential_(generator=self.generator).to(self.device)
+        return (
+            torch.empty((self.batch, *shape), device=self._where).exponential_(generator=self.generator).to(self.device)
+        )
 
     def uniform_class(self, num_classes: int) -> Tensor:
         """As VAR's script draws them, which is another stream than `integers`."""
@@ -130,12 +147,15 @@ class SharedRng:
         return drawn.reshape(probs.shape[:-1]).to(self.device)
 
 
-def image_rng(first_seed: int, indices: Sequence[int], device: torch.device | str, *, draw_on_device: bool = False) -> ImageRng:
+def image_rng(
+    first_seed: int, indices: Sequence[int], device: torch.device | str, *, draw_on_device: bool = False
+) -> ImageRng:
     """The generators of images `indices` of a run: image i has seed first_seed + i."""
     return ImageRng([first_seed + int(i) for i in indices], device, draw_on_device=draw_on_device)
 
 
 def derived_seed(*parts: int | str) -> int:
-    """A 63-bit seed that is a pure function of its parts, for streams that belong to no image (a training step, a control)."""
+    """A 63-bit seed that is a pure function of its parts, for streams that belong to no image (a training step, a
+    control)."""
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1

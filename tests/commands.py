@@ -17,11 +17,15 @@ from click.testing import CliRunner, Result
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def start(*command: object, ranks: int = 1, cwd: Path = ROOT, timeout: float | None = None) -> subprocess.CompletedProcess[str]:
+def start(
+    *command: object, ranks: int = 1, cwd: Path = ROOT, timeout: float | None = None
+) -> subprocess.CompletedProcess[str]:
     """`python COMMAND`, or the same on several ranks of this machine."""
     launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     call = [sys.executable, *launcher, *map(str, command)]
-    return subprocess.run(call, cwd=cwd, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=timeout)
+    return subprocess.run(
+        call, cwd=cwd, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=timeout
+    )
 
 
 def started(*command: object, ranks: int = 1, cwd: Path = ROOT) -> dict:
@@ -32,7 +36,8 @@ def started(*command: object, ranks: int = 1, cwd: Path = ROOT) -> dict:
 
 
 def last_object(stdout: str) -> dict:
-    """The last line, the only JSON object there. Strict JSON: it knows no infinity (EDM's S_max is one by default) and no NaN."""
+    """The last line, the only JSON object there. Strict JSON: it knows no infinity (EDM's S_max is one by default) and
+    no NaN."""
     *before, last = stdout.strip().splitlines()
     assert not any(line.startswith("{") for line in before), "one result, from rank 0"
     return json.loads(last, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
@@ -48,7 +53,9 @@ class FidCommand:
     """Option: name of the file in the folder."""
 
     def arguments(self, folder: Path, options: Sequence[object]) -> list[str]:
-        defaults = {option: folder / name for option, name in self.files.items()} | {"--extractor": "tests.quarters:open_quarters"}
+        defaults = {option: folder / name for option, name in self.files.items()} | {
+            "--extractor": "tests.quarters:open_quarters"
+        }
         chosen = [word for option, value in defaults.items() if option not in options for word in (option, str(value))]
         return [*chosen, "--device", "cpu", *map(str, options)]
 
@@ -63,6 +70,7 @@ class FidCommand:
         return last_object(done.stdout)
 
     def outside(self, folder: Path, *options: object, ranks: int = 1) -> dict:
-        """As users start it, from another folder. tests.quarters is never installed: the script must find the project by itself."""
+        """As users start it, from another folder. tests.quarters is never installed: the script must find the project
+        by itself."""
         script = ROOT / self.family / "calculate_fid.py"
         return started(script, *self.arguments(folder, options), ranks=ranks, cwd=folder)

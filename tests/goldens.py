@@ -1,8 +1,9 @@
 """Golden vectors: inputs and outputs of the original code, with weights seeded by the parameters' names.
 
-The folder is $NEON_GOLDENS (default tests/goldens), laid out FAMILY/FILE. A golden test asks `collect` for the files of its
-kind, so further files of the same kinds are tested without touching code; tests/test_goldens_complete.py asserts that every
-file belongs to exactly one kind. Golden tests live in tests/FAMILY/test_goldens*.py.
+The folder is $NEON_GOLDENS (default tests/goldens), laid out FAMILY/FILE. A golden test asks `collect` for the files of
+its kind, so further files of the same kinds are tested without touching code; tests/test_goldens_complete.py asserts
+that
+every file belongs to exactly one kind. Golden tests live in tests/FAMILY/test_goldens*.py.
 """
 
 from __future__ import annotations
@@ -90,9 +91,13 @@ def manifest_of(module: nn.Module) -> dict[str, list]:
     return {key: [*value.shape, str(value.dtype).removeprefix("torch.")] for key, value in module.state_dict().items()}
 
 
-def assert_close(actual: Tensor, expected: np.ndarray | Tensor, *, atol: float, rtol: float = 0.0, what: str = "") -> None:
+def assert_close(
+    actual: Tensor, expected: np.ndarray | Tensor, *, atol: float, rtol: float = 0.0, what: str = ""
+) -> None:
     """Finite, of the same shape, and close. (max(0, nan) is 0 in Python, so finiteness comes first.)"""
     expected = tensor(expected) if isinstance(expected, np.ndarray) else expected
     assert actual.shape == expected.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
     assert torch.isfinite(actual).all(), f"{what}: not finite"
-    torch.testing.assert_close(actual.double(), expected.double(), atol=atol, rtol=rtol, msg=lambda text: f"{what}: {text}")
+    torch.testing.assert_close(
+        actual.double(), expected.double(), atol=atol, rtol=rtol, msg=lambda text: f"{what}: {text}"
+    )

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from fid.features import open_extractor
 from fid.moments import Moments
 from fid.reference import write_reference
-from neon.checkpoint import read
-from neon.data import open_images
+from neon.checkpoints.checkpoint import read
+from neon.images.formats import open_images
 from tests.commands import ROOT
 
 
@@ -41,8 +41,13 @@ def assert_finished(folder: Path, result: dict, num_images: int) -> None:
 
 
 def assert_merged(folder: Path, model: nn.Module, base: Path, w: float) -> dict[str, float]:
-    """neon.safetensors is base - w (snapshot - base), buffers as in the base. Returns how far the fine-tune moved every tensor."""
-    start, end, merged = read(base, weights="any").tensors, snapshot(folder), read(folder / "neon.safetensors", weights="any").tensors
+    """neon.safetensors is base - w (snapshot - base), buffers as in the base. Returns how far the fine-tune moved every
+    tensor."""
+    start, end, merged = (
+        read(base, weights="any").tensors,
+        snapshot(folder),
+        read(folder / "neon.safetensors", weights="any").tensors,
+    )
     parameters = {name for name, _ in model.named_parameters()}
     assert list(merged) == list(start)
     for name, b in start.items():
@@ -54,8 +59,11 @@ def assert_merged(folder: Path, model: nn.Module, base: Path, w: float) -> dict[
     return {name: float((end[name] - b).abs().max()) for name, b in start.items() if name in parameters}
 
 
-def assert_same_run(alone: Path, together: Path, results: tuple[dict, dict], *, num_synth: int, constants: Collection[str] = ()) -> None:
-    """One rank's run and two ranks': labels, count and images, the fine-tune up to the order of sums, the final distance."""
+def assert_same_run(
+    alone: Path, together: Path, results: tuple[dict, dict], *, num_synth: int, constants: Collection[str] = ()
+) -> None:
+    """One rank's run and two ranks': labels, count and images, the fine-tune up to the order of sums, the final
+    distance."""
     assert [result["ranks"] for result in results] == [1, 2]
     one, two = open_images(alone / "synth"), open_images(together / "synth")
     assert len(one) == len(two) == num_synth
@@ -68,5 +76,7 @@ def assert_same_run(alone: Path, together: Path, results: tuple[dict, dict], *, 
     ones, twos = snapshot(alone), snapshot(together)
     for name in ones.keys() - constants:
         largest = float(ones[name].abs().max())
-        torch.testing.assert_close(twos[name], ones[name], rtol=0, atol=1e-5 * largest, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            twos[name], ones[name], rtol=0, atol=1e-5 * largest, msg=lambda text, name=name: f"{name}: {text}"
+        )
     assert results[1]["value"] == pytest.approx(results[0]["value"], rel=0.01)

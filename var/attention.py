@@ -28,7 +28,9 @@ class BlockCausal:
 
     def __call__(self, queries: Tensor, keys: Tensor, values: Tensor, softmax_scale: float) -> Tensor:
         maps = [
-            F.scaled_dot_product_attention(queries[:, :, start:end], keys[:, :, :end], values[:, :, :end], scale=softmax_scale)
+            F.scaled_dot_product_attention(
+                queries[:, :, start:end], keys[:, :, :end], values[:, :, :end], scale=softmax_scale
+            )
             for start, end in self.bounds
         ]
         return torch.cat(maps, dim=2)

@@ -17,8 +17,9 @@ if __name__ == "__main__":
 
 import click  # noqa: E402
 
-from neon import checkpoint, config, quantize  # noqa: E402
-from neon.calculate_fid import PATH, Common, Images, Request, calculate_fid, common_options, images_options  # noqa: E402
+from neon import binding, quantize  # noqa: E402
+from neon.checkpoints import checkpoint  # noqa: E402
+from neon.cli.published_flags import PATH, Common, Images, Request, calculate_fid, common_options, images_options  # noqa: E402
 from var.family import VAR  # noqa: E402
 from var.presets import CFG_SCALE, PATCH_NUMS, TOP_K, TOP_P, Protocol  # noqa: E402
 from var.sampler import Sampling  # noqa: E402
@@ -26,13 +27,26 @@ from var.transformer import VARArch  # noqa: E402
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True})
-@click.option("--var_ckpt", type=PATH, required=True, help="VAR weights: a published .pth of any depth, or our safetensors.")
+@click.option(
+    "--var_ckpt", type=PATH, required=True, help="VAR weights: a published .pth of any depth, or our safetensors."
+)
 @click.option("--model_depth", type=int, help="Checked against the model.  [default: the model's]")
-@click.option("--vae_ckpt", type=PATH, default=Path("checkpoints/vae_ch160v4096z32.pth"), help="The VQ-VAE (download_models.sh --models).")
-@click.option("--cfg", type=float, help="Guidance.  [default: 2.8 at 256 and 3.2 at 512 px; 1.5 and 2.0 with --protocol base]")
+@click.option(
+    "--vae_ckpt",
+    type=PATH,
+    default=Path("checkpoints/vae_ch160v4096z32.pth"),
+    help="The VQ-VAE (download_models.sh --models).",
+)
+@click.option(
+    "--cfg", type=float, help="Guidance.  [default: 2.8 at 256 and 3.2 at 512 px; 1.5 and 2.0 with --protocol base]"
+)
 @click.option("--top_k", type=int, default=TOP_K, help="Draw from the k likeliest tokens; 0: all.")
-@click.option("--top_p", type=float, default=TOP_P, help="... and of those from the likeliest with this probability; 0: all.")
-@click.option("--more_smooth", is_flag=True, help="Average codes instead of drawing them: prettier pictures, not for numbers.")
+@click.option(
+    "--top_p", type=float, default=TOP_P, help="... and of those from the likeliest with this probability; 0: all."
+)
+@click.option(
+    "--more_smooth", is_flag=True, help="Average codes instead of drawing them: prettier pictures, not for numbers."
+)
 @click.option("--protocol", type=click.Choice(["neon", "base"]), default="neon", help="Whose guidance is the default.")
 @click.option("--uint8", type=click.Choice(quantize.RULES), default="truncate", help="Rounding; published: truncate.")
 @images_options(batch_size=64)
@@ -81,11 +95,14 @@ def arch_of(path: Path, weights: str, depth: int | None) -> VARArch:
     """What the file holds. Raises ValueError if that is not a VAR, or one of another depth."""
     found = checkpoint.read(path, weights=weights)
     try:
-        arch = config.build(VARArch, VAR().arch_of(found), "arch")
+        arch = binding.build(VARArch, VAR().arch_of(found), "arch")
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     if depth is not None and depth != arch.depth:
-        raise ValueError(f"--model_depth {depth}: {path} holds a VAR of depth {arch.depth}; leave the option away or name another file")
+        raise ValueError(
+            f"--model_depth {depth}: {path} holds a VAR of depth {arch.depth}; leave the option away or name "
+            "another file"
+        )
     return arch
 
 
@@ -94,7 +111,9 @@ def default_cfg(arch: VARArch, protocol: Protocol) -> float:
     for side, scale in CFG_SCALE[protocol].items():
         if PATCH_NUMS[side] == arch.patch_nums:
             return scale
-    raise ValueError(f"nothing is published for a VAR with patch_nums {list(arch.patch_nums)}; name its guidance with --cfg")
+    raise ValueError(
+        f"nothing is published for a VAR with patch_nums {list(arch.patch_nums)}; name its guidance with --cfg"
+    )
 
 
 if __name__ == "__main__":

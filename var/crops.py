@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 FIXED_POINT_BITS = 22
-"""Pillow's resampling rounds its coefficients to this many bits and each pass to uint8; the same integers come out here."""
+"""Pillow's resampling rounds its coefficients to this many bits and each pass to uint8; the same integers come out
+here."""
 
 
 def resized_size(height: int, width: int, shorter: int) -> tuple[int, int]:
@@ -20,16 +21,20 @@ def resized_size(height: int, width: int, shorter: int) -> tuple[int, int]:
 
 
 def resized_crops(images: Tensor, *, shorter: int, side: int, top: Tensor, left: Tensor, is_flipped: Tensor) -> Tensor:
-    """uint8 (B, C, H, W) -> uint8 (B, C, R, R): Lanczos resize of the shorter side to `shorter`, mirror, crop of `side`.
+    """uint8 (B, C, H, W) -> uint8 (B, C, R, R): Lanczos resize of the shorter side to `shorter`, mirror, crop of
+    `side`.
 
-    Equal, bit for bit, to Pillow's resize(LANCZOS) of every image followed by the crop. Only the cropped pixels are computed.
+    Equal, bit for bit, to Pillow's resize(LANCZOS) of every image followed by the crop. Only the cropped pixels are
+    computed.
 
     top, left: (B,) int64 corners of the crop in the resized (and mirrored) image. is_flipped: (B,) bool.
     Raises ValueError if a crop leaves the resized image.
     """
     height, width = resized_size(images.shape[2], images.shape[3], shorter)
     if min(height, width) < side or int(top.max()) > height - side or int(left.max()) > width - side:
-        raise ValueError(f"a crop of {side} at ({int(top.max())}, {int(left.max())}) leaves the resized {height} x {width} image")
+        raise ValueError(
+            f"a crop of {side} at ({int(top.max())}, {int(left.max())}) leaves the resized {height} x {width} image"
+        )
     window = torch.arange(side, device=images.device)
     columns = left[:, None] + window
     columns = torch.where(is_flipped[:, None], width - 1 - columns, columns)

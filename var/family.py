@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from neon import config
+from neon import binding
 from neon.family import Draws, Family
 from neon.seeds import ImageRng, Rng
 from var.crops import resized_crops, resized_size
@@ -24,7 +24,7 @@ from var.vqvae import VQVAE
 from var.vqvae_training import TrainableVQVAE
 
 if TYPE_CHECKING:
-    from neon.checkpoint import Checkpoint
+    from neon.checkpoints.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,8 @@ class Objective:
     """Share of images trained as "no class", which guidance needs."""
     label_smoothing: float = 0.0
     resize: float = 1.125
-    """Stored images are enlarged by this factor, then cropped back at random. Tokens (synth.store = "codes") never are."""
+    """Stored images are enlarged by this factor, then cropped back at random. Tokens (synth.store = "codes") never
+    are."""
     flip: float = 0.0
     """Share of stored images that are mirrored."""
 
@@ -59,13 +60,14 @@ class VAR(Family):
         self._tokeniser: VQVAE | None = None
 
     def build(self, arch: Mapping[str, object]) -> Transformer:
-        return Transformer(config.build(VARArch, arch, "arch"))
+        return Transformer(binding.build(VARArch, arch, "arch"))
 
     def arch_of(self, checkpoint: Checkpoint) -> Mapping[str, object]:
         return transformer_arch_of(checkpoint.tensors) if checkpoint.arch is None else checkpoint.arch
 
     def load(self, checkpoint: Checkpoint) -> Transformer:
-        """Also verifies what a checkpoint stores beside its parameters: a merge of the original extrapolates that too."""
+        """Also verifies what a checkpoint stores beside its parameters: a merge of the original extrapolates that
+        too."""
         arch = self.arch_of(checkpoint)
         with torch.device("meta"):  # initial weights would be overwritten
             model = self.build(arch)
@@ -75,7 +77,9 @@ class VAR(Family):
 
     def open(self, autoencoder: Path | None, device: torch.device) -> None:
         if autoencoder is None:
-            raise ValueError("VAR works on tokens: name its autoencoder, base.autoencoder (published: vae_ch160v4096z32.pth)")
+            raise ValueError(
+                "VAR works on tokens: name its autoencoder, base.autoencoder (published: vae_ch160v4096z32.pth)"
+            )
         self.use(read_tokeniser(autoencoder).to(device))
         self.tokeniser().encoder.cpu()  # only training on images needs it, and sends for it
 
@@ -86,11 +90,14 @@ class VAR(Family):
     def tokeniser(self, patch_nums: tuple[int, ...] | None = None) -> VQVAE:
         """The tokeniser, set to these scales: one published file serves 256 and 512 px."""
         if self._tokeniser is None:
-            raise ValueError("VAR needs its tokeniser here: name it as base.autoencoder (published: vae_ch160v4096z32.pth)")
+            raise ValueError(
+                "VAR needs its tokeniser here: name it as base.autoencoder (published: vae_ch160v4096z32.pth)"
+            )
         quantizer = self._tokeniser.quantize
         if patch_nums is not None and len(patch_nums) != len(quantizer.patch_nums):
             raise ValueError(
-                f"the tokeniser has {len(quantizer.patch_nums)} scales, the transformer {len(patch_nums)}; they do not belong together"
+                f"the tokeniser has {len(quantizer.patch_nums)} scales, the transformer {len(patch_nums)}; they do "
+                "not belong together"
             )
         quantizer.patch_nums = patch_nums or quantizer.patch_nums
         return self._tokeniser
@@ -147,7 +154,12 @@ class VAR(Family):
         tokeniser.encoder.to(codes.device)
         side = min(codes.shape[2:])
         crops = resized_crops(
-            codes, shorter=round(how.resize * side), side=side, top=draws["top"], left=draws["left"], is_flipped=draws["flipped"]
+            codes,
+            shorter=round(how.resize * side),
+            side=side,
+            top=draws["top"],
+            left=draws["left"],
+            is_flipped=draws["flipped"],
         )
         return tokeniser.image_to_indices(crops.float() / 127.5 - 1)
 
@@ -161,7 +173,8 @@ class VAR(Family):
         return model.num_classes
 
     def decays(self, name: str, parameter: nn.Parameter) -> bool:
-        """The published grouping (the published rate is 0): not vectors, biases, positions, levels, gammas, temperatures."""
+        """The published grouping (the published rate is 0): not vectors, biases, positions, levels, gammas,
+        temperatures."""
         return parameter.ndim > 1 and not name.endswith("bias") and not any(word in name for word in UNDECAYED)
 
 
@@ -172,7 +185,8 @@ def is_images(codes: Tensor) -> bool:
     """Whether codes are stored images, to be tokenised, rather than tokens from `sample`."""
     if codes.dtype not in (torch.uint8, torch.int64):
         raise ValueError(
-            f"VAR trains on uint8 images or int64 tokens, found {codes.dtype}; images drawn with more_smooth have no tokens: "
+            f"VAR trains on uint8 images or int64 tokens, found {codes.dtype}; images drawn with more_smooth have no "
+            "tokens: "
             'store them with synth.store = "images"'
         )
     return codes.dtype == torch.uint8
@@ -188,7 +202,9 @@ def scales_of(num_tokens: int, patch_nums: Sequence[int]) -> Sequence[int]:
     for candidate in (patch_nums, *PATCH_NUMS.values()):
         if sum(side * side for side in candidate) == num_tokens:
             return candidate
-    raise ValueError(f"{num_tokens} tokens fit neither the tokeniser's scales {list(patch_nums)} nor those of a published resolution")
+    raise ValueError(
+        f"{num_tokens} tokens fit neither the tokeniser's scales {list(patch_nums)} nor those of a published resolution"
+    )
 
 
 def draw_paths(model: Transformer, seeds: Tensor) -> Tensor:

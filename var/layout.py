@@ -12,7 +12,8 @@ MASK = "attn_bias_for_masking"
 
 
 def keep_published_layout(model: nn.Module) -> None:
-    """The L x L attention mask of published files appears in the model's state dict and is dropped on loading; never kept."""
+    """The L x L attention mask of published files appears in the model's state dict and is dropped on loading; never
+    kept."""
     model.register_state_dict_post_hook(_add_mask)
     model.register_load_state_dict_pre_hook(_drop_mask)
 

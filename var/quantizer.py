@@ -1,10 +1,13 @@
 """Multi-scale residual vector quantisation: what one scale leaves over, the next, finer scale encodes.
 
-Tian et al. 2024 (arXiv 2404.02905), Algorithms 1 and 2. Attribute names are those of the published state dict. Scale k is a map of
-patch_nums[k] x patch_nums[k] tokens; the last one has the size of the latent. All functions are pure: nothing is updated in place.
+Tian et al. 2024 (arXiv 2404.02905), Algorithms 1 and 2. Attribute names are those of the published state dict. Scale k
+is a map of patch_nums[k] x patch_nums[k] tokens; the last one has the size of the latent. All functions are pure:
+nothing is
+updated in place.
 """
 
-# B batch, Z latent channels, V vocabulary, l tokens of one scale = patch_nums[k] ** 2, L tokens of all scales, HW latent side
+# B batch, Z latent channels, V vocabulary, l tokens of one scale = patch_nums[k] ** 2, L tokens of all scales, HW
+# latent side
 
 from __future__ import annotations
 
@@ -18,10 +21,11 @@ from torch.nn import functional as F
 
 
 def phi_index(scale: int, num_scales: int, num_phis: int) -> int:
-    """Which of the `num_phis` convolutions serves `scale` out of `num_scales`: the nearest tick to scale / (num_scales - 1).
+    """Which of the `num_phis` convolutions serves `scale` out of `num_scales`: the nearest tick to scale / (num_scales
+    - 1).
 
-    numpy.linspace in float64 is part of the definition: with the published 10 scales and 4 convolutions, two scales lie exactly
-    between two ticks and only its rounding gives the published table [0, 0, 1, 1, 1, 2, 2, 3, 3, 3].
+    numpy.linspace in float64 is part of the definition: with the published 10 scales and 4 convolutions, two scales lie
+    exactly between two ticks and only its rounding gives the published table [0, 0, 1, 1, 1, 2, 2, 3, 3, 3].
     """
     margin = 1 / 3 / num_phis if num_phis == 4 else 1 / 2 / num_phis
     ticks = np.linspace(margin, 1 - margin, num_phis)
@@ -68,7 +72,9 @@ class UnsharedPhi(nn.ModuleList):
         return self[phi_index(scale, num_scales, len(self))]
 
 
-def phi_bank(channels: int, num_scales: int, *, ratio: float, share: int) -> SharedPhi | PartiallySharedPhi | UnsharedPhi:
+def phi_bank(
+    channels: int, num_scales: int, *, ratio: float, share: int
+) -> SharedPhi | PartiallySharedPhi | UnsharedPhi:
     """share: 0 = one convolution per scale, 1 = one for all, n = n convolutions. A ratio of 0 makes them identities."""
 
     def phi() -> nn.Module:
@@ -80,10 +86,11 @@ def phi_bank(channels: int, num_scales: int, *, ratio: float, share: int) -> Sha
 
 
 class MultiScaleQuantizer(nn.Module):
-    """Codebook, residual convolutions, and every conversion between features, indices, codes and the transformer's input.
+    """Codebook, residual convolutions, and every conversion between features, indices, codes and the transformer's
+    input.
 
-    Tokens are (B, l, Z) and indices (B, l), row-major over a scale's map; features are (B, Z, HW, HW). Raises ValueError for fewer
-    than two scales.
+    Tokens are (B, l, Z) and indices (B, l), row-major over a scale's map; features are (B, Z, HW, HW). Raises
+    ValueError for fewer than two scales.
     """
 
     def __init__(
@@ -113,9 +120,11 @@ class MultiScaleQuantizer(nn.Module):
         return len(self.patch_nums)
 
     def nearest(self, tokens: Tensor) -> Tensor:
-        """Indices (N,) of the codes nearest to tokens (N, Z): by distance, or by cosine if `is_cosine`; the first one on ties.
+        """Indices (N,) of the codes nearest to tokens (N, Z): by distance, or by cosine if `is_cosine`; the first one
+        on ties.
 
-        The distance is expanded, |z|^2 + |e|^2 - 2 z e, as published: another form rounds differently and moves indices.
+        The distance is expanded, |z|^2 + |e|^2 - 2 z e, as published: another form rounds differently and moves
+        indices.
         """
         codes = self.embedding.weight
         if self.is_cosine:
@@ -142,7 +151,8 @@ class MultiScaleQuantizer(nn.Module):
         return torch.zeros(batch, weight.shape[1], side, side, device=weight.device)
 
     def scales(self, f: Tensor, patch_nums: Sequence[int] | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Encode features f (B, Z, HW, HW), scale after scale: yields (indices (B, l), f_hat up to and with this scale).
+        """Encode features f (B, Z, HW, HW), scale after scale: yields (indices (B, l), f_hat up to and with this
+        scale).
 
         patch_nums: other scales than the constructor's; the last one must be the side of f, else ValueError.
         """
@@ -169,7 +179,8 @@ class MultiScaleQuantizer(nn.Module):
         return f_hat
 
     def teacher_input(self, indices: Sequence[Tensor]) -> Tensor:
-        """The transformer's training input (B, L - patch_nums[0] ** 2, Z) from the indices of all scales (the last is not used)."""
+        """The transformer's training input (B, L - patch_nums[0] ** 2, Z) from the indices of all scales (the last is
+        not used)."""
         f_hat = self.empty(indices[0].shape[0])
         inputs = []
         for scale, index in enumerate(indices[:-1]):

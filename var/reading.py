@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from neon import checkpoint, config
-from neon.safetensors_files import metas
+from neon import binding
+from neon.checkpoints import checkpoint
+from neon.checkpoints.safetensors_format import metas
 from var.presets import PATCH_NUMS
 from var.vqvae import VQVAE, VQVAEArch
 
@@ -25,14 +26,19 @@ def transformer_arch_of(state: Mapping[str, Tensor]) -> dict[str, object]:
     missing = [name for name in needed if name not in state]
     if missing:
         first = ", ".join(list(state)[:3])
-        raise ValueError(f"not a VAR state dict: {', '.join(missing)} missing among {len(state)} entries (first: {first})")
+        raise ValueError(
+            f"not a VAR state dict: {', '.join(missing)} missing among {len(state)} entries (first: {first})"
+        )
     depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
     embed_dim, code_width = state["word_embed.weight"].shape
     scale_mul = state.get("blocks.0.attn.scale_mul_1H11")
     counts = torch.bincount(state["lvl_1L"].flatten().long()).tolist()
     sides = [math.isqrt(count) for count in counts]
     if any(side < 1 or side * side != count for side, count in zip(sides, counts, strict=True)):
-        raise ValueError(f"lvl_1L lists {counts} tokens per scale, expected squares: it is not that of a VAR, or a merge has damaged it")
+        raise ValueError(
+            f"lvl_1L lists {counts} tokens per scale, expected squares: it is not that of a VAR, or a merge has "
+            "damaged it"
+        )
     return {
         "depth": depth,
         "embed_dim": embed_dim,
@@ -52,7 +58,12 @@ def tokeniser_arch_of(state: Mapping[str, Tensor]) -> dict[str, object]:
 
     Raises ValueError if it is no such state dict, or has not the ten scales of the published resolutions.
     """
-    needed = ("encoder.conv_in.weight", "quantize.embedding.weight", "quantize.ema_vocab_hit_SV", "encoder.down.0.block.0.conv1.weight")
+    needed = (
+        "encoder.conv_in.weight",
+        "quantize.embedding.weight",
+        "quantize.ema_vocab_hit_SV",
+        "encoder.down.0.block.0.conv1.weight",
+    )
     missing = [name for name in needed if name not in state]
     if missing:
         raise ValueError(f"not a VQ-VAE of VAR: {', '.join(missing)} missing among {len(state)} entries")
@@ -61,7 +72,8 @@ def tokeniser_arch_of(state: Mapping[str, Tensor]) -> dict[str, object]:
     num_scales = len(state["quantize.ema_vocab_hit_SV"])
     if num_scales != len(PATCH_NUMS[256]):
         raise ValueError(
-            f"this VQ-VAE has {num_scales} scales, the published one {len(PATCH_NUMS[256])}; its file must name its patch_nums"
+            f"this VQ-VAE has {num_scales} scales, the published one {len(PATCH_NUMS[256])}; its file must name its "
+            "patch_nums"
         )
     blocks = [name.split(".") for name in state if name.startswith("encoder.down.") and name.endswith(".conv1.weight")]
     levels = sorted({int(parts[2]) for parts in blocks})
@@ -87,6 +99,6 @@ def read_tokeniser(path: Path) -> VQVAE:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     with torch.device("meta"):
-        tokeniser = VQVAE(config.build(VQVAEArch, arch, "autoencoder.arch"))
+        tokeniser = VQVAE(binding.build(VQVAEArch, arch, "autoencoder.arch"))
     file.load_into(tokeniser)
     return tokeniser

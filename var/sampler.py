@@ -20,7 +20,8 @@ from var.transformer import Transformer
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """Options of the sampler; the defaults are those of the published Neon rows except cfg_scale, which belongs to the row."""
+    """Options of the sampler; the defaults are those of the published Neon rows except cfg_scale, which belongs to the
+    row."""
 
     cfg_scale: float = 1.5
     """w of (1 + w) conditional - w unconditional at the last scale, growing linearly from 0 at the first."""
@@ -51,7 +52,9 @@ class Scale:
 
 
 @torch.no_grad()
-def sample_scales(model: Transformer, quantizer: MultiScaleQuantizer, rng: Rng, labels: Tensor, how: Sampling) -> Iterator[Scale]:
+def sample_scales(
+    model: Transformer, quantizer: MultiScaleQuantizer, rng: Rng, labels: Tensor, how: Sampling
+) -> Iterator[Scale]:
     """The scales of B images, coarse to fine.
 
     labels: (B,) int64 in 0 .. num_classes; num_classes means "no class". The network runs under the caller's autocast,
@@ -93,8 +96,8 @@ def guide(logits: Tensor, weight: float) -> Tensor:
 def keep_likely(logits: Tensor, *, top_k: int, top_p: float) -> Tensor:
     """-inf for every token outside the top k, then outside the top p of what is left; 0 switches either off.
 
-    Ties with the k-th largest are kept; of ties at the border of the top p, those that torch.sort puts last. The likeliest
-    token always survives.
+    Ties with the k-th largest are kept; of ties at the border of the top p, those that torch.sort puts last. The
+    likeliest token always survives.
     """
     vocabulary = logits.shape[-1]
     if 0 < top_k < vocabulary:

@@ -49,9 +49,14 @@ class VARArch:
 
     def __post_init__(self) -> None:
         if self.depth < 1 or self.heads < 1 or self.embed_dim % self.heads:
-            raise ValueError(f"embed_dim must be a multiple of heads, and depth >= 1; got {self.embed_dim}, {self.heads}, {self.depth}")
+            raise ValueError(
+                f"embed_dim must be a multiple of heads, and depth >= 1; got {self.embed_dim}, {self.heads}, "
+                f"{self.depth}"
+            )
         if len(self.patch_nums) < 2 or any(side < 1 for side in self.patch_nums):
-            raise ValueError(f"patch_nums must be at least two positive sides, coarse to fine; got {list(self.patch_nums)}")
+            raise ValueError(
+                f"patch_nums must be at least two positive sides, coarse to fine; got {list(self.patch_nums)}"
+            )
         if not 0 <= self.drop_path < 1:
             raise ValueError(f"drop_path must be in [0, 1), got {self.drop_path}")
 
@@ -194,7 +199,9 @@ class Transformer(nn.Module):
         """(B, L_scale, C) input of a later scale from the features that the coarser scales have built."""
         return self.word_embed(features_BLZ).float() + self.positions(*self.bounds[scale])
 
-    def logits(self, x_BLC: Tensor, conditioning: Conditioning, attends: Sequence[Attend], kept: Tensor | None = None) -> Tensor:
+    def logits(
+        self, x_BLC: Tensor, conditioning: Conditioning, attends: Sequence[Attend], kept: Tensor | None = None
+    ) -> Tensor:
         """(B, L, V) float32. attends: one per block. kept: (B, depth, 2) bool, which branches survive drop path."""
         for index, block in enumerate(self.stack):
             x_BLC = block(x_BLC, conditioning.blocks[index], attends[index], None if kept is None else kept[:, index])
@@ -213,7 +220,8 @@ class Transformer(nn.Module):
         bounds = [(start, end) for start, end in self.bounds if end <= length]
         if bounds[-1][1] != length:
             raise ValueError(
-                f"{length} tokens end inside a scale; the scales {list(self.patch_nums)} end at {[end for _, end in self.bounds]}"
+                f"{length} tokens end inside a scale; the scales {list(self.patch_nums)} end at "
+                f"{[end for _, end in self.bounds]}"
             )
         conditioning = self.conditioning(labels)
         with torch.autocast(features.device.type, enabled=False):

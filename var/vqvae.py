@@ -10,13 +10,14 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from neon.autoencoder import ConvLayout, Decoder, Encoder
+from neon.networks.autoencoder import ConvLayout, Decoder, Encoder
 from var.quantizer import MultiScaleQuantizer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VQVAEArch:
-    """Constructor arguments of a VQVAE; the defaults are the published network's. See ConvLayout for the first group."""
+    """Constructor arguments of a VQVAE; the defaults are the published network's. See ConvLayout for the first
+    group."""
 
     patch_nums: tuple[int, ...]
     """Side of the token map of every scale; the last one is the latent's, image side / 2 ** (len(ch_mult) - 1)."""
@@ -82,7 +83,8 @@ class VQVAE(nn.Module):
         return self.decode_unclipped(f_hat).clamp(-1, 1)
 
     def image_to_indices(self, images: Tensor, patch_nums: Sequence[int] | None = None) -> list[Tensor]:
-        """Images in [-1, 1] -> the indices (B, l) of every scale. Call it in float32: indices are sensitive to rounding."""
+        """Images in [-1, 1] -> the indices (B, l) of every scale. Call it in float32: indices are sensitive to
+        rounding."""
         return self.quantize.indices_of(self.encode(images), patch_nums)
 
     def indices_to_image(self, indices: Sequence[Tensor]) -> Tensor:

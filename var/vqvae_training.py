@@ -1,7 +1,8 @@
-"""Training VAR's tokeniser: absolute error, codebook loss and commitment, with gradients passed straight through the quantiser.
+"""Training VAR's tokeniser: absolute error, codebook loss and commitment, with gradients passed straight through the
+quantiser.
 
-van den Oord et al. 2017 (arXiv 1711.00937), equation 3, averaged over the scales as in Tian et al. 2024 (arXiv 2404.02905),
-section 3.2, without its perceptual and adversarial terms.
+van den Oord et al. 2017 (arXiv 1711.00937), equation 3, averaged over the scales as in Tian et al. 2024 (arXiv
+2404.02905), section 3.2, without its perceptual and adversarial terms.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from neon import config
+from neon import binding
 from neon.family import Draws, TrainableAutoencoder
 from neon.seeds import Rng
 from var.vqvae import VQVAE, VQVAEArch
@@ -28,14 +29,15 @@ class TrainableVQVAE(TrainableAutoencoder):
     objective = VQObjective
 
     def build(self, arch: Mapping[str, object]) -> VQVAE:
-        return VQVAE(config.build(VQVAEArch, arch, "autoencoder.arch"))
+        return VQVAE(binding.build(VQVAEArch, arch, "autoencoder.arch"))
 
     def draw(self, rng: Rng, codes: Tensor, labels: Tensor | None, how: object) -> Draws:
         """Nothing here is random."""
         return {}
 
     def loss(self, model: nn.Module, codes: Tensor, labels: Tensor | None, draws: Draws, how: object) -> Tensor:
-        """mean |x - decode(f_hat)| + mean over scales of (|f_hat_k - sg f|^2 + beta |f - sg f_hat_k|^2), f_hat_k up to scale k."""
+        """mean |x - decode(f_hat)| + mean over scales of (|f_hat_k - sg f|^2 + beta |f - sg f_hat_k|^2), f_hat_k up to
+        scale k."""
         assert isinstance(model, VQVAE)
         assert isinstance(how, VQObjective)
         images = codes.float() / 127.5 - 1

@@ -1,10 +1,12 @@
 """FID of an xAR checkpoint, by the published command.
 
     torchrun --standalone --nproc_per_node=8 xar/calculate_fid.py --model xar_large \\
-        --model_ckpt checkpoints/Neon_xARL_imagenet256.pth --cfg 2.7 --flow_steps 50 --vae_path xar/pretrained/kl16.ckpt \\
+        --model_ckpt checkpoints/Neon_xARL_imagenet256.pth --cfg 2.7 --flow_steps 50 --vae_path xar/pretrained/kl16.ckpt
+        \\
         --num_images 50000 --batch_size 64 --img_size 256 --fid_stats fid_stats/adm_in256_stats.npz
 
-Runs as plain `python` too, and on a CPU. The numbers do not depend on the number of ranks or the batch size. Images stay in
+Runs as plain `python` too, and on a CPU. The numbers do not depend on the number of ranks or the batch size. Images
+stay in
 memory: no folder is written or deleted.
 """
 
@@ -19,20 +21,30 @@ if __name__ == "__main__":
 
 import click  # noqa: E402
 
-from neon import checkpoint, config, quantize  # noqa: E402
-from neon.calculate_fid import PATH, Common, Images, Request, calculate_fid, common_options, images_options  # noqa: E402
+from neon import binding, quantize  # noqa: E402
+from neon.checkpoints import checkpoint  # noqa: E402
+from neon.cli.published_flags import PATH, Common, Images, Request, calculate_fid, common_options, images_options  # noqa: E402
 from xar.family import XAR, XARSampling  # noqa: E402
 from xar.presets import CFG_SCALE, NUM_STEPS, SIZES, Protocol  # noqa: E402
 from xar.transformer import XARArch  # noqa: E402
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True})
-@click.option("--model", type=click.Choice(list(SIZES)), help="Checked against the file.  [default: what the file holds]")
+@click.option(
+    "--model", type=click.Choice(list(SIZES)), help="Checked against the file.  [default: what the file holds]"
+)
 @click.option("--model_ckpt", type=PATH, required=True, help="xAR weights: a published .pth, or our safetensors.")
 @click.option(
-    "--vae_path", type=PATH, default=Path("xar/pretrained/kl16.ckpt"), help="The KL-16 autoencoder (download_models.sh --models)."
+    "--vae_path",
+    type=PATH,
+    default=Path("xar/pretrained/kl16.ckpt"),
+    help="The KL-16 autoencoder (download_models.sh --models).",
 )
-@click.option("--cfg", type=float, help="Guidance of the last cell.  [default: 3.8 for xar_base, 2.7 for xar_large; see --protocol]")
+@click.option(
+    "--cfg",
+    type=float,
+    help="Guidance of the last cell.  [default: 3.8 for xar_base, 2.7 for xar_large; see --protocol]",
+)
 @click.option("--flow_steps", type=int, help="Steps per cell.  [default: 40 for xar_base, 50 for the others]")
 @click.option(
     "--protocol",
@@ -58,7 +70,8 @@ def main(
 
     \b
     torchrun --standalone --nproc_per_node=8 xar/calculate_fid.py --model xar_large \\
-        --model_ckpt checkpoints/Neon_xARL_imagenet256.pth --cfg 2.7 --flow_steps 50 --vae_path xar/pretrained/kl16.ckpt \\
+        --model_ckpt checkpoints/Neon_xARL_imagenet256.pth --cfg 2.7 --flow_steps 50 --vae_path xar/pretrained/kl16.ckpt
+        \\
         --num_images 50000 --batch_size 64 --img_size 256 --fid_stats fid_stats/adm_in256_stats.npz
 
     The authors sampled with --precision fp16.
@@ -81,21 +94,26 @@ def main(
 
 
 def size_of(path: Path, weights: str, expected: str | None) -> str | None:
-    """The published size that the file holds, None for one of your own. Raises ValueError if it is not the expected one."""
+    """The published size that the file holds, None for one of your own. Raises ValueError if it is not the expected
+    one."""
     try:
-        arch = config.build(XARArch, XAR().arch_of(checkpoint.read(path, weights=weights)), "arch")
+        arch = binding.build(XARArch, XAR().arch_of(checkpoint.read(path, weights=weights)), "arch")
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     found = next((name for name, size in SIZES.items() if size == arch), None)
     if expected is not None and found != expected:
-        raise ValueError(f"--model {expected}: {path} holds {found or arch}; leave the option away or name another file")
+        raise ValueError(
+            f"--model {expected}: {path} holds {found or arch}; leave the option away or name another file"
+        )
     return found
 
 
 def options_of(size: str | None, protocol: Protocol, cfg: float | None, flow_steps: int | None) -> XARSampling:
     """What was asked for, completed by what is published for this size."""
     if cfg is None and (size is None or size not in CFG_SCALE[protocol]):
-        raise ValueError(f"no {protocol} guidance is published for {size or 'a model of this size'}; name it with --cfg")
+        raise ValueError(
+            f"no {protocol} guidance is published for {size or 'a model of this size'}; name it with --cfg"
+        )
     if flow_steps is None and size is None:
         raise ValueError("no number of steps is published for a model of this size; name it with --flow_steps")
     return XARSampling(

@@ -50,7 +50,8 @@ def rotary_frequencies(head_width: int) -> Tensor:
 
 
 def rotary_angles(head_width: int) -> Tensor:
-    """(256, H) angles in cell order: half of the channels turn with the row, half with the column, each frequency twice."""
+    """(256, H) angles in cell order: half of the channels turn with the row, half with the column, each frequency
+    twice."""
     angles = token_positions()[..., None] * rotary_frequencies(head_width)  # (256, 2, H / 4)
     return angles.repeat_interleave(2, dim=-1).flatten(1)
 

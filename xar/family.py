@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from neon import config
-from neon.checkpoint import Checkpoint, read
+from neon import binding
+from neon.checkpoints.checkpoint import Checkpoint, read
+from neon.checkpoints.safetensors_format import metas
 from neon.family import Draws, Family
-from neon.safetensors_files import metas
 from neon.seeds import Rng
 from xar.cells import CELL_TOKENS, CHANNELS, GRID, NUM_CELLS
 from xar.loss import velocity_loss
@@ -51,8 +51,8 @@ class XARObjective:
     label_drop: float = 0.1
     """Share of images trained with the null label, which guidance needs."""
     flip: float = 0.5
-    """Share of images that are mirrored. Sampled latents (synth.store = "codes") never are: a mirrored latent decodes to no
-    mirrored image."""
+    """Share of images that are mirrored. Sampled latents (synth.store = "codes") never are: a mirrored latent decodes
+    to no mirrored image."""
 
     def __post_init__(self) -> None:
         for name in ("dropout", "label_drop", "flip"):
@@ -72,7 +72,7 @@ class XAR(Family):
         self._autoencoder: KL16 | None = None
 
     def build(self, arch: Mapping[str, object]) -> XARTransformer:
-        return XARTransformer(config.build(XARArch, arch, "arch"))
+        return XARTransformer(binding.build(XARArch, arch, "arch"))
 
     def arch_of(self, checkpoint: Checkpoint) -> dict[str, object]:
         """Read off the shapes where the file does not say: the published ones do not."""
@@ -86,7 +86,8 @@ class XAR(Family):
         for name, buffer in model.named_buffers():
             if not torch.allclose(buffer, derived[name], rtol=0, atol=BUFFER_TOLERANCE):
                 raise ValueError(
-                    f"{checkpoint.path}: the table {name!r} is not that of an xAR model with 2 x 2 cells of 8 x 8 tokens; "
+                    f"{checkpoint.path}: the table {name!r} is not that of an xAR model with 2 x 2 cells of 8 x 8 "
+                    "tokens; "
                     "the file belongs to another network, or a merge has damaged it"
                 )
         return model
@@ -163,9 +164,10 @@ class XAR(Family):
 
 
 def read_autoencoder(path: Path) -> KL16:
-    """The autoencoder of a file: the published `kl16.ckpt`, or one of `neon train-autoencoder`, whose file states its sizes."""
+    """The autoencoder of a file: the published `kl16.ckpt`, or one of `neon train-autoencoder`, whose file states its
+    sizes."""
     found = read(path, weights="any")
-    autoencoder = KL16(config.build(KL16Arch, found.arch or {}, "arch"))
+    autoencoder = KL16(binding.build(KL16Arch, found.arch or {}, "arch"))
     found.load_into(autoencoder)
     return autoencoder
 

@@ -1,4 +1,5 @@
-"""Flow matching with noisy-context learning: every cell of an image has its own time (xAR, arXiv 2502.20388, section 3)."""
+"""Flow matching with noisy-context learning: every cell of an image has its own time (xAR, arXiv 2502.20388, section
+3)."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ TIMESTEPS = 1000
 
 
 def timesteps(times: Tensor) -> Tensor:
-    """The integers that the time embedding takes: times in [0, 1], truncated to thousandths in float32 as the weights learnt it.
+    """The integers that the time embedding takes: times in [0, 1], truncated to thousandths in float32 as the weights
+    learnt it.
 
     In float64 some products land on the other side of an integer (for example one of the five steps of a 5-step grid).
     """
@@ -24,10 +26,13 @@ def interpolate(cells: Tensor, noise: Tensor, times: Tensor) -> Tensor:
     return (1 - times) * cells + times * noise
 
 
-def velocity_loss(model: XARTransformer, latents: Tensor, labels: Tensor, *, times: Tensor, noise: Tensor, dropout: float = 0.0) -> Tensor:
+def velocity_loss(
+    model: XARTransformer, latents: Tensor, labels: Tensor, *, times: Tensor, noise: Tensor, dropout: float = 0.0
+) -> Tensor:
     """Mean of (v - (noise - data))^2 over the tokens of each image, (B,) float32.
 
-    latents: (B, 16, 16, 16), scaled; labels: (B,) with the null label where it was dropped; times (B, 4); noise (B, 4, 64, 16).
+    latents: (B, 16, 16, 16), scaled; labels: (B,) with the null label where it was dropped; times (B, 4); noise (B,
+        4, 64, 16).
     """
     cells = to_cells(latents)
     velocity = model(interpolate(cells, noise, times), timesteps(times), labels, dropout=dropout)

@@ -20,8 +20,8 @@ CFG_SCALE: Mapping[Protocol, Mapping[str, float]] = {
     "base": {"xar_base": 2.7, "xar_large": 2.3, "xar_huge": 2.2},
     "neon": {"xar_base": 3.8, "xar_large": 2.7},
 }
-"""Guidance of the last cell. base: the xAR authors' (FID 1.72, 1.28), also used to draw S. neon: Neon's optimum (FID 1.31, 1.02),
-from the commands in the Neon authors' notes; their README prints the base models' values instead."""
+"""Guidance of the last cell. base: the xAR authors' (FID 1.72, 1.28), also used to draw S. neon: Neon's optimum (FID
+1.31, 1.02), from the commands in the Neon authors' notes; their README prints the base models' values instead."""
 
 NUM_STEPS: Mapping[str, int] = {"xar_base": 40, "xar_large": 50, "xar_huge": 50}
 """Steps per cell, the same in both protocols (Neon's README swaps those of xar_base and xar_large)."""

@@ -32,15 +32,21 @@ def time_grid(num_steps: int, solver: Solver) -> Tensor:
     if solver == "ode":
         return torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
     if num_steps < 2:
-        raise ValueError(f"the stochastic sampler needs num_steps >= 2 (one with noise, the last without), got {num_steps}")
-    return torch.cat([torch.linspace(1, LAST_TIME, num_steps, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)])
+        raise ValueError(
+            f"the stochastic sampler needs num_steps >= 2 (one with noise, the last without), got {num_steps}"
+        )
+    return torch.cat(
+        [torch.linspace(1, LAST_TIME, num_steps, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)]
+    )
 
 
 def integrate_sde(velocity: Velocity, start: Tensor, noise: Tensor) -> Tensor:
-    """Euler-Maruyama on dx = (v - w score / 2) dt + sqrt(w) dW with w(t) = 2t, from t = 1 to 0.04, then one step without noise.
+    """Euler-Maruyama on dx = (v - w score / 2) dt + sqrt(w) dW with w(t) = 2t, from t = 1 to 0.04, then one step
+    without noise.
 
     The score is ((t - 1) v - x) / t (SiT, eq. 9), so the drift is (2 - t) v + x. start: (B, 64, 16) unit normal;
-    noise: (num_steps - 1, B, 64, 16) float64. Returns (B, 64, 16) float64: in float32 the sum over the steps loses digits.
+    noise: (num_steps - 1, B, 64, 16) float64. Returns (B, 64, 16) float64: in float32 the sum over the steps loses
+        digits.
     """
     times = time_grid(len(noise) + 1, "sde")
     x = start.double()
@@ -62,7 +68,8 @@ def integrate_ode(velocity: Velocity, start: Tensor, num_steps: int) -> Tensor:
 
 
 def cell_guidance(cfg_scale: float, cell: int) -> float:
-    """The guidance of a cell: linear from 1 at the first to cfg_scale at the last. A cell with 1 or less is not guided."""
+    """The guidance of a cell: linear from 1 at the first to cfg_scale at the last. A cell with 1 or less is not
+    guided."""
     return 1 + (cfg_scale - 1) * cell / (NUM_CELLS - 1)
 
 
@@ -71,11 +78,13 @@ def guided(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
 
 
 @torch.no_grad()
-def sample_cells(model: XARTransformer, rng: Rng, labels: Tensor, *, num_steps: int, cfg_scale: float, solver: Solver = "sde") -> Tensor:
+def sample_cells(
+    model: XARTransformer, rng: Rng, labels: Tensor, *, num_steps: int, cfg_scale: float, solver: Solver = "sde"
+) -> Tensor:
     """Latents (B, 16, 16, 16) float32 of `labels` (B,), in the scale of training.
 
-    Per cell: num_steps network calls and, from the second cell on, one that re-feeds the finished cell at time 0. The calls of
-    the first cell, and all calls if cfg_scale <= 1, are made without the unconditional half.
+    Per cell: num_steps network calls and, from the second cell on, one that re-feeds the finished cell at time 0.
+    The calls of the first cell, and all calls if cfg_scale <= 1, are made without the unconditional half.
 
     The draws, cell by cell: float32 latents, then (SDE) the float64 noise of all its steps.
     """
@@ -96,7 +105,9 @@ def sample_cells(model: XARTransformer, rng: Rng, labels: Tensor, *, num_steps: 
     return from_cells(torch.stack(finished, dim=1))
 
 
-def _velocity(model: XARTransformer, labels: Tensor, cell: int, scale: float, cache: Sequence[KeyValueCache], batch: int) -> Velocity:
+def _velocity(
+    model: XARTransformer, labels: Tensor, cell: int, scale: float, cache: Sequence[KeyValueCache], batch: int
+) -> Velocity:
     """The velocity field of one cell in float64; `labels` may hold the null half, which scale = 1 leaves out."""
 
     def conditional(x: Tensor, time: Tensor) -> Tensor:
@@ -109,7 +120,9 @@ def _velocity(model: XARTransformer, labels: Tensor, cell: int, scale: float, ca
     return with_guidance if scale > 1 else conditional
 
 
-def _call(model: XARTransformer, x: Tensor, time: Tensor, labels: Tensor, cell: int, cache: Sequence[KeyValueCache]) -> Tensor:
+def _call(
+    model: XARTransformer, x: Tensor, time: Tensor, labels: Tensor, cell: int, cache: Sequence[KeyValueCache]
+) -> Tensor:
     """Velocity (B, 64, 16) of one cell; its keys and values are left in the cache."""
     steps = torch.full((len(x), 1), int(timesteps(time)), device=x.device)
     return model(x.float()[:, None], steps, labels, first_cell=cell, cache=cache)[:, 0]

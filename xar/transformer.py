@@ -1,8 +1,9 @@
 """The xAR transformer: a velocity field for each cell of latent tokens, given the cells before it.
 
-xAR: "Beyond Next-Token: Next-X Prediction for Autoregressive Visual Generation" (arXiv 2502.20388). In training every cell
-carries its own noise level and attends to the *noised* earlier cells (noisy-context learning); in sampling the finished cells
-are re-fed at time 0 and their keys and values kept in a `KeyValueCache`.
+xAR: "Beyond Next-Token: Next-X Prediction for Autoregressive Visual Generation" (arXiv 2502.20388). In training
+every cell carries its own noise level and attends to the *noised* earlier cells (noisy-context learning); in sampling
+the finished
+cells are re-fed at time 0 and their keys and values kept in a `KeyValueCache`.
 
 B batch, C cells, P = 64 tokens of a cell, L tokens, D width, N heads, H head width, Z = 16 latent channels
 """
@@ -39,7 +40,8 @@ class XARArch:
     def __post_init__(self) -> None:
         if self.num_heads < 1 or self.width % (4 * self.num_heads):
             raise ValueError(
-                f"width must be a multiple of 4 x num_heads (rotary embedding: pairs, two axes); got {self.width}, {self.num_heads}"
+                f"width must be a multiple of 4 x num_heads (rotary embedding: pairs, two axes); got {self.width}, "
+                f"{self.num_heads}"
             )
         if min(self.encoder_depth, self.decoder_depth, self.num_classes) < 1:
             raise ValueError(f"encoder_depth, decoder_depth and num_classes must be >= 1; got {self}")
@@ -72,8 +74,8 @@ def read_arch(tensors: Mapping[str, Tensor]) -> XARArch:
 class KeyValueCache:
     """Keys (after rotation) and values of one block, (B, N, 256, H) each.
 
-    The slot of cell c holds those of the last call for that cell: of its latest noisy state while it is being sampled, of the
-    finished cell (time 0) once it has been re-fed.
+    The slot of cell c holds those of the last call for that cell: of its latest noisy state while it is being sampled,
+    of the finished cell (time 0) once it has been re-fed.
     """
 
     keys: Tensor
@@ -121,7 +123,8 @@ class TimeEmbedding(nn.Module):
 
 
 class RotaryEmbedding(nn.Module):
-    """Two-dimensional rotary position embedding (EVA-02): channel pairs are turned by the angle of the token's row or column."""
+    """Two-dimensional rotary position embedding (EVA-02): channel pairs are turned by the angle of the token's row or
+    column."""
 
     freqs: Tensor
     freqs_cos: Tensor
@@ -164,7 +167,9 @@ class Attention(nn.Module):
         attended = []
         for cell, query in enumerate(queries.split(CELL_TOKENS, dim=2), start=first_cell):
             upto = slice((cell + 1) * CELL_TOKENS)
-            attended.append(F.scaled_dot_product_attention(query, keys[:, :, upto], values[:, :, upto], dropout_p=dropout))
+            attended.append(
+                F.scaled_dot_product_attention(query, keys[:, :, upto], values[:, :, upto], dropout_p=dropout)
+            )
         merged = torch.cat(attended, dim=2).transpose(1, 2).reshape(x_BCPD.shape)
         return F.dropout(self.proj(merged), dropout)
 
@@ -192,7 +197,9 @@ class Block(nn.Module):
         self.mlp = GatedMLP(width)
         self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
-    def forward(self, x_BCPD: Tensor, condition_BCD: Tensor, first_cell: int, cache: KeyValueCache | None, dropout: float) -> Tensor:
+    def forward(
+        self, x_BCPD: Tensor, condition_BCD: Tensor, first_cell: int, cache: KeyValueCache | None, dropout: float
+    ) -> Tensor:
         modulation = self.ada_lin(condition_BCD)[:, :, None]  # one row per cell, broadcast over its tokens
         gate1, gate2, scale1, scale2, shift1, shift2 = modulation.chunk(6, dim=-1)
         x = x_BCPD
@@ -246,8 +253,10 @@ class XARTransformer(nn.Module):
     ) -> Tensor:
         """Velocity (B, C, 64, 16) of C consecutive cells from `first_cell` on.
 
-        timesteps: int64, 0 (data) to 1000 (noise), one per cell. Without a cache the cells must begin at cell 0 (training: all
-        four). With one (sampling, C = 1) the slots of the earlier cells are attended to and the slot of this cell is written.
+        timesteps: int64, 0 (data) to 1000 (noise), one per cell. Without a cache the cells must begin at cell 0
+        (training: all four). With one (sampling, C = 1) the slots of the earlier cells are attended to and the slot of
+        this cell is
+        written.
         """
         cells = x_BCPZ.shape[1]
         slots = cache if cache is not None else [None] * (len(self.encoder_blocks) + len(self.decoder_blocks))
@@ -255,13 +264,16 @@ class XARTransformer(nn.Module):
         h = self.z_proj_ln(self.z_proj(x_BCPZ) + self._positions(self.encoder_pos_embed_learned, first_cell, cells))
         for block, slot in zip(self.encoder_blocks, slots[: len(self.encoder_blocks)], strict=True):
             h = block(h, condition, first_cell, slot, dropout)
-        h = self.decoder_embed(self.encoder_norm(h)) + self._positions(self.decoder_pos_embed_learned, first_cell, cells)
+        h = self.decoder_embed(self.encoder_norm(h)) + self._positions(
+            self.decoder_pos_embed_learned, first_cell, cells
+        )
         for block, slot in zip(self.decoder_blocks, slots[len(self.encoder_blocks) :], strict=True):
             h = block(h, condition, first_cell, slot, dropout)
         return self.pred(self.decoder_norm(h))
 
     def new_cache(self, batch: int) -> list[KeyValueCache]:
-        """One empty cache per block for `batch` images (two rows per image under guidance), in the dtype of the attention."""
+        """One empty cache per block for `batch` images (two rows per image under guidance), in the dtype of the
+        attention."""
         weight = self.pred.weight
         autocast = torch.is_autocast_enabled(weight.device.type)
         dtype = torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype

@@ -1,6 +1,7 @@
 """The KL-16 autoencoder of xAR (from MAR, `kl16.ckpt`): images in [-1, 1] <-> latents of about unit variance.
 
-Li et al. 2024 (arXiv 2406.11838); Ren et al. 2025 (arXiv 2502.20388). The state dict is that of the file's entry `model`.
+Li et al. 2024 (arXiv 2406.11838); Ren et al. 2025 (arXiv 2502.20388). The state dict is that of the file's entry
+`model`.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from neon.autoencoder import ConvLayout, KLAutoencoder, sample_posterior
+from neon.networks.autoencoder import ConvLayout, KLAutoencoder, sample_posterior
 
 LATENT_SCALE = 0.2325
-"""1 / standard deviation of the published autoencoder's latents on ImageNet: the transformer sees sample * LATENT_SCALE."""
+"""1 / standard deviation of the published autoencoder's latents on ImageNet: the transformer sees sample *
+LATENT_SCALE."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,7 +29,8 @@ class KL16Arch:
     image_channels: int = 3
     num_groups: int = 32
     resolution: int = 256
-    """Decides, with the next two, where attention sits, and nothing else: images may have any side that can be halved."""
+    """Decides, with the next two, where attention sits, and nothing else: images may have any side that can be
+    halved."""
     encoder_attn_resolutions: tuple[int, ...] = (16,)
     decoder_attn_resolutions: tuple[int, ...] = ()
     latent_scale: float = LATENT_SCALE
@@ -51,7 +54,8 @@ class KL16Arch:
 
 
 class KL16(KLAutoencoder):
-    """A KL autoencoder, and the units of the transformer: its latents are samples of the posterior times `latent_scale`."""
+    """A KL autoencoder, and the units of the transformer: its latents are samples of the posterior times
+    `latent_scale`."""
 
     def __init__(self, arch: KL16Arch):
         super().__init__(arch.layout)

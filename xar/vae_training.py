@@ -1,7 +1,7 @@
 """Training a KL autoencoder for xAR: absolute error plus a very small pull of the posterior towards N(0, 1).
 
-Rombach et al. 2022 (arXiv 2112.10752), section 3.1, without its perceptual and adversarial terms. The transformer expects latents of
-unit variance, so `calibrated` measures the trained autoencoder's.
+Rombach et al. 2022 (arXiv 2112.10752), section 3.1, without its perceptual and adversarial terms. The transformer
+expects latents of unit variance, so `calibrated` measures the trained autoencoder's.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from neon import config
-from neon.autoencoder import kl_to_unit_normal, mean_and_std, sample_posterior
+from neon import binding
 from neon.family import Draws, TrainableAutoencoder
+from neon.networks.autoencoder import kl_to_unit_normal, mean_and_std, sample_posterior
 from neon.seeds import ImageRng, Rng
 from xar.vae import KL16, KL16Arch
 
@@ -28,7 +28,7 @@ class TrainableKL16(TrainableAutoencoder):
     objective = KLObjective
 
     def build(self, arch: Mapping[str, object]) -> KL16:
-        return KL16(config.build(KL16Arch, arch, "autoencoder.arch"))
+        return KL16(binding.build(KL16Arch, arch, "autoencoder.arch"))
 
     def draw(self, rng: Rng, codes: Tensor, labels: Tensor | None, how: object) -> Draws:
         """One stream per image: the shape of its noise is the network's."""

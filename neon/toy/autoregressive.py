@@ -1,4 +1,5 @@
-"""An autoregressive model of points in the plane: p(x1) p(x2 | x1), both Gaussian, exact likelihood, 4,482 parameters."""
+"""An autoregressive model of points in the plane: p(x1) p(x2 | x1), both Gaussian, exact likelihood, 4,482
+parameters."""
 
 # R replicas, N points
 
@@ -31,7 +32,8 @@ class Autoregressive:
         return fresh_layers([2, 64, 64, 2], num_replicas, generator)
 
     def conditional(self, weights: Weights, prefix_RN2: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log standard deviation, each (R, N, 1), of the coordinate that follows the prefix (start flag, x1)."""
+        """Mean and log standard deviation, each (R, N, 1), of the coordinate that follows the prefix (start flag,
+        x1)."""
         h = dense(weights, 0, prefix_RN2).relu_()
         h = dense(weights, 1, h).relu_()
         mean, log_std = dense(weights, 2, h).chunk(2, dim=-1)

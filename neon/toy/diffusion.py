@@ -29,7 +29,8 @@ def signal(time: Tensor) -> Tensor:
 
 
 def ddim_step(x: Tensor, noise: Tensor, alpha_bar: Tensor, alpha_bar_next: Tensor) -> Tensor:
-    """x at the next time, given the predicted noise. Song et al. 2021 (arXiv 2010.02502), equation 12 with sigma = 0."""
+    """x at the next time, given the predicted noise. Song et al. 2021 (arXiv 2010.02502), equation 12 with sigma =
+    0."""
     x0 = (x - (1 - alpha_bar).sqrt() * noise) / alpha_bar.sqrt()
     return alpha_bar_next.sqrt() * x0 + (1 - alpha_bar_next).sqrt() * noise
 
@@ -51,7 +52,9 @@ class Diffusion:
 
     def predict_noise(self, weights: Weights, x_RN2: Tensor, time: Tensor) -> Tensor:
         """time: in [0, 1], any shape that broadcasts to (R, N, 1)."""
-        h = dense(weights, 0, torch.cat([x_RN2, time.expand(*x_RN2.shape[:-1], 1)], dim=-1))  # linear, as in the authors' net
+        h = dense(
+            weights, 0, torch.cat([x_RN2, time.expand(*x_RN2.shape[:-1], 1)], dim=-1)
+        )  # linear, as in the authors' net
         for layer in range(1, 5):
             h = dense(weights, layer, h).relu_()
         return dense(weights, 5, h)

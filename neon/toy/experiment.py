@@ -25,7 +25,13 @@ CHUNK = 2_000
 
 
 def optimise(
-    model: Model, weights: Weights, points_RN2: Tensor, lr: Callable[[int], float], *, snapshots: Sequence[int], seed: int
+    model: Model,
+    weights: Weights,
+    points_RN2: Tensor,
+    lr: Callable[[int], float],
+    *,
+    snapshots: Sequence[int],
+    seed: int,
 ) -> dict[int, Weights]:
     """Adam on random batches of every replica's own points; the weights after each of `snapshots` steps.
 
@@ -55,17 +61,31 @@ def train_base(model: Model, points_RN2: Tensor, *, steps: int, lr: float, seed:
     """One base model per replica, from scratch, on its own points; the learning rate falls to 0 along a cosine."""
     fresh = model.fresh(points_RN2.shape[0], torch.Generator().manual_seed(seed))
     return optimise(
-        model, fresh, points_RN2, lambda step: lr * (1 + math.cos(math.pi * step / steps)) / 2, snapshots=[steps], seed=seed + 1
+        model,
+        fresh,
+        points_RN2,
+        lambda step: lr * (1 + math.cos(math.pi * step / steps)) / 2,
+        snapshots=[steps],
+        seed=seed + 1,
     )[steps]
 
 
-def fine_tune(model: Model, base: Weights, points_RN2: Tensor, *, budgets: Sequence[int], lr: float, seed: int) -> dict[int, Weights]:
+def fine_tune(
+    model: Model, base: Weights, points_RN2: Tensor, *, budgets: Sequence[int], lr: float, seed: int
+) -> dict[int, Weights]:
     """Short training from `base` with a constant learning rate; one result per budget (in steps)."""
     return optimise(model, base, points_RN2, lambda _: lr, snapshots=budgets, seed=seed)
 
 
 def self_train(
-    model: Model, base: Weights, knobs: Sequence[float], *, num_synthetic: int, budgets: Sequence[int], lr: float, seed: int
+    model: Model,
+    base: Weights,
+    knobs: Sequence[float],
+    *,
+    num_synthetic: int,
+    budgets: Sequence[int],
+    lr: float,
+    seed: int,
 ) -> dict[int, dict[float, Weights]]:
     """theta_syn for every budget and every setting of the sampler: draw S from the base, fine-tune the base on it."""
     generator = torch.Generator().manual_seed(seed)
@@ -105,17 +125,22 @@ class Curve:
         return self.values.mean(dim=1)
 
     def parabola(self, values: Tensor) -> tuple[float, float, float]:
-        """(a, b, c) of a w^2 + b w + c, least squares through the lowest of `values` (W,) and two neighbours on either side.
+        """(a, b, c) of a w^2 + b w + c, least squares through the lowest of `values` (W,) and two neighbours on either
+        side.
 
         Raises ValueError if the lowest value is the first or the last one.
         """
         lowest = int(values.argmin())
         if lowest in (0, len(self.ws) - 1):
-            raise ValueError(f"the lowest distance is at the end of the range, w = {self.ws[lowest]:.3g}: widen the range of w")
+            raise ValueError(
+                f"the lowest distance is at the end of the range, w = {self.ws[lowest]:.3g}: widen the range of w"
+            )
         near = slice(max(lowest - 2, 0), lowest + 3)
         w = self.ws[near].double()
         a, b, c = (
-            torch.linalg.lstsq(torch.stack([w**2, w, torch.ones_like(w)], dim=1), values[near].double()[:, None]).solution[:, 0].tolist()
+            torch.linalg.lstsq(torch.stack([w**2, w, torch.ones_like(w)], dim=1), values[near].double()[:, None])
+            .solution[:, 0]
+            .tolist()
         )
         return a, b, c
 
@@ -145,16 +170,25 @@ def sweep(model: Model, base: Weights, tuned: Weights, ws: Tensor, noise_1N2: Te
 
 def minima_table(model: Model, curves: Mapping[int, Mapping[float, Curve]]) -> str:
     """Markdown: one row per budget and sampler; w* as mean and standard deviation over the replicas."""
-    rows = [f"| steps | {model.knob} of S | base FD (w = 0) | w* | lowest FD | base / lowest |", "|---|---|---|---|---|---|"]
+    rows = [
+        f"| steps | {model.knob} of S | base FD (w = 0) | w* | lowest FD | base / lowest |",
+        "|---|---|---|---|---|---|",
+    ]
     for budget, by_knob in curves.items():
         for knob, curve in by_knob.items():
             w, base, lowest = curve.best_w(), curve.at(0), curve.lowest()
-            rows.append(f"| {budget} | {knob:g} | {base:.3f} | {w.mean():+.2f} +- {w.std():.2f} | {lowest:.3f} | {base / lowest:.1f} x |")
+            rows.append(
+                f"| {budget} | {knob:g} | {base:.3f} | {w.mean():+.2f} +- {w.std():.2f} | {lowest:.3f} | "
+                f"{base / lowest:.1f} x |"
+            )
     return "\n".join(rows)
 
 
-def plane(model: Model, base: Weights, synth: Weights, other: Weights, ws: Tensor, wo: Tensor, noise_1N2: Tensor) -> Tensor:
-    """Mean distance at base + w_s (base - synth) + w_o (other - base), (len(wo), len(ws)): Figure 2 of arXiv 2510.03597."""
+def plane(
+    model: Model, base: Weights, synth: Weights, other: Weights, ws: Tensor, wo: Tensor, noise_1N2: Tensor
+) -> Tensor:
+    """Mean distance at base + w_s (base - synth) + w_o (other - base), (len(wo), len(ws)): Figure 2 of arXiv
+    2510.03597."""
     rows = []
     for w_o in wo.tolist():
         towards = reverse_merge(base, other, -w_o)

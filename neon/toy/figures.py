@@ -27,7 +27,13 @@ COLOURS = {"diversity-seeking": "tab:blue", "ordinary": "tab:green", "mode-seeki
 def densities(panels: Mapping[str, Tensor]) -> Figure:
     """The exact density, then a histogram of every panel's points (N, 2); ellipses hold two standard deviations."""
     figure, axes = plt.subplots(
-        1, 1 + len(panels), dpi=DPI, figsize=(2.6 * (1 + len(panels)), 2.9), sharex=True, sharey=True, layout="constrained"
+        1,
+        1 + len(panels),
+        dpi=DPI,
+        figsize=(2.6 * (1 + len(panels)), 2.9),
+        sharex=True,
+        sharey=True,
+        layout="constrained",
     )
     grid = torch.linspace(-LIMIT, LIMIT, 91)
     exact = density(torch.stack(torch.meshgrid(grid, grid, indexing="xy"), dim=-1))
@@ -56,22 +62,37 @@ def ellipse(axis: Axes, covariance: Tensor, mean: Tensor, *, colour: str, line: 
 
 
 def curves(model: Model, by_budget: Mapping[int, Mapping[float, Curve]], control: Curve | None = None) -> Figure:
-    """Distance against w: one panel per budget, one colour per sampler, thin lines the replicas, dashes the parabola."""
+    """Distance against w: one panel per budget, one colour per sampler, thin lines the replicas, dashes the
+    parabola."""
     figure, axes = plt.subplots(
-        1, len(by_budget), dpi=DPI, figsize=(5.2 * len(by_budget), 4.3), sharey=True, layout="constrained", squeeze=False
+        1,
+        len(by_budget),
+        dpi=DPI,
+        figsize=(5.2 * len(by_budget), 4.3),
+        sharey=True,
+        layout="constrained",
+        squeeze=False,
     )
     for axis, (budget, by_knob) in zip(axes[0], by_budget.items(), strict=True):
         for knob, curve in by_knob.items():
             kind = kind_of(model, knob)
             colour = COLOURS[kind]
             axis.plot(curve.ws, curve.values, color=colour, linewidth=0.5, alpha=0.5)
-            axis.plot(curve.ws, curve.mean, color=colour, linewidth=2, label=f"S drawn with {model.knob} = {knob:g} ({kind})")
+            axis.plot(
+                curve.ws, curve.mean, color=colour, linewidth=2, label=f"S drawn with {model.knob} = {knob:g} ({kind})"
+            )
             draw_parabola(axis, curve, colour)
         axis.axhline(curve.at(0), color="0.5", linewidth=0.8, linestyle=":", label="base (w = 0)")
         axis.axvline(0, color="0.5", linewidth=0.8, linestyle=":")
-        axis.set(yscale="log", xlabel="w   (w > 0: away from the synthetic data)", title=f"{budget} steps of fine-tuning on S")
+        axis.set(
+            yscale="log",
+            xlabel="w   (w > 0: away from the synthetic data)",
+            title=f"{budget} steps of fine-tuning on S",
+        )
     if control is not None:
-        axes[0, 0].plot(control.ws, control.mean, color="0.4", linewidth=1.5, linestyle="-.", label="random direction, same length")
+        axes[0, 0].plot(
+            control.ws, control.mean, color="0.4", linewidth=1.5, linestyle="-.", label="random direction, same length"
+        )
     axes[0, 0].set_ylabel("Frechet distance to the truth")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     return figure
@@ -97,16 +118,23 @@ def kind_of(model: Model, knob: float) -> str:
 def alignment(model: Model, result: Alignment) -> Figure:
     """Both cosines against the sampler's knob: mean and replicas."""
     figure, axes = plt.subplots(1, 2, dpi=DPI, figsize=(10.4, 3.5), sharey=True, layout="constrained")
-    panels = {"with the gradient of the loss on real data": result.loss, "with the gradient of the Frechet distance": result.score}
+    panels = {
+        "with the gradient of the loss on real data": result.loss,
+        "with the gradient of the Frechet distance": result.score,
+    }
     for axis, (title, values) in zip(axes, panels.items(), strict=True):
         axis.plot(result.knobs, values, color="tab:blue", linewidth=0.5, alpha=0.6)
-        axis.plot(result.knobs, values.mean(1), "o-", color="tab:blue", markersize=4, label=f"mean of {values.shape[1]} seeds")
+        axis.plot(
+            result.knobs, values.mean(1), "o-", color="tab:blue", markersize=4, label=f"mean of {values.shape[1]} seeds"
+        )
         axis.axhline(0, color="black", linewidth=0.8)
         axis.axvline(model.ordinary, color="tab:green", linestyle="--", linewidth=1, label="ordinary sampler")
         axis.axhspan(-1, 0, color="tab:orange", alpha=0.08)
         axis.annotate("aligned: w < 0 helps", (0.02, 0.94), xycoords="axes fraction", fontsize=8)
         axis.annotate("anti-aligned: w > 0 helps", (0.02, 0.03), xycoords="axes fraction", fontsize=8)
-        sides = "diversity-seeking  <   > mode-seeking" if model.knob == "zeta" else "mode-seeking  <   > diversity-seeking"
+        sides = (
+            "diversity-seeking  <   > mode-seeking" if model.knob == "zeta" else "mode-seeking  <   > diversity-seeking"
+        )
         axis.set(title=title, xlabel=f"{model.knob} of the sampler that draws S\n({sides})", ylim=(-1, 1))
     axes[0].set_ylabel("cosine of the gradient on S")
     axes[0].legend(fontsize=8, loc="upper right" if model.knob == "zeta" else "lower right")
@@ -115,7 +143,9 @@ def alignment(model: Model, result: Alignment) -> Figure:
 
 def planes(panels: Mapping[str, tuple[Tensor, Tensor, Tensor]]) -> Figure:
     """One map with contours per panel (w_s, w_o, `experiment.plane` of them); base and the lowest points are marked."""
-    figure, axes = plt.subplots(1, len(panels), dpi=DPI, figsize=(5.4 * len(panels), 4.4), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(
+        1, len(panels), dpi=DPI, figsize=(5.4 * len(panels), 4.4), layout="constrained", squeeze=False
+    )
     for axis, (title, (ws, wo, values)) in zip(axes[0], panels.items(), strict=True):
         levels = np.geomspace(values.min().item(), values.max().item(), 12)
         filled = axis.contourf(ws, wo, values, levels=levels, norm=LogNorm(), cmap="viridis_r")
@@ -129,7 +159,15 @@ def planes(panels: Mapping[str, tuple[Tensor, Tensor, Tensor]]) -> Figure:
             (ws[synthetic], 0, "D", "best with synthetic data alone (Neon)"),
             (ws[column], wo[row], "*", "best with both"),
         ):
-            axis.plot(w_s, w_o, mark, color="tab:red", markeredgecolor="white", markersize=14 if mark == "*" else 8, label=text)
+            axis.plot(
+                w_s,
+                w_o,
+                mark,
+                color="tab:red",
+                markeredgecolor="white",
+                markersize=14 if mark == "*" else 8,
+                label=text,
+            )
         axis.axhline(0, color="black", linewidth=0.5)
         axis.axvline(0, color="black", linewidth=0.5)
         axis.set(title=title, xlabel="w_s   (away from the synthetic data)", ylabel="w_o   (towards new real data)")
@@ -158,7 +196,14 @@ def scatter_of_minima(curve: Curve) -> Figure:
     axis.plot(curve.ws, curve.values, color="tab:blue", linewidth=0.6, alpha=0.6)
     axis.plot(curve.ws, curve.mean, color="tab:blue", linewidth=2, label="mean")
     lowest = curve.values.argmin(dim=0)
-    axis.plot(curve.ws[lowest], curve.values.amin(dim=0), "v", color="tab:orange", markeredgecolor="black", label="minimum of one seed")
+    axis.plot(
+        curve.ws[lowest],
+        curve.values.amin(dim=0),
+        "v",
+        color="tab:orange",
+        markeredgecolor="black",
+        label="minimum of one seed",
+    )
     axis.axvline(0, color="0.5", linewidth=0.8, linestyle=":")
     axis.set(yscale="log", xlabel="w   (w > 0: away from the synthetic data)", ylabel="Frechet distance to the truth")
     axis.legend(fontsize=8)

@@ -34,8 +34,8 @@ class Alignment:
 def alignment(model: Model, base: Weights, knobs: Sequence[float], *, num_points: int, seed: int) -> Alignment:
     """Both cosines at the base, from `num_points` fresh real, synthetic and ordinary points.
 
-    The gradients on real and on synthetic points draw their own times and noises: shared ones would make them look aligned where
-    both are small.
+    The gradients on real and on synthetic points draw their own times and noises: shared ones would make them look
+    aligned where both are small.
     """
     generator = torch.Generator().manual_seed(seed + 2)
     real = real_points(num_replicas(base), num_points, seed=seed)
@@ -69,9 +69,11 @@ def score_gradient(model: Model, weights: Weights, noise_RN2: Tensor) -> Weights
     return {name: value.grad for name, value in weights.items() if value.grad is not None}
 
 
-def adam_metric(model: Model, base: Weights, points_RN2: Tensor, generator: torch.Generator, *, num_batches: int = 100) -> Weights:
-    """P = 1 / (sqrt(v) + 1e-8), the factors by which Adam multiplies a gradient: v is its second moment at the base, on real batches
-    (beta2 = 0.999, bias-corrected).
+def adam_metric(
+    model: Model, base: Weights, points_RN2: Tensor, generator: torch.Generator, *, num_batches: int = 100
+) -> Weights:
+    """P = 1 / (sqrt(v) + 1e-8), the factors by which Adam multiplies a gradient: v is its second moment at the base, on
+    real batches (beta2 = 0.999, bias-corrected).
     """
     beta2, second = 0.999, {name: torch.zeros_like(value) for name, value in base.items()}
     for batch in range(num_batches):

@@ -15,7 +15,8 @@ Weights = dict[str, Tensor]
 
 
 def fresh_layers(widths: Sequence[int], num_replicas: int, generator: torch.Generator) -> Weights:
-    """Dense layers widths[0] -> widths[1] -> ...; weights and biases uniform within 1 / sqrt(inputs), torch.nn.Linear's default."""
+    """Dense layers widths[0] -> widths[1] -> ...; weights and biases uniform within 1 / sqrt(inputs), torch.nn.Linear's
+    default."""
     weights = {}
     for layer, (num_in, num_out) in enumerate(pairwise(widths)):
         bound = num_in**-0.5

@@ -27,14 +27,19 @@ def density(points: Tensor) -> Tensor:
 def distance(points_RN2: Tensor) -> Tensor:
     """The Frechet distance to the target of every replica's points, (R,) float64, from their exact mean and covariance.
 
-    It is FID with the coordinates themselves as features: |m|^2 + tr(S + T - 2 sqrt(S T)). In the plane the last trace has a closed
-    form, tr sqrt(M) = sqrt(tr M + 2 sqrt(det M)), and so a gradient. Finite samples add about 5 / N.
+    It is FID with the coordinates themselves as features: |m|^2 + tr(S + T - 2 sqrt(S T)). In the plane the last trace
+    has a closed form, tr sqrt(M) = sqrt(tr M + 2 sqrt(det M)), and so a gradient. Finite samples add about 5 / N.
     """
     points = points_RN2.double()
     mean = points.mean(dim=1, keepdim=True)
     covariance = (points - mean).mT @ (points - mean) / (points.shape[1] - 1)
     product = covariance @ COVARIANCE
-    return mean.square().sum((1, 2)) + trace(covariance) + COVARIANCE.trace() - 2 * (trace(product) + 2 * product.det().sqrt()).sqrt()
+    return (
+        mean.square().sum((1, 2))
+        + trace(covariance)
+        + COVARIANCE.trace()
+        - 2 * (trace(product) + 2 * product.det().sqrt()).sqrt()
+    )
 
 
 def trace(matrices_R22: Tensor) -> Tensor:

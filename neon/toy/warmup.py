@@ -1,7 +1,7 @@
 """Neon in closed form: a D-dimensional Gaussian, fitted by maximum likelihood to n points of N(0, I).
 
-The fit's own samples, drawn with temperature tau, have covariance tau^2 S (S the fitted covariance). One gradient step on them
-moves S along -S^-1 and leaves the mean alone, so the merge is S + a S^-1 with a = w * lr * (1 - tau^2) / 2.
+The fit's own samples, drawn with temperature tau, have covariance tau^2 S (S the fitted covariance). One gradient step
+on them moves S along -S^-1 and leaves the mean alone, so the merge is S + a S^-1 with a = w * lr * (1 - tau^2) / 2.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ class WarmUp:
 
     def __post_init__(self) -> None:
         if self.num_points <= self.dimension + 6:
-            raise ValueError(f"the closed forms need num_points > dimension + 6 = {self.dimension + 6}, got {self.num_points}")
+            raise ValueError(
+                f"the closed forms need num_points > dimension + 6 = {self.dimension + 6}, got {self.num_points}"
+            )
 
     def fits(self, num_fits: int, *, seed: int) -> tuple[Tensor, Tensor]:
         """Maximum-likelihood fits to independent data sets: means (F, D) and covariances (F, D, D), float64."""
@@ -32,7 +34,8 @@ class WarmUp:
         return mean, centred.mT @ centred / self.num_points
 
     def excess_nll(self, mean: Tensor, covariance: Tensor, a: Tensor) -> Tensor:
-        """KL(N(0, I) | N(mean, S + a S^-1)) in nats: how much worse than the truth the merged fit predicts. (A, F) for a (A,)."""
+        """KL(N(0, I) | N(mean, S + a S^-1)) in nats: how much worse than the truth the merged fit predicts. (A, F) for
+        a (A,)."""
         eigenvalues, vectors = torch.linalg.eigh(covariance)
         offsets = (vectors.mT @ mean[..., None]).squeeze(-1).square()  # of the mean, along the eigenvectors
         merged = eigenvalues + a[:, None, None] / eigenvalues

@@ -2,10 +2,13 @@
 
     python scripts/bench/edm.py --out results/bench/edm_demo_cpu.json
     python scripts/bench/edm.py --model cifar10 --batch 8 --out results/bench/edm_cifar10_cpu.json
-    python scripts/bench/edm.py --model cifar10 --device cuda --batch 256 --mode fp32 --mode channels_last --mode bf16 --mode fp16
+    python scripts/bench/edm.py --model cifar10 --device cuda --batch 256 --mode fp32 --mode channels_last --mode bf16
+    --mode fp16
 
-Modes: fp32 (exact), channels_last (another memory order), bf16, fp16 (autocast, and no change of the stored weights). For the demo
-model, which is trained, `metric` is fd[fashion-cnn] of --images images of the same noise in every mode. One to five minutes on a CPU.
+Modes: fp32 (exact), channels_last (another memory order), bf16, fp16 (autocast, and no change of the stored
+weights). For the demo model, which is trained, `metric` is fd[fashion-cnn] of --images images of the same noise in
+every mode. One to five
+minutes on a CPU.
 """
 
 from __future__ import annotations
@@ -25,12 +28,14 @@ from edm.precond import Denoiser
 from edm.presets import MODELS
 from fid.features import open_extractor
 from fid.reference import read_reference
-from neon import checkpoint
-from neon.config import Sampling, Training
-from neon.distributed import World
-from neon.evaluate import Yardstick, evaluate
-from neon.generate import Source, generate
-from neon.train import Trainer, train_step
+from neon.checkpoints import checkpoint
+from neon.evaluation.evaluate import Yardstick, evaluate
+from neon.runtime.distributed import World
+from neon.sampling.generate import Source, generate
+from neon.sampling.options import Sampling
+from neon.training.loop import train_step
+from neon.training.recipe import Training
+from neon.training.trainer import Trainer
 
 Mode = Literal["fp32", "channels_last", "bf16", "fp16"]
 Model = Literal["demo", "cifar10"]
@@ -61,15 +66,25 @@ def network(model: Model) -> Denoiser:
 def sampling_of(mode: Mode, num_steps: int, batch: int) -> Sampling:
     precision = "fp32" if mode == "channels_last" else mode
     return Sampling(
-        options=Heun(num_steps=num_steps), batch=batch, uint8="round", precision=precision, channels_last=mode == "channels_last"
+        options=Heun(num_steps=num_steps),
+        batch=batch,
+        uint8="round",
+        precision=precision,
+        channels_last=mode == "channels_last",
     )
 
 
-def bench_mode(model: Model, mode: Mode, num_steps: int, batch: int, images: int, repeats: int, device: torch.device) -> dict[str, object]:
+def bench_mode(
+    model: Model, mode: Mode, num_steps: int, batch: int, images: int, repeats: int, device: torch.device
+) -> dict[str, object]:
     net, family, world = network(model).to(device), EDM(), World(device=device)
     peak = matmul_flops_per_second(device, DTYPES[mode])
     source = Source(
-        family=family, sampling=sampling_of(mode, num_steps, batch), labels="balanced", first_seed=0, num_classes=family.num_classes(net)
+        family=family,
+        sampling=sampling_of(mode, num_steps, batch),
+        labels="balanced",
+        first_seed=0,
+        num_classes=family.num_classes(net),
     )
 
     def sample() -> None:
@@ -79,7 +94,11 @@ def bench_mode(model: Model, mode: Mode, num_steps: int, batch: int, images: int
     flops = flops_of(sample)  # also the rehearsal
     seconds = seconds_of(sample, device, repeats)
     row: dict[str, object] = {"mode": mode, "matmul_gflops_per_s": peak / 1e9}
-    row["sampling"] = {"images_per_s": batch / seconds, "share_of_matmul_rate": flops / seconds / peak, "peak_mib": peak_mib(device)}
+    row["sampling"] = {
+        "images_per_s": batch / seconds,
+        "share_of_matmul_rate": flops / seconds / peak,
+        "peak_mib": peak_mib(device),
+    }
     if model == "demo" and images:
         reference = read_reference(ROOT / "demo/reference_fashion-cnn.npz")
         yardstick = Yardstick(extractor=open_extractor("fashion-cnn", path=None, device=device), reference=reference)
@@ -88,7 +107,9 @@ def bench_mode(model: Model, mode: Mode, num_steps: int, batch: int, images: int
     return row
 
 
-def bench_finetune(net: Denoiser, family: EDM, mode: Mode, batch: int, repeats: int, world: World, peak: float) -> dict[str, float]:
+def bench_finetune(
+    net: Denoiser, family: EDM, mode: Mode, batch: int, repeats: int, world: World, peak: float
+) -> dict[str, float]:
     recipe = Training(
         images=10**9,
         batch=batch,
@@ -106,20 +127,38 @@ def bench_finetune(net: Denoiser, family: EDM, mode: Mode, batch: int, repeats: 
     reset_peak(world.device)
     flops = flops_of(lambda: train_step(trainer, corpus))
     seconds = seconds_of(lambda: train_step(trainer, corpus), world.device, repeats)
-    return {"images_per_s": batch / seconds, "share_of_matmul_rate": flops / seconds / peak, "peak_mib": peak_mib(world.device)}
+    return {
+        "images_per_s": batch / seconds,
+        "share_of_matmul_rate": flops / seconds / peak,
+        "peak_mib": peak_mib(world.device),
+    }
 
 
 @click.command(help=__doc__)
 @click.option("--device", default="cpu", show_default=True)
 @click.option("--model", type=click.Choice(get_args(Model)), default="demo", show_default=True)
-@click.option("--mode", "modes", type=click.Choice(get_args(Mode)), multiple=True, default=("fp32", "channels_last"), show_default=True)
+@click.option(
+    "--mode",
+    "modes",
+    type=click.Choice(get_args(Mode)),
+    multiple=True,
+    default=("fp32", "channels_last"),
+    show_default=True,
+)
 @click.option("--num-steps", type=int, help="Heun steps.  [default: 8 for demo, 18 for cifar10]")
 @click.option("--batch", default=64, show_default=True)
 @click.option("--images", default=1000, show_default=True, help="For the metric; 0: none.")
 @click.option("--repeats", default=5, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path))
 def main(
-    device: str, model: Model, modes: tuple[Mode, ...], num_steps: int | None, batch: int, images: int, repeats: int, out: Path | None
+    device: str,
+    model: Model,
+    modes: tuple[Mode, ...],
+    num_steps: int | None,
+    batch: int,
+    images: int,
+    repeats: int,
+    out: Path | None,
 ) -> None:
     where = torch.device(device)
     steps = num_steps or (8 if model == "demo" else 18)

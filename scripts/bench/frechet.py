@@ -2,8 +2,10 @@
 
     python scripts/bench/frechet.py --out results/bench/frechet.json
 
-Frechet distance (plain, and against a reference whose factor is cached) beside scipy's sqrtm, the statistics update beside the
-Inception's own time per image, and precision/recall within a stated memory budget. One to three minutes on 2 idle cores.
+Frechet distance (plain, and against a reference whose factor is cached) beside scipy's sqrtm, the statistics update
+beside the Inception's own time per image, and precision/recall within a stated memory budget. One to three minutes on 2
+idle
+cores.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ CPU = torch.device("cpu")
 def features(n: int, seed: int) -> Tensor:
     """Non-negative, correlated, with a spectrum that falls like a power: as pooled ReLU features are."""
     generator = torch.Generator().manual_seed(seed)
-    mixing = torch.randn(DIM, DIM, generator=torch.Generator().manual_seed(0)) * torch.arange(1, DIM + 1)[:, None] ** -0.7
+    mixing = (
+        torch.randn(DIM, DIM, generator=torch.Generator().manual_seed(0)) * torch.arange(1, DIM + 1)[:, None] ** -0.7
+    )
     return torch.relu(torch.randn(n, DIM, generator=generator) @ mixing / 4 + 0.2)
 
 
@@ -60,7 +64,9 @@ def bench_frechet(repeats: int) -> dict[str, float]:
     return {
         "frechet_s": seconds_of(lambda: frechet_distance(generated=one, reference=next(references)), CPU, repeats),
         "frechet_cached_reference_s": seconds_of(lambda: frechet_distance(generated=one, reference=two), CPU, repeats),
-        "frechet_1000_images_s": seconds_of(lambda: frechet_distance(generated=next(samples), reference=two), CPU, repeats),
+        "frechet_1000_images_s": seconds_of(
+            lambda: frechet_distance(generated=next(samples), reference=two), CPU, repeats
+        ),
         "scipy_sqrtm_s": seconds_of(with_scipy, CPU),
         "frechet_value": frechet_distance(generated=one, reference=two),
         "scipy_value": theirs[0],
@@ -74,7 +80,12 @@ def bench_update(repeats: int, batch: int) -> dict[str, float]:
     inception_s = seconds_of(lambda: extractor(images), CPU, repeats) / batch
     moments, pool = Moments(DIM), features(batch, 4)
     update_s = seconds_of(lambda: moments.update(pool), CPU, repeats) / batch
-    return {"inception_s_per_image": inception_s, "update_s_per_image": update_s, "update_share": update_s / inception_s, "batch": batch}
+    return {
+        "inception_s_per_image": inception_s,
+        "update_s_per_image": update_s,
+        "update_share": update_s / inception_s,
+        "batch": batch,
+    }
 
 
 def bench_neighbours(points: int, budget_mib: int) -> dict[str, float]:
@@ -94,7 +105,9 @@ def bench_neighbours(points: int, budget_mib: int) -> dict[str, float]:
 @click.command(help=__doc__)
 @click.option("--repeats", default=5, show_default=True)
 @click.option("--batch", default=16, show_default=True, help="images per Inception call")
-@click.option("--points", default=4000, show_default=True, help="points per set for precision/recall; 50000 is the real thing")
+@click.option(
+    "--points", default=4000, show_default=True, help="points per set for precision/recall; 50000 is the real thing"
+)
 @click.option("--budget-mib", default=1024, show_default=True, help="memory budget of precision/recall")
 @click.option("--out", type=click.Path(path_type=Path), help="write the JSON there as well")
 def main(repeats: int, batch: int, points: int, budget_mib: int, out: Path | None) -> None:

@@ -3,9 +3,10 @@
     python scripts/bench/imm.py --out results/bench/imm_cpu.json
     python scripts/bench/imm.py --device cuda --batch 64 --out results/bench/imm_cuda.json
 
-DiT-XL/2 with random weights (speed does not depend on them), exact (fp32) and fast (bf16 autocast); the fast mode's error is the
-root mean square difference of the latents over their standard deviation, from the same noise. The autoencoder is not included.
-About five minutes on 2 idle CPU cores.
+DiT-XL/2 with random weights (speed does not depend on them), exact (fp32) and fast (bf16 autocast); the fast mode's
+error is the root mean square difference of the latents over their standard deviation, from the same noise. The
+autoencoder is not
+included. About five minutes on 2 idle CPU cores.
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ from torch import Tensor
 from imm.family import IMM, Sampling
 from imm.precond import IMMPrecond
 from imm.presets import CFG_SCALE, IMAGENET256
-from neon.precision import Precision, arithmetic
+from neon.runtime.precision import Precision, arithmetic
 from neon.seeds import image_rng
 
 
 def random_network(model_type: str, device: torch.device) -> IMMPrecond:
-    """The published architecture. A fresh network's output is zero, which would hide the fast mode's error: all weights are drawn."""
+    """The published architecture. A fresh network's output is zero, which would hide the fast mode's error: all weights
+    are drawn."""
     torch.manual_seed(0)
     with torch.device(device):
         net = IMM().build({**IMAGENET256, "model_type": model_type})
@@ -40,7 +42,9 @@ def random_network(model_type: str, device: torch.device) -> IMMPrecond:
 def sample(net: IMMPrecond, batch: int, steps: int, precision: Precision, device: torch.device) -> Tensor:
     labels = torch.arange(batch, device=device) % net.label_dim
     with arithmetic(device, precision):
-        codes, _ = IMM().sample(net, image_rng(0, range(batch), device), labels, Sampling(num_steps=steps, cfg_scale=CFG_SCALE["neon"]))
+        codes, _ = IMM().sample(
+            net, image_rng(0, range(batch), device), labels, Sampling(num_steps=steps, cfg_scale=CFG_SCALE["neon"])
+        )
     return codes
 
 

@@ -61,7 +61,8 @@ def _synchronize(device: torch.device) -> None:
 
 
 def flops_of(action: Callable[[], object]) -> int:
-    """Floating-point operations of matrix products, convolutions and attention in one call (a multiply-add counts two)."""
+    """Floating-point operations of matrix products, convolutions and attention in one call (a multiply-add counts
+    two)."""
     counter = FlopCounterMode(display=False)
     with counter:
         action()

@@ -1,9 +1,10 @@
-"""Time the reverse merge: GB/s of the resident model moving to another w, beside the plain way, and of `neon merge` on files.
+"""Time the reverse merge: GB/s of the resident model moving to another w, beside the plain way, and of `neon merge` on
+files.
 
     python scripts/bench/merge.py --out results/bench/merge_cpu.json
 
-Plain way: build theta_base - w (theta_syn - theta_base) as a dict of new tensors, then load_state_dict. Bytes: what has to be
-moved at least, i.e. base and difference read, parameters written. About 20 seconds.
+Plain way: build theta_base - w (theta_syn - theta_base) as a dict of new tensors, then load_state_dict. Bytes: what
+has to be moved at least, i.e. base and difference read, parameters written. About 20 seconds.
 """
 
 from __future__ import annotations
@@ -16,14 +17,16 @@ import torch
 from measuring import about, peak_mib, publish, reset_peak, seconds_of
 from torch import nn
 
-from neon import checkpoint
+from neon.checkpoints import checkpoint
 from neon.merge import LiveMerge, merged_entries
 
 
 def network(megabytes: int, device: torch.device) -> nn.Module:
     """Square layers of a transformer's size."""
     width = 2048
-    return nn.Sequential(*(nn.Linear(width, width, device=device) for _ in range(max(1, megabytes * 2**20 // (4 * width**2)))))
+    return nn.Sequential(
+        *(nn.Linear(width, width, device=device) for _ in range(max(1, megabytes * 2**20 // (4 * width**2))))
+    )
 
 
 @click.command(help=__doc__)
@@ -42,7 +45,9 @@ def main(device: str, megabytes: int, repeats: int, out: Path | None) -> None:
     live = LiveMerge(model, base, synth)
     live_s = seconds_of(lambda: live.set_w(1.5), where, repeats)
     moved = {name: value.clone() for name, value in model.state_dict().items()}
-    plain_s = seconds_of(lambda: model.load_state_dict({k: base[k] - 1.5 * (synth[k] - base[k]) for k in base}), where, repeats)
+    plain_s = seconds_of(
+        lambda: model.load_state_dict({k: base[k] - 1.5 * (synth[k] - base[k]) for k in base}), where, repeats
+    )
     difference = max((moved[name] - value).abs().max().item() for name, value in model.state_dict().items())
 
     with tempfile.TemporaryDirectory() as folder:

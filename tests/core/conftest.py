@@ -7,7 +7,7 @@ import torch
 
 from fid.moments import Moments
 from fid.reference import write_reference
-from neon import checkpoint
+from neon.checkpoints import checkpoint
 from tests.core.line import Line, open_pixels
 
 CONFIG = """
@@ -48,10 +48,14 @@ def line_config(tmp_path: Path) -> Path:
     family = Line()
     model = family.build({})
     checkpoint.write(
-        tmp_path / "base.safetensors", model.state_dict(), metadata={"family": "tests.core.line:Line", "arch": {}, "weights": "ema"}
+        tmp_path / "base.safetensors",
+        model.state_dict(),
+        metadata={"family": "tests.core.line:Line", "arch": {}, "weights": "ema"},
     )
     generator = torch.Generator().manual_seed(0)
-    real = (model.mean.detach()[torch.arange(500) % 3] * 1.1 + 0.25 * torch.randn(500, 1, 4, 4, generator=generator)).clamp(-1, 1)
+    real = (
+        model.mean.detach()[torch.arange(500) % 3] * 1.1 + 0.25 * torch.randn(500, 1, 4, 4, generator=generator)
+    ).clamp(-1, 1)
     extractor = open_pixels(path=None, device="cpu", allow_unknown_weights=False)
     moments = Moments(16)
     moments.update(extractor(((real + 1) * 127.5).round().to(torch.uint8)).pool)

@@ -1,4 +1,5 @@
-"""A family so small that everything about it can be computed by hand: images 1x4x4 whose pixels are a learned mean plus noise.
+"""A family so small that everything about it can be computed by hand: images 1x4x4 whose pixels are a learned mean plus
+noise.
 
 Its sampler is exact in one line, its loss is a squared error, so whole runs take a second.
 """

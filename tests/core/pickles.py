@@ -1,4 +1,5 @@
-"""Writes module pickles as NVIDIA's `torch_utils.persistence` does, without that package: stand-in modules give the names."""
+"""Writes module pickles as NVIDIA's `torch_utils.persistence` does, without that package: stand-in modules give the
+names."""
 
 from __future__ import annotations
 
@@ -56,7 +57,9 @@ def write(patch: pytest.MonkeyPatch, path: Path, value: object, protocol: int = 
 
 def network() -> nn.Module:
     torch.manual_seed(0)
-    model = nn.Sequential(OrderedDict(enc=nn.ModuleDict({"8x8_conv": nn.Conv2d(3, 4, 3), "norm": nn.BatchNorm2d(4)}), out=nn.Linear(4, 2)))
+    model = nn.Sequential(
+        OrderedDict(enc=nn.ModuleDict({"8x8_conv": nn.Conv2d(3, 4, 3), "norm": nn.BatchNorm2d(4)}), out=nn.Linear(4, 2))
+    )
     model.register_buffer("resample_filter", torch.ones(1, 1, 2, 2))
     model.register_buffer("scratch", torch.zeros(3), persistent=False)
     model.register_buffer("absent", None)

@@ -8,13 +8,23 @@ import numpy as np
 import pytest
 import torch
 
-from neon import checkpoint, config, records, train
-from neon.autoencoder import Attention, ConvLayout, Downsample, kl_to_unit_normal, mean_and_std, sample_posterior
-from neon.data import open_images
-from neon.distributed import World
+from neon.checkpoints import checkpoint
 from neon.family import resolve
+from neon.images.formats import open_images
+from neon.networks.autoencoder import (
+    Attention,
+    ConvLayout,
+    Downsample,
+    kl_to_unit_normal,
+    mean_and_std,
+    sample_posterior,
+)
+from neon.pipeline.experiment import Experiment, parse
+from neon.pipeline.train_autoencoder import psnr_db, split, squared_error, train_autoencoder
+from neon.runtime.distributed import World
 from neon.seeds import SharedRng
-from neon.train_autoencoder import psnr_db, split, squared_error, train_autoencoder
+from neon.store import records
+from neon.training import loop
 
 SMALL = {"ch": 4, "ch_mult": [1, 2], "num_res_blocks": 1, "z_channels": 3, "image_channels": 1, "num_groups": 2}
 ARCHS = {"var": {**SMALL, "patch_nums": [1, 2, 4], "vocab_size": 16}, "xar": {**SMALL, "encoder_attn_resolutions": []}}
@@ -51,7 +61,11 @@ def test_downsampling_pads_right_and_bottom():
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"ch": 3}, "must be a multiple of 2"), ({"encoder_attention": (2,)}, "level 2"), ({"decoder_attention": (-1,)}, "level -1")],
+    [
+        ({"ch": 3}, "must be a multiple of 2"),
+        ({"encoder_attention": (2,)}, "level 2"),
+        ({"decoder_attention": (-1,)}, "level -1"),
+    ],
 )
 def test_impossible_layouts_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
@@ -62,10 +76,14 @@ def test_posterior_against_torch_distributions():
     moments = torch.randn(2, 6, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     mean, logvar = moments[:, :3], moments[:, 3:]
     posterior = torch.distributions.Normal(mean, (logvar / 2).exp())
-    divergence = torch.distributions.kl_divergence(posterior, torch.distributions.Normal(torch.zeros_like(mean), 1.0)).sum((1, 2, 3))
+    divergence = torch.distributions.kl_divergence(
+        posterior, torch.distributions.Normal(torch.zeros_like(mean), 1.0)
+    ).sum((1, 2, 3))
     torch.testing.assert_close(kl_to_unit_normal(moments), divergence)
     noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    torch.testing.assert_close(posterior.cdf(sample_posterior(moments, noise)), torch.distributions.Normal(0.0, 1.0).cdf(noise))
+    torch.testing.assert_close(
+        posterior.cdf(sample_posterior(moments, noise)), torch.distributions.Normal(0.0, 1.0).cdf(noise)
+    )
     assert mean_and_std(torch.tensor([0.0, 99.0]).view(1, 2, 1, 1))[1].item() == pytest.approx(math.exp(10))
 
 
@@ -74,7 +92,11 @@ def small(family: str, images: torch.Tensor) -> tuple:
     trainable = resolve(family).trainable_autoencoder
     torch.manual_seed(0)
     model = trainable.build(ARCHS[family])
-    return trainable, model, trainable.draw(SharedRng(len(images), torch.Generator().manual_seed(3)), images, None, trainable.objective())
+    return (
+        trainable,
+        model,
+        trainable.draw(SharedRng(len(images), torch.Generator().manual_seed(3)), images, None, trainable.objective()),
+    )
 
 
 def random_images(batch: int = 4) -> torch.Tensor:
@@ -87,7 +109,10 @@ def test_the_loss_of_an_image_does_not_depend_on_its_batch(family):
     trainable, model, draws = small(family, images)
     how = trainable.objective()
     together = trainable.loss(model, images, None, draws, how)
-    apart = [trainable.loss(model, images[i : i + 1], None, {k: v[i : i + 1] for k, v in draws.items()}, how) for i in range(4)]
+    apart = [
+        trainable.loss(model, images[i : i + 1], None, {k: v[i : i + 1] for k, v in draws.items()}, how)
+        for i in range(4)
+    ]
     torch.testing.assert_close(together, torch.cat(apart), atol=1e-6, rtol=1e-6)
 
 
@@ -131,17 +156,25 @@ def test_vq_loss_by_its_parts_and_where_its_gradients_go():
 
     codebook, encoder = model.quantize.embedding.weight, model.quant_conv.weight
     with_beta, without = (
-        torch.autograd.grad(trainable.loss(model, images, None, draws, trainable.objective(commitment=b)).sum(), [codebook, encoder])
+        torch.autograd.grad(
+            trainable.loss(model, images, None, draws, trainable.objective(commitment=b)).sum(), [codebook, encoder]
+        )
         for b in (0.25, 0.0)
     )
     # the codebook follows the features only: neither the commitment nor the reconstruction reaches it
     torch.testing.assert_close(with_beta[0], without[0])
     frozen_f = f.detach()
-    to_codes = torch.stack([(frozen_f - f_hat).square().mean((1, 2, 3)) for _, f_hat in model.quantize.scales(frozen_f)]).mean(0).sum()
+    to_codes = (
+        torch.stack([(frozen_f - f_hat).square().mean((1, 2, 3)) for _, f_hat in model.quantize.scales(frozen_f)])
+        .mean(0)
+        .sum()
+    )
     torch.testing.assert_close(without[0], torch.autograd.grad(to_codes, codebook)[0])
     # the encoder gets the decoder's gradient as if f_hat were f
     f_hat = scales[-1].detach().requires_grad_()
-    (at_f_hat,) = torch.autograd.grad((model.decode_unclipped(f_hat) - (images / 127.5 - 1)).abs().mean((1, 2, 3)).sum(), f_hat)
+    (at_f_hat,) = torch.autograd.grad(
+        (model.decode_unclipped(f_hat) - (images / 127.5 - 1)).abs().mean((1, 2, 3)).sum(), f_hat
+    )
     torch.testing.assert_close(without[1], torch.autograd.grad(f, encoder, at_f_hat)[0], atol=1e-6, rtol=1e-4)
 
 
@@ -164,10 +197,14 @@ def halves(folder: Path, *, last_black: bool = False) -> Path:
     return path
 
 
-def experiment(family: str, data: Path, **recipe) -> config.Experiment:
+def experiment(family: str, data: Path, **recipe) -> Experiment:
     training = {"images": 960, "batch": 16, "lr": 1e-2, **recipe}
-    return config.experiment(
-        {"family": family, "data": {"path": str(data)}, "autoencoder": {"arch": ARCHS[family], "held_out": 8, "train": training}}
+    return parse(
+        {
+            "family": family,
+            "data": {"path": str(data)},
+            "autoencoder": {"arch": ARCHS[family], "held_out": 8, "train": training},
+        }
     )
 
 
@@ -197,7 +234,11 @@ def test_held_out_images_have_no_influence(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     results = [
-        train_autoencoder(experiment("var", halves(tmp_path / name, last_black=name == "b"), images=64), tmp_path / name / "run", World())
+        train_autoencoder(
+            experiment("var", halves(tmp_path / name, last_black=name == "b"), images=64),
+            tmp_path / name / "run",
+            World(),
+        )
         for name in ("a", "b")
     ]
     a, b = (weights_of(result["autoencoder"]) for result in results)
@@ -210,7 +251,7 @@ def test_a_killed_training_goes_on_as_if_nothing_had_happened(family, tmp_path, 
     data = halves(tmp_path)
     unbroken = train_autoencoder(experiment(family, data, images=128), tmp_path / "unbroken", World())
     monkeypatch.setattr(records.Saver, "is_due", True)
-    step, calls = train.train_step, []
+    step, calls = loop.train_step, []
 
     def dies_at_the_fifth(*args):
         calls.append(1)
@@ -218,7 +259,7 @@ def test_a_killed_training_goes_on_as_if_nothing_had_happened(family, tmp_path, 
             raise KeyboardInterrupt
         return step(*args)
 
-    monkeypatch.setattr(train, "train_step", dies_at_the_fifth)
+    monkeypatch.setattr(loop, "train_step", dies_at_the_fifth)
     with pytest.raises(KeyboardInterrupt):
         train_autoencoder(experiment(family, data, images=128), tmp_path / "broken", World())
     assert not (tmp_path / "broken" / "autoencoder.safetensors").exists()
@@ -232,7 +273,7 @@ def test_a_killed_training_goes_on_as_if_nothing_had_happened(family, tmp_path, 
 def test_what_cannot_be_trained_is_refused(tmp_path):
     data = halves(tmp_path)
     with pytest.raises(ValueError, match="family 'edm' has no autoencoder"):
-        config.experiment({"family": "edm", "autoencoder": {"arch": {}, "train": {"images": 1, "batch": 1, "lr": 1.0}}})
+        parse({"family": "edm", "autoencoder": {"arch": {}, "train": {"images": 1, "batch": 1, "lr": 1.0}}})
     with pytest.raises(ValueError, match=r"autoencoder.train.* has no key 'imges'"):
         experiment("var", data, imges=3)
     with pytest.raises(ValueError, match="48 images, but 48 are held out"):

@@ -1,4 +1,5 @@
-"""Layouts, weight sets, strict loading and writing. torch and safetensors themselves are the independent readers and writers."""
+"""Layouts, weight sets, strict loading and writing. torch and safetensors themselves are the independent readers and
+writers."""
 
 import argparse
 import json
@@ -11,16 +12,22 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from neon import checkpoint, files
+from neon.checkpoints import checkpoint
+from neon.checkpoints.describe import describe
+from neon.store import files
 
 
 def network(width: int = 3) -> nn.Module:
     torch.manual_seed(width)
-    return nn.Sequential(OrderedDict(first=nn.Linear(4, width), norm=nn.BatchNorm1d(width), last=nn.Linear(width, 2, bias=False)))
+    return nn.Sequential(
+        OrderedDict(first=nn.Linear(4, width), norm=nn.BatchNorm1d(width), last=nn.Linear(width, 2, bias=False))
+    )
 
 
 def state(scale: float = 1.0) -> dict[str, torch.Tensor]:
-    return {name: value * scale if value.is_floating_point() else value for name, value in network().state_dict().items()}
+    return {
+        name: value * scale if value.is_floating_point() else value for name, value in network().state_dict().items()
+    }
 
 
 def assert_equal(found, expected):
@@ -33,10 +40,19 @@ def assert_equal(found, expected):
 EMA, RAW = state(1.0), state(2.0)
 LAYOUTS = {
     "DiT": ({"ema": EMA, "model": RAW, "opt": {"step": 3}}, {"ema": EMA, "raw": RAW}),
-    "xAR training": ({"model_ema": EMA, "model": RAW, "epoch": 1, "args": argparse.Namespace(lr=1e-4)}, {"ema": EMA, "raw": RAW}),
+    "xAR training": (
+        {"model_ema": EMA, "model": RAW, "epoch": 1, "args": argparse.Namespace(lr=1e-4)},
+        {"ema": EMA, "raw": RAW},
+    ),
     "xAR published": ({"model_ema": EMA, "epoch": 1}, {"ema": EMA}),
-    "TorchCFM": ({"ema_model": EMA, "net_model": RAW, "step": 400_000, "sched": {"lr_lambdas": [None]}}, {"ema": EMA, "raw": RAW}),
-    "VAR trainer": ({"epoch": 1, "trainer": {"config": None, "var_wo_ddp": RAW, "vae_local": EMA}, "args": {}}, {"raw": RAW}),
+    "TorchCFM": (
+        {"ema_model": EMA, "net_model": RAW, "step": 400_000, "sched": {"lr_lambdas": [None]}},
+        {"ema": EMA, "raw": RAW},
+    ),
+    "VAR trainer": (
+        {"epoch": 1, "trainer": {"config": None, "var_wo_ddp": RAW, "vae_local": EMA}, "args": {}},
+        {"raw": RAW},
+    ),
     "KL-16": ({"model": RAW}, {"raw": RAW}),
     "bare": (RAW, {"unnamed": RAW}),
     "bare OrderedDict": (network().state_dict(), {"unnamed": EMA}),
@@ -53,13 +69,15 @@ def test_every_torch_layout_gives_its_weight_sets(tmp_path, layout, is_zip):
         found = checkpoint.read(tmp_path / "a.pth", weights=weights)
         assert found.weights == weights
         assert_equal(found.tensors, tensors)
-    assert set(checkpoint.describe(tmp_path / "a.pth")["weights"]) == set(expected)
+    assert set(describe(tmp_path / "a.pth")["weights"]) == set(expected)
 
 
 @pytest.mark.parametrize("layout", ["KL-16", "VAR trainer"])
 def test_a_missing_ema_is_an_error_that_lists_what_is_there(tmp_path, layout):
     torch.save(LAYOUTS[layout][0], tmp_path / "a.pth")
-    with pytest.raises(ValueError, match=r"a\.pth holds no 'ema' weights; it holds 'raw' \(under .*(model|var_wo_ddp)\)"):
+    with pytest.raises(
+        ValueError, match=r"a\.pth holds no 'ema' weights; it holds 'raw' \(under .*(model|var_wo_ddp)\)"
+    ):
         checkpoint.read(tmp_path / "a.pth")
 
 
@@ -110,7 +128,8 @@ def test_torch_tensors_of_every_dtype_shape_and_stride(tmp_path):
         "mask": torch.full((2, 2), -torch.inf),
         "parameter": nn.Parameter(torch.randn(3)),
         **{
-            str(dtype): torch.tensor([0, 1, 3]).to(dtype) for dtype in (torch.bfloat16, torch.float16, torch.int8, torch.bool, torch.uint16)
+            str(dtype): torch.tensor([0, 1, 3]).to(dtype)
+            for dtype in (torch.bfloat16, torch.float16, torch.int8, torch.bool, torch.uint16)
         },
     }
     for is_zip in (True, False):
@@ -124,14 +143,18 @@ def test_a_hugging_face_index_with_two_shards(tmp_path):
     names = list(EMA)
     shards = {"a-1.safetensors": names[:3], "a-2.safetensors": names[3:]}
     for file, held in shards.items():
-        safetensors.torch.save_file({name: EMA[name].contiguous() for name in held}, tmp_path / file, metadata={"format": "pt"})
+        safetensors.torch.save_file(
+            {name: EMA[name].contiguous() for name in held}, tmp_path / file, metadata={"format": "pt"}
+        )
     weight_map = {name: file for file, held in shards.items() for name in held}
     index = tmp_path / "a.safetensors.index.json"
     index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     found = checkpoint.read(index)
     assert_equal(found.tensors, EMA)
     before = found.sha256
-    assert checkpoint.convert(index, tmp_path / "one.safetensors").sha256 == files.sha256_of(tmp_path / "one.safetensors")
+    assert checkpoint.convert(index, tmp_path / "one.safetensors").sha256 == files.sha256_of(
+        tmp_path / "one.safetensors"
+    )
     safetensors.torch.save_file({name: RAW[name].contiguous() for name in names[3:]}, tmp_path / "a-2.safetensors")
     assert checkpoint.read(index).sha256 != before
     index.write_text(json.dumps({"weight_map": weight_map | {"extra": "a-1.safetensors"}}))
@@ -159,9 +182,9 @@ def test_what_is_written_comes_back_and_other_readers_agree(tmp_path):
     assert_equal(found.tensors, tensors)
     assert (found.family, found.arch, found.weights) == ("edm", {"label_dim": 10}, "ema")
     assert found.meta == {"format": 1, **metadata}
-    assert {name: value.tolist() for name, value in safetensors.torch.load_file(tmp_path / "a.safetensors").items()} == {
-        name: value.tolist() for name, value in tensors.items()
-    }
+    assert {
+        name: value.tolist() for name, value in safetensors.torch.load_file(tmp_path / "a.safetensors").items()
+    } == {name: value.tolist() for name, value in tensors.items()}
     addresses = {name: entry.storage.offset % tensors[name].itemsize for name, entry in found.tensors.entries.items()}
     assert set(addresses.values()) == {0}  # memory-mapping readers need aligned tensors
     with pytest.raises(ValueError, match="holds no 'raw' weights; it holds 'ema'"):
@@ -216,15 +239,17 @@ def test_strict_loading_in_one_line_that_says_what_does_not_fit(tmp_path):
     found = checkpoint.read(tmp_path / "d6.safetensors")
     shallow = nn.Module()
     shallow.blocks = nn.ModuleList(nn.Linear(2, 2) for _ in range(4))
-    expected = (
-        r"d6\.safetensors does not fit: expected Module \(4 blocks, 24 numbers in 8 tensors\), .* \(6 blocks, 36 numbers in 12 tensors\)"
-    )
-    with pytest.raises(ValueError, match=expected + r"; 0 missing, 4 unexpected, 0 of another shape; first: blocks\.4\.weight") as error:
+    sizes = r"\(4 blocks, 24 numbers in 8 tensors\), .* \(6 blocks, 36 numbers in 12 tensors\)"
+    expected = r"d6\.safetensors does not fit: expected Module " + sizes
+    with pytest.raises(
+        ValueError, match=expected + r"; 0 missing, 4 unexpected, 0 of another shape; first: blocks\.4\.weight"
+    ) as error:
         found.load_into(shallow)
     assert "\n" not in str(error.value)
     shallow.blocks[0], shallow.extra = nn.Linear(2, 5), nn.Linear(1, 1)
     with pytest.raises(
-        ValueError, match=r"2 missing, 4 unexpected, 2 of another shape; first: blocks\.0\.weight \(2, 2\) instead of \(5, 2\)"
+        ValueError,
+        match=r"2 missing, 4 unexpected, 2 of another shape; first: blocks\.0\.weight \(2, 2\) instead of \(5, 2\)",
     ):
         found.load_into(shallow)
 
@@ -269,7 +294,9 @@ def test_integer_buffers_stored_as_floats_and_back(tmp_path):
         assert model.lvl_1L.dtype == wanted
         assert model.lvl_1L.tolist() == [[0, 1, 1, 3]]
     checkpoint.write(tmp_path / "a.safetensors", {"lvl_1L": torch.tensor([[0, 1, 1.5, 3]])}, metadata={})
-    with pytest.raises(ValueError, match=r"lvl_1L is stored as torch\.float32 with values that torch\.int64 cannot hold"):
+    with pytest.raises(
+        ValueError, match=r"lvl_1L is stored as torch\.float32 with values that torch\.int64 cannot hold"
+    ):
         checkpoint.read(tmp_path / "a.safetensors").load_into(Levels(torch.int64))
 
 
@@ -283,13 +310,13 @@ def test_a_file_that_was_replaced_meanwhile_is_not_read_at_old_offsets(tmp_path)
 
 def test_describe_counts(tmp_path):
     torch.save({"ema": EMA, "model": RAW}, tmp_path / "a.pth")
-    about = checkpoint.describe(tmp_path / "a.pth")
+    about = describe(tmp_path / "a.pth")
     assert about["format"] == "torch"
     assert about["weights"]["ema"]["dtypes"] == {"float32": 7, "int64": 1}
     assert about["weights"]["ema"]["elements"] == sum(value.numel() for value in EMA.values())
     assert len(about["sha256"]) == 64
     np.savez(tmp_path / "ref.npz", mu=np.zeros(8), sigma=np.zeros((8, 8), np.float32), num_images=np.int64(50_000))
-    assert checkpoint.describe(tmp_path / "ref.npz")["arrays"] == {
+    assert describe(tmp_path / "ref.npz")["arrays"] == {
         "mu": {"shape": [8], "dtype": "float64"},
         "sigma": {"shape": [8, 8], "dtype": "float32"},
         "num_images": {"shape": [], "dtype": "int64", "value": 50_000},

@@ -1,6 +1,7 @@
 """Peak memory: the resident bytes of this process above what was there before.
 
-Tensors are larger than 32 MiB: such blocks malloc gives back to the system at once, so that what is measured is what is held.
+Tensors are larger than 32 MiB: such blocks malloc gives back to the system at once, so that what is measured is
+    what is held.
 """
 
 import re
@@ -10,13 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from neon import checkpoint, merge
+from neon import merge
+from neon.checkpoints import checkpoint
 from tests.core import pickles
 
 NUM_TENSORS, ROWS, COLUMNS = 3, 5120, 2048
 TENSOR_MIB = ROWS * COLUMNS * 4 / 2**20
 
-pytestmark = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="resident memory is measured through /proc (Linux)")
+pytestmark = pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="resident memory is measured through /proc (Linux)"
+)
 
 
 def tensors_held(work: Callable[[], object]) -> float:
@@ -41,7 +45,9 @@ def test_a_merge_of_files_holds_three_tensors_whatever_the_size_of_the_models(tm
 
     def merge_files() -> None:
         base, synth = (checkpoint.read(tmp_path / f"{name}.safetensors").tensors for name in ("base", "synth"))
-        checkpoint.write_streaming(tmp_path / "out.safetensors", base, merge.merged_entries(base, synth, 1.5), metadata={})
+        checkpoint.write_streaming(
+            tmp_path / "out.safetensors", base, merge.merged_entries(base, synth, 1.5), metadata={}
+        )
 
     assert 2.9 < tensors_held(merge_files) < 3.3  # base, synth, and the step that becomes the merged one
     merged = checkpoint.read(tmp_path / "out.safetensors").tensors
@@ -51,7 +57,9 @@ def test_a_merge_of_files_holds_three_tensors_whatever_the_size_of_the_models(tm
 @pytest.mark.parametrize("kind", ["a.safetensors", "a.pth", "old.pth", "a.pkl"])
 def test_loading_takes_one_or_two_tensors_beside_the_model(tmp_path, monkeypatch, kind):
     held = tensors(0.0)
-    model = torch.nn.Sequential(*(torch.nn.Linear(COLUMNS, ROWS, bias=False, device="meta") for _ in held)).to_empty(device="cpu")
+    model = torch.nn.Sequential(*(torch.nn.Linear(COLUMNS, ROWS, bias=False, device="meta") for _ in held)).to_empty(
+        device="cpu"
+    )
     for parameter, value in zip(model.parameters(), held.values(), strict=True):
         parameter.data.copy_(value)
     if kind == "a.pkl":
@@ -64,4 +72,6 @@ def test_loading_takes_one_or_two_tensors_beside_the_model(tmp_path, monkeypatch
         parameter.data.fill_(-1)
     most = 2.1 if kind == "a.pkl" else 1.1  # an embedded tensor passes through memory once while the pickle is decoded
     assert tensors_held(lambda: checkpoint.read(tmp_path / kind).load_into(model)) < most
-    assert all(torch.equal(parameter, value) for parameter, value in zip(model.parameters(), held.values(), strict=True))
+    assert all(
+        torch.equal(parameter, value) for parameter, value in zip(model.parameters(), held.values(), strict=True)
+    )

@@ -12,14 +12,20 @@ import numpy as np
 import pytest
 import torch
 
-from neon import checkpoint
-from neon.torch_files import plain
-from neon.unpickle import Record
+from neon.checkpoints import checkpoint
+from neon.checkpoints.describe import describe
+from neon.checkpoints.inert_pickle import Record
+from neon.checkpoints.torch_format import plain
 from tests import goldens
 from tests.core import pickles
 from tests.core.test_checkpoint import assert_equal
 
-GOOD = [file for family in ("edm", "imm") for file in goldens.files(family) if file.suffix == ".pkl" and "evil" not in file.name]
+GOOD = [
+    file
+    for family in ("edm", "imm")
+    for file in goldens.files(family)
+    if file.suffix == ".pkl" and "evil" not in file.name
+]
 EVIL = [file for family in ("edm", "imm") for file in goldens.files(family) if file.name.endswith("_evil.pkl")]
 
 
@@ -31,7 +37,9 @@ def test_golden_pickles_give_their_tensors_and_constructor_arguments(file):
     assert found.family == file.parent.name
     assert found.arch == {"class_name": config["class_name"], **config["init_kwargs"]}
     if file.parent.name == "edm":
-        expected = {name.removeprefix("sd/"): goldens.tensor(array) for name, array in arrays.items() if name.startswith("sd/")}
+        expected = {
+            name.removeprefix("sd/"): goldens.tensor(array) for name, array in arrays.items() if name.startswith("sd/")
+        }
         assert_equal(found.tensors, expected)
     else:
         assert {name: [*value.shape, str(value.dtype)] for name, value in found.tensors.items()} == config["keys"]
@@ -65,7 +73,11 @@ def in_dict(payload):
 
 
 def as_state(payload):
-    return {"ema": pickles.Persistent("EDMPrecond", {"_modules": {}, "_parameters": {}, "_buffers": {}, "_init_kwargs": {"x": payload}})}
+    return {
+        "ema": pickles.Persistent(
+            "EDMPrecond", {"_modules": {}, "_parameters": {}, "_buffers": {}, "_init_kwargs": {"x": payload}}
+        )
+    }
 
 
 def in_embedded_tensor(payload):
@@ -99,7 +111,14 @@ FOREIGN = {
     "operator": ["attrgetter"],
     "collections": ["abc", "namedtuple"],
     "numpy": ["load", "f2py.crackfortran.myeval"],
-    "torch": ["load", "hub.load", "_utils.eval", "nn.functional.relu", "nn.modules.module.torch", "storage._load_from_bytes.__globals__"],
+    "torch": [
+        "load",
+        "hub.load",
+        "_utils.eval",
+        "nn.functional.relu",
+        "nn.modules.module.torch",
+        "storage._load_from_bytes.__globals__",
+    ],
     "timm.models": ["hub.load_model", "create_model"],
     "omegaconf": ["OmegaConf.load"],
 }
@@ -113,7 +132,9 @@ def test_names_that_are_refused(tmp_path, name):
         checkpoint.read(tmp_path / "a.pkl")
 
 
-@pytest.mark.parametrize("name", ["argparse.Namespace", "torch.nn.modules.linear.Linear", "builtins.object", "functools.partial"])
+@pytest.mark.parametrize(
+    "name", ["argparse.Namespace", "torch.nn.modules.linear.Linear", "builtins.object", "functools.partial"]
+)
 def test_allowed_names_are_inert(tmp_path, name, monkeypatch):
     """A record takes the place of the call: constructing, giving it a state or items runs no method of the class."""
     module, _, attribute = name.rpartition(".")
@@ -133,7 +154,9 @@ def test_a_call_of_something_else_than_a_name_is_refused(tmp_path):
 def test_old_and_new_module_pickles(tmp_path, monkeypatch, dicts, protocol):
     model = pickles.network()
     easy = pickles.stand_in(monkeypatch, "dnnlib.util", "EasyDict", type("EasyDict", (dict,), {}))
-    kwargs = easy(skip_scale=np.float64(0.5), channel_mult=[1, 2], use_fp16=np.bool_(True), resample_filter=(1, 1), name=None)
+    kwargs = easy(
+        skip_scale=np.float64(0.5), channel_mult=[1, 2], use_fp16=np.bool_(True), resample_filter=(1, 1), name=None
+    )
     saved = {
         "ema": pickles.persistent_module(model, "EDMPrecond", kwargs, dicts=dicts),
         "augment_pipe": None,
@@ -170,14 +193,25 @@ def test_omegaconf_values_are_unwrapped(tmp_path, monkeypatch):
     for node in numbers._content:
         node._parent = numbers
     inner = make(dict_config, _content={"channel_mult": numbers, "name": make(any_node, _val="x")})
-    saved = {"ema": pickles.persistent_module(pickles.network(), "IMMPrecond", {"embedding_kwargs": inner, "channel_mult": numbers})}
+    saved = {
+        "ema": pickles.persistent_module(
+            pickles.network(), "IMMPrecond", {"embedding_kwargs": inner, "channel_mult": numbers}
+        )
+    }
     found = checkpoint.read(pickles.write(monkeypatch, tmp_path / "a.pkl", saved))
-    assert found.arch == {"class_name": "IMMPrecond", "embedding_kwargs": {"channel_mult": [1, 2.5], "name": "x"}, "channel_mult": [1, 2.5]}
+    assert found.arch == {
+        "class_name": "IMMPrecond",
+        "embedding_kwargs": {"channel_mult": [1, 2.5], "name": "x"},
+        "channel_mult": [1, 2.5],
+    }
     assert found.family == "imm"
 
 
 def test_what_has_no_plain_form_stays_visible():
-    assert plain({"f": Record("timm.layers.format.Format", ("NCHW",)), 1: (2, {3})}) == {"f": "<timm.layers.format.Format>", "1": [2, [3]]}
+    assert plain({"f": Record("timm.layers.format.Format", ("NCHW",)), 1: (2, {3})}) == {
+        "f": "<timm.layers.format.Format>",
+        "1": [2, [3]],
+    }
 
 
 def test_positional_constructor_arguments_are_not_dropped_silently(tmp_path, monkeypatch):
@@ -195,7 +229,9 @@ def test_a_pickle_without_ema_says_what_it_holds(tmp_path, monkeypatch):
 def test_parameters_shared_by_two_modules_stay_tied(tmp_path, monkeypatch):
     model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
     model[1].weight = model[0].weight
-    found = checkpoint.read(pickles.write(monkeypatch, tmp_path / "a.pkl", {"ema": pickles.persistent_module(model, "EDMPrecond", {})}))
+    found = checkpoint.read(
+        pickles.write(monkeypatch, tmp_path / "a.pkl", {"ema": pickles.persistent_module(model, "EDMPrecond", {})})
+    )
     assert found.tensors.aliases == {"1.weight": "0.weight"}
 
 
@@ -205,7 +241,9 @@ BIG = 2**50
 def claim_in_pickle(path, monkeypatch):
     saved = {"ema": pickles.persistent_module(pickles.network(), "EDMPrecond", {})}
     content = pickles.write(monkeypatch, path, saved, 2).read_bytes()
-    shape = struct.pack("<BBBBBB", 0x4B, 4, 0x4B, 3, 0x4B, 3)  # BININT1 4, 3, 3: the convolution's shape is (4, 3, 3, 3)
+    shape = struct.pack(
+        "<BBBBBB", 0x4B, 4, 0x4B, 3, 0x4B, 3
+    )  # BININT1 4, 3, 3: the convolution's shape is (4, 3, 3, 3)
     assert content.count(shape) == 1
     path.write_bytes(content.replace(shape, b"\x8a\x07" + BIG.to_bytes(7, "little") + shape[2:]))
 
@@ -219,7 +257,10 @@ def claim_in_zip(path, monkeypatch):
         members = {info.filename: archive.read(info) for info in archive.infolist()}
     with zipfile.ZipFile(path, "w") as archive:
         for name, data in members.items():
-            archive.writestr(name, data.replace(number, b"\x8a\x07" + BIG.to_bytes(7, "little")) if name.endswith("data.pkl") else data)
+            archive.writestr(
+                name,
+                data.replace(number, b"\x8a\x07" + BIG.to_bytes(7, "little")) if name.endswith("data.pkl") else data,
+            )
 
 
 def claim_in_zip_directory(path, monkeypatch):
@@ -245,7 +286,8 @@ def claim_of_bytes(path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "claim", [claim_in_pickle, claim_in_zip, claim_in_zip_directory, claim_in_safetensors, claim_by_repetition, claim_of_bytes]
+    "claim",
+    [claim_in_pickle, claim_in_zip, claim_in_zip_directory, claim_in_safetensors, claim_by_repetition, claim_of_bytes],
 )
 def test_a_claim_of_a_petabyte_is_refused_before_it_is_allocated(tmp_path, monkeypatch, claim):
     claim(tmp_path / "a", monkeypatch)
@@ -288,7 +330,7 @@ def test_random_damage_never_gives_another_kind_of_error(tmp_path, kind):
         damaged[rng.integers(0, min(3000, len(content)), size=3)] = rng.integers(0, 256, size=3)
         path.write_bytes(damaged.tobytes())
         try:
-            checkpoint.describe(path)
+            describe(path)
             for value in checkpoint.read(path, weights="ema").tensors.values():
                 assert value.numel() < 1e6
         except ValueError as error:

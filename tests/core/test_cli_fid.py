@@ -12,9 +12,9 @@ from click.testing import CliRunner
 from fid.frechet import frechet_distance
 from fid.partial import read_partial
 from fid.reference import read_reference
-from neon import records
-from neon.cli import main
-from neon.data import open_images
+from neon.cli.main import main
+from neon.images.formats import open_images
+from neon.store import records
 from tests.commands import ROOT, last_object, started
 from tests.core.line import Pixels
 
@@ -56,7 +56,9 @@ def assert_same_statistics(a: Path, b: Path, relative: float) -> None:
         assert (x - y).abs().max() <= relative * x.abs().max()
 
 
-@pytest.mark.parametrize(("ranks", "images", "extractor", "relative"), [(3, "tiny", EXACT, 1e-10), (2, "clothes", NETWORK, 1e-5)])
+@pytest.mark.parametrize(
+    ("ranks", "images", "extractor", "relative"), [(3, "tiny", EXACT, 1e-10), (2, "clothes", NETWORK, 1e-5)]
+)
 def test_statistics_of_any_number_of_ranks(request, tmp_path, ranks, images, extractor, relative):
     source = request.getfixturevalue(images)
     neon("ref", "--data", source, "--out", tmp_path / "one.npz", "--batch", 7, "--device", "cpu", *extractor)
@@ -76,14 +78,18 @@ def test_metrics_of_two_ranks(tmp_path, tiny):
     assert together["metrics"] == pytest.approx(alone["metrics"], rel=1e-10, abs=1e-8)
     assert alone["comparable"] is False
     assert alone["num_images"] == 101
-    assert {"seconds", "images_per_second", "reference_sha256", "extractor_sha256", "source_sha256", "versions"} <= set(alone)
+    assert {"seconds", "images_per_second", "reference_sha256", "extractor_sha256", "source_sha256", "versions"} <= set(
+        alone
+    )
 
 
 @pytest.mark.parametrize("command", ["ref", "calc"])
 def test_a_killed_pass_goes_on_and_ends_with_the_same_bits(tmp_path, tiny, monkeypatch, command):
     neon("ref", "--data", tiny, "--out", tmp_path / "whole.npz", "--batch", 10, *EXACT)
     extra = (
-        ("--out", tmp_path / "out.npz") if command == "ref" else ("--ref", tmp_path / "whole.npz", "--metric", "fid", "--metric", "fid_inf")
+        ("--out", tmp_path / "out.npz")
+        if command == "ref"
+        else ("--ref", tmp_path / "whole.npz", "--metric", "fid", "--metric", "fid_inf")
     )
     arguments = (command, "--data", tiny, "--batch", 10, "--resume", tmp_path / "sums", *extra, *EXACT)
     monkeypatch.setattr(records.Saver, "is_due", True)
@@ -109,7 +115,9 @@ def test_a_killed_pass_goes_on_and_ends_with_the_same_bits(tmp_path, tiny, monke
     assert not list((tmp_path / "sums").iterdir())
 
 
-@pytest.mark.parametrize(("images", "batch", "is_other"), [("20:80", 10, False), ("0:60", 9, False), ("0:60", 10, True)])
+@pytest.mark.parametrize(
+    ("images", "batch", "is_other"), [("20:80", 10, False), ("0:60", 9, False), ("0:60", 10, True)]
+)
 def test_sums_of_another_pass_are_not_gone_on_with(tmp_path, tiny, monkeypatch, images, batch, is_other):
     monkeypatch.setattr(records.Saver, "is_due", True)
     extract, calls = Pixels.extract, []
@@ -122,7 +130,19 @@ def test_sums_of_another_pass_are_not_gone_on_with(tmp_path, tiny, monkeypatch, 
 
     monkeypatch.setattr(Pixels, "extract", dies_at_the_fourth)
     sums = ("--resume", tmp_path / "sums")
-    killed = ("part", "--data", tiny, "--images", "0:60", "--batch", 10, "--out", tmp_path / "killed.safetensors", *sums, *EXACT)
+    killed = (
+        "part",
+        "--data",
+        tiny,
+        "--images",
+        "0:60",
+        "--batch",
+        10,
+        "--out",
+        tmp_path / "killed.safetensors",
+        *sums,
+        *EXACT,
+    )
     CliRunner().invoke(main, ["fid", *map(str, killed)])
     assert len(calls) == 4
     if is_other:
@@ -154,15 +174,37 @@ def test_parts_of_several_machines_add_up_to_the_whole(tmp_path, tiny):
     merged = neon("merge", *parts, "--out", tmp_path / "merged.npz")
     assert merged["num_images"] == 101
     assert_same_statistics(tmp_path / "whole.npz", tmp_path / "merged.npz", 1e-10)
-    assert abs(frechet_distance(generated=read_reference(tmp_path / "merged.npz"), reference=read_reference(tmp_path / "whole.npz"))) < 1e-6
+    assert (
+        abs(
+            frechet_distance(
+                generated=read_reference(tmp_path / "merged.npz"), reference=read_reference(tmp_path / "whole.npz")
+            )
+        )
+        < 1e-6
+    )
     assert "the images 40 to 70 " in refused("merge", *parts[:2], "--out", tmp_path / "gap.npz")
-    np.savez(tmp_path / "other" / "tiny.npz", images=255 - np.load(tiny)["images"])  # another set of the same name, size and count
-    other = ("part", "--data", tmp_path / "other/tiny.npz", "--images", "40:70", "--out", tmp_path / "other.safetensors", *EXACT)
+    np.savez(
+        tmp_path / "other" / "tiny.npz", images=255 - np.load(tiny)["images"]
+    )  # another set of the same name, size and count
+    other = (
+        "part",
+        "--data",
+        tmp_path / "other/tiny.npz",
+        "--images",
+        "40:70",
+        "--out",
+        tmp_path / "other.safetensors",
+        *EXACT,
+    )
     neon(*other)
-    assert "the parts differ in source" in refused("merge", *parts[:2], tmp_path / "other.safetensors", "--out", tmp_path / "mixed.npz")
+    assert "the parts differ in source" in refused(
+        "merge", *parts[:2], tmp_path / "other.safetensors", "--out", tmp_path / "mixed.npz"
+    )
     assert "in two of the parts" in refused("merge", *parts, parts[0], "--out", tmp_path / "twice.npz")
     assert not (tmp_path / "gap.npz").exists()
-    assert "holds the images 0 to 101" in refused("part", "--data", tiny, "--images", "90:102", "--out", tmp_path / "x", *EXACT)
+    assert "holds the images 0 to 101" in refused(
+        "part", "--data", tiny, "--images", "90:102", "--out", tmp_path / "x", *EXACT
+    )
     assert "expected START:STOP" in refused("part", "--data", tiny, "--images", "90", "--out", tmp_path / "x", *EXACT)
 
 

@@ -4,8 +4,9 @@ import dataclasses
 
 import pytest
 
-from neon.config import Training, load
-from neon.train import ema_beta, lr_at
+from neon.pipeline.experiment import load
+from neon.training.recipe import Training
+from neon.training.schedules import ema_beta, lr_at
 
 
 def refused(config, *overrides) -> str:

@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from neon.data import open_images, write_zip
-from neon.image_set import UnreadableImagesError
+from neon.images.formats import open_images, write_zip
+from neon.images.image_set import UnreadableImagesError
 
 
 @pytest.fixture
@@ -45,7 +45,9 @@ def test_every_format_gives_the_same_images(tmp_path, pixels):
 def test_idx_with_its_labels(tmp_path):
     images = np.random.default_rng(1).integers(0, 256, (4, 3, 2), dtype=np.uint8)
     header = b"\x00\x00\x08"
-    (tmp_path / "train-images-idx3-ubyte").write_bytes(header + b"\x03" + struct.pack(">3I", 4, 3, 2) + images.tobytes())
+    (tmp_path / "train-images-idx3-ubyte").write_bytes(
+        header + b"\x03" + struct.pack(">3I", 4, 3, 2) + images.tobytes()
+    )
     (tmp_path / "train-labels-idx1-ubyte").write_bytes(header + b"\x01" + struct.pack(">I", 4) + bytes([3, 1, 2, 0]))
     found = open_images(tmp_path / "train-images-idx3-ubyte")
     assert torch.equal(found.read(range(4))[:, 0], torch.from_numpy(images))

@@ -14,8 +14,9 @@ import pytest
 from click.testing import CliRunner
 
 from fid.inception import WEIGHTS
-from neon import download
-from neon.download import DownloadError, Published
+from neon.cli.download import download
+from neon.published import fetch
+from neon.published.fetch import DownloadError, Published
 
 ROOT = Path(__file__).parents[2]
 CONTENT = bytes(range(256)) * 4000  # about 1 MB
@@ -23,7 +24,8 @@ SHA256 = hashlib.sha256(CONTENT).hexdigest()
 
 
 class Server(ThreadingHTTPServer):
-    """Serves `pages` {path: (status, headers, content)}; `cut_after` ends that many answers early; remembers what was asked."""
+    """Serves `pages` {path: (status, headers, content)}; `cut_after` ends that many answers early; remembers what was
+    asked."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -48,17 +50,31 @@ class Handler(BaseHTTPRequestHandler):
     def answer(self, *, is_head: bool) -> None:
         wanted = self.headers.get("Range")
         self.server.asked.append((f"{self.command} {self.path}", wanted))
-        status, headers, content = self.server.pages.get(self.path, (404, {"X-Error-Code": "EntryNotFound"}, b"no such file"))
+        status, headers, content = self.server.pages.get(
+            self.path, (404, {"X-Error-Code": "EntryNotFound"}, b"no such file")
+        )
         is_unchanged = self.headers.get("If-Range") in (None, headers.get("ETag"))
-        first = int(re.match(r"bytes=(\d+)-", wanted)[1]) if wanted and status == 200 and self.server.can_resume and is_unchanged else 0
+        first = (
+            int(re.match(r"bytes=(\d+)-", wanted)[1])
+            if wanted and status == 200 and self.server.can_resume and is_unchanged
+            else 0
+        )
         if first and first >= len(content):
             status, headers, body = 416, {**headers, "Content-Range": f"bytes */{len(content)}"}, b""
         elif first:
-            status, headers, body = 206, {**headers, "Content-Range": f"bytes {first}-{len(content) - 1}/{len(content)}"}, content[first:]
+            status, headers, body = (
+                206,
+                {**headers, "Content-Range": f"bytes {first}-{len(content) - 1}/{len(content)}"},
+                content[first:],
+            )
         else:
             body = content
         self.send_response(status)
-        for key, value in {"Content-Type": "application/octet-stream", "Content-Length": str(len(body)), **headers}.items():
+        for key, value in {
+            "Content-Type": "application/octet-stream",
+            "Content-Length": str(len(body)),
+            **headers,
+        }.items():
             self.send_header(key, value)
         self.end_headers()
         if not is_head:
@@ -90,30 +106,38 @@ def names_in(folder: Path) -> list[str]:
 
 
 def test_a_file_arrives_whole_with_its_hash_and_is_skipped_the_next_time(tmp_path, server, item):
-    got = download.fetch(item, tmp_path)
+    got = fetch.fetch(item, tmp_path)
     path = tmp_path / "checkpoints" / "model.pkl"
-    assert got == {"name": "model.pkl", "path": str(path), "status": "downloaded", "bytes": len(CONTENT), "sha256": SHA256}
+    assert got == {
+        "name": "model.pkl",
+        "path": str(path),
+        "status": "downloaded",
+        "bytes": len(CONTENT),
+        "sha256": SHA256,
+    }
     assert path.read_bytes() == CONTENT
     assert names_in(path.parent) == ["model.pkl"]
-    assert download.fetch(item, tmp_path)["status"] == "there"
+    assert fetch.fetch(item, tmp_path)["status"] == "there"
     assert len(server.asked) == 1
 
 
 @pytest.mark.parametrize("cuts", [[1000], [0], [300_000, 5, 400_000]])
 def test_a_cut_connection_is_resumed_where_it_ended(tmp_path, server, item, cuts):
     server.cut_after = list(cuts)
-    download.fetch(item, tmp_path)
+    fetch.fetch(item, tmp_path)
     assert (tmp_path / "checkpoints" / "model.pkl").read_bytes() == CONTENT
     reached = [sum(cuts[: i + 1]) for i in range(len(cuts))]
     assert [wanted for _, wanted in server.asked] == [None, *(f"bytes={have}-" if have else None for have in reached)]
 
 
 def test_a_killed_run_is_resumed_by_the_next_one(tmp_path, server, item):
-    server.cut_after = [100_000] * download.ATTEMPTS
-    with pytest.raises(DownloadError, match=r"400000 bytes are kept, the next run goes on from there\. By hand: fetch http"):
-        download.fetch(item, tmp_path)
+    server.cut_after = [100_000] * fetch.ATTEMPTS
+    with pytest.raises(
+        DownloadError, match=r"400000 bytes are kept, the next run goes on from there\. By hand: fetch http"
+    ):
+        fetch.fetch(item, tmp_path)
     assert names_in(tmp_path / "checkpoints") == ["model.pkl.part", "model.pkl.part.etag"]
-    assert download.fetch(item, tmp_path)["sha256"] == SHA256
+    assert fetch.fetch(item, tmp_path)["sha256"] == SHA256
     assert server.asked[-1][1] == "bytes=400000-"
     assert names_in(tmp_path / "checkpoints") == ["model.pkl"]
 
@@ -126,33 +150,36 @@ def test_a_part_that_cannot_be_continued_is_fetched_afresh(tmp_path, server, ite
     if reason == "the file has changed":
         part.with_name("model.pkl.part.etag").write_text('"0"')
     server.can_resume = reason != "the server cannot resume"
-    assert download.fetch(item, tmp_path)["sha256"] == SHA256
+    assert fetch.fetch(item, tmp_path)["sha256"] == SHA256
 
 
 def test_a_part_that_is_already_whole_is_only_renamed(tmp_path, server, item):
     part = tmp_path / "checkpoints" / "model.pkl.part"
     part.parent.mkdir()
     part.write_bytes(CONTENT)
-    assert download.fetch(item, tmp_path)["sha256"] == SHA256
+    assert fetch.fetch(item, tmp_path)["sha256"] == SHA256
 
 
 def test_a_wrong_hash_is_an_error_and_the_file_is_kept_aside(tmp_path, server, item):
     server.pages["/model.pkl"] = (200, {}, b"something else")
     with pytest.raises(
-        DownloadError, match=rf"sent has sha256 [0-9a-f]{{64}}, expected {SHA256[:8]}\.\.\.; it is kept as .*model\.pkl\.wrong"
+        DownloadError,
+        match=rf"sent has sha256 [0-9a-f]{{64}}, expected {SHA256[:8]}\.\.\.; it is kept as .*model\.pkl\.wrong",
     ):
-        download.fetch(item, tmp_path)
+        fetch.fetch(item, tmp_path)
     assert names_in(tmp_path / "checkpoints") == ["model.pkl.wrong"]
     (tmp_path / "checkpoints" / "model.pkl").write_bytes(b"an older one")
     with pytest.raises(DownloadError, match=r"model\.pkl has sha256 .* Move it away"):
-        download.fetch(item, tmp_path)
+        fetch.fetch(item, tmp_path)
     assert (tmp_path / "checkpoints" / "model.pkl").read_bytes() == b"an older one"
 
 
 def test_404_says_so_once_and_where_to_put_the_file(tmp_path, server, item):
     server.pages.clear()
-    with pytest.raises(DownloadError, match=r"model\.pkl: 404: it was moved or renamed\. By hand: .*put it at .*checkpoints/model\.pkl"):
-        download.fetch(item, tmp_path)
+    with pytest.raises(
+        DownloadError, match=r"model\.pkl: 404: it was moved or renamed\. By hand: .*put it at .*checkpoints/model\.pkl"
+    ):
+        fetch.fetch(item, tmp_path)
     assert len(server.asked) == 1
     assert names_in(tmp_path / "checkpoints") == []
 
@@ -162,43 +189,49 @@ def test_an_html_page_is_not_taken_for_the_file(tmp_path, server, content_type):
     server.pages["/model.pkl"] = (200, {"Content-Type": content_type}, b"\n<!DOCTYPE html><title>Log in</title>")
     unknown = Published(name="model.pkl", group="models", source=f"{server.url}/model.pkl")
     with pytest.raises(DownloadError, match="HTML page, not the file"):
-        download.fetch(unknown, tmp_path)
+        fetch.fetch(unknown, tmp_path)
     assert not (tmp_path / "checkpoints" / "model.pkl").exists()
 
 
 def test_an_html_page_does_not_destroy_the_part_that_is_there(tmp_path, server, item):
-    server.cut_after = [100_000] * download.ATTEMPTS
+    server.cut_after = [100_000] * fetch.ATTEMPTS
     with pytest.raises(DownloadError):
-        download.fetch(item, tmp_path)
+        fetch.fetch(item, tmp_path)
     good = server.pages["/model.pkl"]
     server.pages["/model.pkl"] = (200, {"Content-Type": "text/html"}, b"<html>")
     with pytest.raises(DownloadError, match="HTML"):
-        download.fetch(item, tmp_path)
+        fetch.fetch(item, tmp_path)
     server.pages["/model.pkl"] = good
-    assert download.fetch(item, tmp_path)["sha256"] == SHA256
+    assert fetch.fetch(item, tmp_path)["sha256"] == SHA256
 
 
 def test_a_busy_server_is_asked_again_and_not_for_ever(tmp_path, server, item):
     server.pages["/model.pkl"] = (503, {}, b"busy")
     with pytest.raises(DownloadError, match="the server says 503"):
-        download.fetch(item, tmp_path)
-    assert len(server.asked) == download.ATTEMPTS
+        fetch.fetch(item, tmp_path)
+    assert len(server.asked) == fetch.ATTEMPTS
 
 
 def test_without_a_network_or_offline_the_message_says_what_to_do(tmp_path, server, item, monkeypatch):
     nowhere = Published(name="model.pkl", group="models", source="http://127.0.0.1:9/model.pkl")
     with pytest.raises(DownloadError, match=r"could not be fetched .* no network\?\. By hand: fetch http"):
-        download.fetch(nowhere, tmp_path)
+        fetch.fetch(nowhere, tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(DownloadError, match="HF_HUB_OFFLINE is set: nothing is downloaded"):
-        download.fetch(item, tmp_path)
+        fetch.fetch(item, tmp_path)
     assert server.asked == []
     (tmp_path / "checkpoints" / "model.pkl").write_bytes(CONTENT)
-    assert download.fetch(item, tmp_path)["status"] == "there"
+    assert fetch.fetch(item, tmp_path)["status"] == "there"
 
 
 def run(tmp_path: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "PYTHON": sys.executable, "NO_PROXY": "127.0.0.1", "HF_HOME": str(tmp_path / "hf"), **environment}
+    env = {
+        **os.environ,
+        "PYTHON": sys.executable,
+        "NO_PROXY": "127.0.0.1",
+        "HF_HOME": str(tmp_path / "hf"),
+        **environment,
+    }
     command = ["bash", str(ROOT / "download_models.sh"), "--root", str(tmp_path), *arguments]
     return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env, check=False)
 
@@ -211,7 +244,9 @@ def test_the_script_fetches_hub_files_and_says_404(tmp_path, server):
     assert done.returncode == 1
     result = json.loads(done.stdout.splitlines()[-1])
     path = tmp_path / "fid_stats" / "adm_in256_stats.npz"
-    assert result["files"] == [{"name": path.name, "path": str(path), "status": "downloaded", "bytes": len(CONTENT), "sha256": SHA256}]
+    assert result["files"] == [
+        {"name": path.name, "path": str(path), "status": "downloaded", "bytes": len(CONTENT), "sha256": SHA256}
+    ]
     assert path.read_bytes() == CONTENT
     (failed,) = result["failed"]
     assert failed["name"] == "adm_in512_stats.npz"
@@ -224,11 +259,12 @@ def test_the_hub_without_a_network(tmp_path, monkeypatch):
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # huggingface_hub tries again for half a minute
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    (item,) = download.select(["kl16"], [])
+    (item,) = fetch.select(["kl16"], [])
     with pytest.raises(
-        DownloadError, match=r"the Hub could not be reached for xwen99/mar-vae-kl16/kl16\.ckpt .*By hand: fetch http://127\.0\.0\.1:9/"
+        DownloadError,
+        match=r"the Hub could not be reached for xwen99/mar-vae-kl16/kl16\.ckpt .*By hand: fetch http://127\.0\.0\.1:9/",
     ):
-        download.fetch(item, tmp_path)
+        fetch.fetch(item, tmp_path)
 
 
 def test_the_script_names_missing_modules(tmp_path):
@@ -242,26 +278,32 @@ def test_the_script_names_missing_modules(tmp_path):
 
 
 def test_names_groups_and_the_table():
-    models = download.select([], ["models"])
+    models = fetch.select([], ["models"])
     assert len(models) == 8 + 3 + 2  # checkpoints, autoencoders, statistics
-    assert {item.name for item in models} >= {"Neon_xARL_imagenet256.pth", "Neon_imm_imagenet256.pkl", "adm_in512_stats.npz"}
-    assert [item.name for item in download.select(["var_d16", "var_d16.pth"], [])] == ["var_d16.pth"]
+    assert {item.name for item in models} >= {
+        "Neon_xARL_imagenet256.pth",
+        "Neon_imm_imagenet256.pkl",
+        "adm_in512_stats.npz",
+    }
+    assert [item.name for item in fetch.select(["var_d16", "var_d16.pth"], [])] == ["var_d16.pth"]
     with pytest.raises(ValueError, match=r"no published file 'var_d17'; did you mean var_d16\.pth"):
-        download.select(["var_d17"], [])
-    (other,) = download.select(["https://example.org/releases/1.0/weights.pt?download=1"], [])
+        fetch.select(["var_d17"], [])
+    (other,) = fetch.select(["https://example.org/releases/1.0/weights.pt?download=1"], [])
     assert other.target(Path()) == Path("checkpoints/weights.pt")
-    targets = [item.target(Path()) for item in download.TABLE]
+    targets = [item.target(Path()) for item in fetch.TABLE]
     assert len(set(targets)) == len(targets)
-    (inception,) = download.select([WEIGHTS.files[0]], [])
+    (inception,) = fetch.select([WEIGHTS.files[0]], [])
     assert inception.sha256 == "6726825d"
-    assert all(item.group in download.GROUPS and item.source.startswith(("hub:", "https://")) for item in download.TABLE)
+    assert all(item.group in fetch.GROUPS and item.source.startswith(("hub:", "https://")) for item in fetch.TABLE)
 
 
 def test_list_fetches_nothing_and_says_what_is_there(tmp_path):
     (tmp_path / "fid_stats").mkdir()
     (tmp_path / "fid_stats" / "cifar10-32x32.npz").write_bytes(b"PK")
-    done = CliRunner().invoke(download.download, ["--list", "--root", str(tmp_path)])
+    done = CliRunner().invoke(download, ["--list", "--root", str(tmp_path)])
     assert done.exit_code == 0
-    assert [row["name"] for row in json.loads(done.stdout.splitlines()[-1]) if row["there"] and row["path"].startswith(str(tmp_path))] == [
-        "cifar10-32x32.npz"
-    ]
+    assert [
+        row["name"]
+        for row in json.loads(done.stdout.splitlines()[-1])
+        if row["there"] and row["path"].startswith(str(tmp_path))
+    ] == ["cifar10-32x32.npz"]

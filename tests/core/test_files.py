@@ -11,7 +11,8 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from neon import checkpoint, files, records, shards
+from neon.checkpoints import checkpoint
+from neon.store import files, records, shards
 
 
 def test_a_reader_sees_the_old_content_until_the_block_ends_and_the_new_one_after(tmp_path):
@@ -67,9 +68,14 @@ with folder_lock(pathlib.Path(sys.argv[1])):
     print("mine", flush=True)
     sys.stdin.read()
 """
-    holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     assert holder.stdout.readline() == "mine\n"
-    with pytest.raises(files.FolderInUseError, match=f"in use by process {holder.pid} on "), files.folder_lock(tmp_path):
+    with (
+        pytest.raises(files.FolderInUseError, match=f"in use by process {holder.pid} on "),
+        files.folder_lock(tmp_path),
+    ):
         pass
     holder.kill()
     holder.communicate()
@@ -78,7 +84,11 @@ with folder_lock(pathlib.Path(sys.argv[1])):
 
 
 def test_a_folder_is_locked_against_its_own_process_too_and_free_after_the_block(tmp_path):
-    with files.folder_lock(tmp_path / "new"), pytest.raises(files.FolderInUseError), files.folder_lock(tmp_path / "new"):
+    with (
+        files.folder_lock(tmp_path / "new"),
+        pytest.raises(files.FolderInUseError),
+        files.folder_lock(tmp_path / "new"),
+    ):
         pass
     with files.folder_lock(tmp_path / "new"):
         pass
@@ -115,7 +125,10 @@ def test_a_full_disk_is_said_with_the_path_and_leaves_the_old_file(tmp_path, nam
     write, path = WRITERS[name], tmp_path / name
     write(path, 10)
     old = path.read_bytes()
-    with no_file_longer_than(5000), pytest.raises(OSError, match=f"File too large while it was written.*untouched.*{name}"):
+    with (
+        no_file_longer_than(5000),
+        pytest.raises(OSError, match=f"File too large while it was written.*untouched.*{name}"),
+    ):
         write(path, 100_000)
     assert path.read_bytes() == old
     assert [p.name for p in tmp_path.iterdir()] == [name]
@@ -169,7 +182,8 @@ with replacing(pathlib.Path(sys.argv[1])) as stream:
 
 
 def test_saving_takes_a_twentieth_of_the_time(tmp_path, monkeypatch):
-    """On a clock where a save takes 2 s and a step 1 s: saves start at least 40 s apart, and the first is not put off."""
+    """On a clock where a save takes 2 s and a step 1 s: saves start at least 40 s apart, and the first is not put
+    off."""
     clock = [0.0]
     monkeypatch.setattr(records.time, "monotonic", lambda: clock[0])
     saver = records.Saver(tmp_path / "state.pt")

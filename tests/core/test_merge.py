@@ -45,7 +45,9 @@ def test_a_stored_float32_is_not_rounded_to_the_bases_dtype_first(last):
     base = {"p": torch.tensor([1.0, last], dtype=torch.float16)}
     merged = reverse_merge(base, {"p": torch.tensor([1.0001, 0.25])}, -20.0, on_mismatch="keep_base")["p"]
     assert merged.dtype == torch.float16
-    assert merged[0].item() == pytest.approx(1.002, abs=2**-11)  # 1.0001 in float16 is 1: rounded first, nothing would move
+    assert merged[0].item() == pytest.approx(
+        1.002, abs=2**-11
+    )  # 1.0001 in float16 is 1: rounded first, nothing would move
 
 
 def test_only_parameters_move():
@@ -71,7 +73,12 @@ def test_entries_that_are_not_finite(bad):
     with pytest.raises(ValueError, match=r"p: differs.*not finite"):
         reverse_merge(base, synth, 1.0)
     assert reverse_merge(base, synth, 1.0, on_mismatch="keep_base")["p"].tolist() == [-1.0, 2.0]
-    assert reverse_merge({"p": torch.tensor([1.0, bad])}, {"p": torch.tensor([3.0, 4.0])}, 1.0, on_mismatch="keep_base")["p"][0] == -1.0
+    assert (
+        reverse_merge({"p": torch.tensor([1.0, bad])}, {"p": torch.tensor([3.0, 4.0])}, 1.0, on_mismatch="keep_base")[
+            "p"
+        ][0]
+        == -1.0
+    )
 
 
 def test_integers_that_differ():
@@ -110,7 +117,10 @@ def test_lazy_mapping_is_read_one_entry_at_a_time():
 def test_live_merge_equals_the_file_merge_and_leaves_buffers():
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
     base = {name: value.clone() for name, value in model.state_dict().items()}
-    synth = {name: value + torch.randn_like(value) * 0.1 if value.is_floating_point() else value for name, value in base.items()}
+    synth = {
+        name: value + torch.randn_like(value) * 0.1 if value.is_floating_point() else value
+        for name, value in base.items()
+    }
     names = {name for name, _ in model.named_parameters()}
     live = LiveMerge(model, base, synth)
     for w in (1.7, 0.0, -1.0, 0.4, 1.7):  # any order, no drift

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from neon import checkpoint
+from neon.checkpoints import checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 DOC = (ROOT / "docs" / "own_model.md").read_text()
@@ -31,7 +31,11 @@ def test_the_example_runs_from_training_to_merged_file(tmp_path):
     def neon(*arguments: str) -> dict:
         command = [sys.executable, "-m", "neon", *arguments, "--device", "cpu"]
         done = subprocess.run(
-            command, cwd=tmp_path, env={"PYTHONPATH": f"{tmp_path}:{ROOT}", "PATH": "/usr/bin:/bin"}, capture_output=True, text=True
+            command,
+            cwd=tmp_path,
+            env={"PYTHONPATH": f"{tmp_path}:{ROOT}", "PATH": "/usr/bin:/bin"},
+            capture_output=True,
+            text=True,
         )
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout.splitlines()[-1])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from neon.precision import arithmetic
+from neon.runtime.precision import arithmetic
 
 CPU = torch.device("cpu")
 

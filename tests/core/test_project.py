@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from neon.cli import main
-from neon.config import load
-from neon.download import select
+from neon.cli.main import main
+from neon.pipeline.experiment import load
+from neon.published.fetch import select
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -53,7 +53,9 @@ def test_a_reproduction_fetches_every_file_that_it_reads(script):
     (line,) = re.findall(r"download_models\.sh (.*)", text)
     words = shlex.split(line)
     groups = [word.removeprefix("--") for word in words if not word.startswith("https://") and word.startswith("--")]
-    fetched = {str(item.target(Path())) for item in select([word for word in words if not word.startswith("--")], groups)}
+    fetched = {
+        str(item.target(Path())) for item in select([word for word in words if not word.startswith("--")], groups)
+    }
     read = text + "".join((ROOT / config).read_text() for config in re.findall(r"configs/\w+\.toml", text))
     needed = set(re.findall(r"(?:checkpoints|fid_stats|xar/pretrained)/[\w./-]+\w", read))
     assert needed <= fetched

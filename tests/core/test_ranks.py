@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from neon import checkpoint
-from neon.distributed import World
+from neon.checkpoints import checkpoint
+from neon.runtime.distributed import World
 from tests.commands import start, started
 
 
@@ -17,7 +17,9 @@ def run_on(ranks: int, config: Path, folder: Path, batch: int) -> dict:
 
 
 def test_world_sizes_agree(line_config, tmp_path):
-    results = {ranks: run_on(ranks, line_config, tmp_path / str(ranks), batch) for ranks, batch in ((1, 7), (2, 5), (3, 50))}
+    results = {
+        ranks: run_on(ranks, line_config, tmp_path / str(ranks), batch) for ranks, batch in ((1, 7), (2, 5), (3, 50))
+    }
     one = results[1]
     for ranks in (2, 3):
         other = results[ranks]

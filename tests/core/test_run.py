@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from neon import checkpoint
-from neon.config import load
-from neon.data import open_images
-from neon.distributed import World
-from neon.run import Run
+from neon.checkpoints import checkpoint
+from neon.images.formats import open_images
+from neon.pipeline.experiment import load
+from neon.pipeline.run import Run
+from neon.runtime.distributed import World
 from tests.commands import ROOT, started
 
 
@@ -38,7 +38,11 @@ def test_a_run_ends_with_numbers_a_merged_file_and_a_page(line_config, tmp_path)
     assert {p["w"] for p in points if p["direction"] == "synth"} == {-1.0, 0.0, 0.5, 1.0}
     assert [p["direction"] for p in points].count("random") == 1
     metric = result["select"]["metric"]
-    tried = {(p["w"], p["cfg_scale"], p["snapshot"]): p["metrics"][metric] for p in points if p["direction"] == "synth" and p["w"] >= 0}
+    tried = {
+        (p["w"], p["cfg_scale"], p["snapshot"]): p["metrics"][metric]
+        for p in points
+        if p["direction"] == "synth" and p["w"] >= 0
+    }
     assert min(tried, key=tried.get)[:2] == (result["w"], result["cfg_scale"])
     page = (tmp_path / "run/report.html").read_text()
     assert "tests.core.line:Line" in page
@@ -46,7 +50,9 @@ def test_a_run_ends_with_numbers_a_merged_file_and_a_page(line_config, tmp_path)
     assert json.loads((tmp_path / "run/result.json").read_text())["value"] == rows["neon"]["metrics"][result["metric"]]
 
     base, merged = checkpoint.read(tmp_path / "base.safetensors"), checkpoint.read(tmp_path / "run/neon.safetensors")
-    shot = checkpoint.read(tmp_path / f"run/finetune/snapshot-{result['snapshot_images']:012d}.safetensors", weights="any")
+    shot = checkpoint.read(
+        tmp_path / f"run/finetune/snapshot-{result['snapshot_images']:012d}.safetensors", weights="any"
+    )
     expected = base.tensors["mean"] - result["w"] * (shot.tensors["mean"] - base.tensors["mean"])
     torch.testing.assert_close(merged.tensors["mean"], expected, atol=1e-6, rtol=0)
     assert torch.equal(merged.tensors["mask"], base.tensors["mask"])  # -inf stays -inf
@@ -58,7 +64,9 @@ def test_w_0_is_the_base_and_its_own_evaluation(line_config, tmp_path):
     cfg = result["rows"]["base"]["cfg_scale"]
     alone = Run(load(line_config, [f"report.cfg_scale={cfg}"]), tmp_path / "eval", World()).evaluate_base(1)
     assert alone["value"] == result["base_value"]
-    merged = load(line_config, [f"base.checkpoint={tmp_path / 'run/neon.safetensors'}", f"report.cfg_scale={result['cfg_scale']}"])
+    merged = load(
+        line_config, [f"base.checkpoint={tmp_path / 'run/neon.safetensors'}", f"report.cfg_scale={result['cfg_scale']}"]
+    )
     assert Run(merged, tmp_path / "eval2", World()).evaluate_base(1)["value"] == result["value"]
 
 
@@ -81,7 +89,10 @@ def test_eval_of_another_file_by_the_command(line_config, tmp_path):
     settings = ["report.cfg_scale=1.0", f"base.checkpoint={tmp_path / 'other.safetensors'}", "base.weights=raw"]
     expected = Run(load(line_config, settings), tmp_path / "by-hand", World()).evaluate_base(2)
     assert found["repeats"]["values"] == expected["repeats"]["values"]
-    assert found["value"] != Run(load(line_config, ["report.cfg_scale=1.0"]), tmp_path / "base", World()).evaluate_base(1)["value"]
+    assert (
+        found["value"]
+        != Run(load(line_config, ["report.cfg_scale=1.0"]), tmp_path / "base", World()).evaluate_base(1)["value"]
+    )
 
 
 def test_a_finished_run_repeats_nothing(line_config, tmp_path):
@@ -128,7 +139,12 @@ def test_the_synthetic_set_is_a_training_set(line_config, tmp_path):
 def start(config: Path, folder: Path) -> subprocess.Popen:
     command = [sys.executable, "-m", "neon", "run", str(config), "--out", str(folder), "--device", "cpu"]
     return subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
 
 
@@ -155,7 +171,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(line_config, tmp_pa
 
 
 def test_two_runs_on_one_folder(line_config, tmp_path):
-    from neon.files import folder_lock
+    from neon.store.files import folder_lock
 
     with folder_lock(tmp_path / "run"):
         process = start(line_config, tmp_path / "run")

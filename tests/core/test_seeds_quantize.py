@@ -26,7 +26,11 @@ def test_seeds_are_taken_modulo_two_to_the_32():
 
 def test_stream_is_torchs_own():
     g = torch.Generator().manual_seed(9)
-    expected = torch.randn(3, generator=g), torch.randint(10, (), generator=g), torch.randn(2, generator=g, dtype=torch.float64)
+    expected = (
+        torch.randn(3, generator=g),
+        torch.randint(10, (), generator=g),
+        torch.randn(2, generator=g, dtype=torch.float64),
+    )
     rng = ImageRng([9])
     assert torch.equal(rng.normal((3,))[0], expected[0])
     assert torch.equal(rng.integers(10)[0], expected[1])
@@ -47,7 +51,9 @@ def test_categorical_follows_the_probabilities_and_never_picks_the_impossible():
 
 def test_derived_seeds_differ_and_repeat():
     assert derived_seed(0, "a", 1) == derived_seed(0, "a", 1)
-    assert len({derived_seed(0, "a", 1), derived_seed(0, "a", 2), derived_seed(1, "a", 1), derived_seed(0, "b", 1)}) == 4
+    assert (
+        len({derived_seed(0, "a", 1), derived_seed(0, "a", 2), derived_seed(1, "a", 1), derived_seed(0, "b", 1)}) == 4
+    )
 
 
 def test_rules_at_their_borders():

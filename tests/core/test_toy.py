@@ -11,7 +11,18 @@ from fid.frechet import Gaussian, frechet_distance
 from neon import reverse_merge
 from neon.toy.autoregressive import Autoregressive
 from neon.toy.diffusion import LAST_TIME, Diffusion, ExactDiffusion, signal
-from neon.toy.experiment import Curve, evaluation_noise, fine_tune, plane, random_control, score, self_train, sweep, train_base, w_grid
+from neon.toy.experiment import (
+    Curve,
+    evaluation_noise,
+    fine_tune,
+    plane,
+    random_control,
+    score,
+    self_train,
+    sweep,
+    train_base,
+    w_grid,
+)
 from neon.toy.gradients import alignment, gradient, inner, score_gradient
 from neon.toy.stack import num_parameters, repeat, split, stack
 from neon.toy.target import COVARIANCE, density, distance, real_points
@@ -84,7 +95,8 @@ def test_exact_sampler_is_the_product_of_its_steps(num_steps, zeta):
 
 
 def test_few_steps_and_a_larger_zeta_both_narrow_the_samples():
-    """What the notebook calls mode-seeking, on the exact score: determinant of the samples' covariance against the truth's 3."""
+    """What the notebook calls mode-seeking, on the exact score: determinant of the samples' covariance against the
+    truth's 3."""
 
     def spread(num_steps: int, zeta: float) -> float:
         return torch.linalg.det(torch.cov(ExactDiffusion(num_steps=num_steps).sample({}, noise, zeta)[0].T)).item()
@@ -142,7 +154,9 @@ def test_temperature_scales_both_standard_deviations():
     z = points_with(torch.eye(2, dtype=torch.float64), torch.zeros(2))
     weights = {name: value.double() for name, value in constant_model(mean=0.2, log_std=0.3).items()}
     x = Autoregressive().sample(weights, z, 0.5)[0]
-    torch.testing.assert_close(torch.cov(x.T), (0.5 * math.exp(0.3)) ** 2 * torch.eye(2, dtype=torch.float64), rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(
+        torch.cov(x.T), (0.5 * math.exp(0.3)) ** 2 * torch.eye(2, dtype=torch.float64), rtol=1e-6, atol=1e-9
+    )
     torch.testing.assert_close(x.mean(0), torch.full((2,), 0.2, dtype=torch.float64), rtol=1e-6, atol=1e-9)
 
 
@@ -248,8 +262,8 @@ def test_gradients_of_a_too_narrow_model():
 
 
 def test_score_gradient_in_closed_form():
-    """Independent conditionals of one std s: FD = tr T + 2 s^2 - 2 s tr sqrt(T) with sqrt(T) of eigenvalues sqrt(3), 1; and s is
-    exp(log_std) for both coordinates."""
+    """Independent conditionals of one std s: FD = tr T + 2 s^2 - 2 s tr sqrt(T) with sqrt(T) of eigenvalues sqrt(3), 1;
+    and s is exp(log_std) for both coordinates."""
     model, base, std = Autoregressive(ordinary=1.0), constant_model(mean=0.0, log_std=-0.5), math.exp(-0.5)
     noise = points_with(torch.eye(2, dtype=torch.float64), torch.zeros(2)).float()
     got = score_gradient(model, base, noise)["2.bias"][0, 0]
@@ -258,8 +272,8 @@ def test_score_gradient_in_closed_form():
 
 
 def test_gradient_and_metric_in_closed_form():
-    """d(-log p)/d(log_std) summed over both conditionals is 2 - E[x1^2 + x2^2] / std^2; nothing else moves with zero weights
-    but the mean."""
+    """d(-log p)/d(log_std) summed over both conditionals is 2 - E[x1^2 + x2^2] / std^2; nothing else moves with zero
+    weights but the mean."""
     base, std = constant_model(mean=0.0, log_std=-0.5), math.exp(-0.5)
     x = points_with(COVARIANCE, torch.zeros(2, dtype=torch.float64)).float()
     grad = gradient(Autoregressive(), base, x, seed=0)["2.bias"][0, 0]
@@ -287,7 +301,9 @@ def test_warm_up_excess_is_the_kl_divergence():
     problem = WarmUp(dimension=3, num_points=20)
     mean, covariance = problem.fits(2, seed=1)
     excess = problem.excess_nll(mean, covariance, torch.tensor([0.0, 0.2], dtype=torch.float64))
-    truth = torch.distributions.MultivariateNormal(torch.zeros(3, dtype=torch.float64), torch.eye(3, dtype=torch.float64))
+    truth = torch.distributions.MultivariateNormal(
+        torch.zeros(3, dtype=torch.float64), torch.eye(3, dtype=torch.float64)
+    )
     for row, a in enumerate((0.0, 0.2)):
         model = torch.distributions.MultivariateNormal(mean, covariance + a * torch.linalg.inv(covariance))
         torch.testing.assert_close(excess[row], torch.distributions.kl_divergence(truth, model))

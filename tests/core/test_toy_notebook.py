@@ -1,4 +1,5 @@
-"""toy_appendix.ipynb shows what its text says: the committed outputs (quick) and those of a run in a clean kernel (slow)."""
+"""toy_appendix.ipynb shows what its text says: the committed outputs (quick) and those of a run in a clean kernel
+(slow)."""
 
 import os
 import re
@@ -15,9 +16,12 @@ from traitlets.config import Config
 
 ROOT = Path(__file__).parents[2]
 FILE = ROOT / "toy_appendix.ipynb"
-TABLE_ROW = re.compile(r"^\| (\d+) \| ([\d.]+) \| ([\d.]+) \| ([+-][\d.]+) \+- [\d.]+ \| ([\d.]+) \| [\d.]+ x \|$", re.MULTILINE)
+TABLE_ROW = re.compile(
+    r"^\| (\d+) \| ([\d.]+) \| ([\d.]+) \| ([+-][\d.]+) \+- [\d.]+ \| ([\d.]+) \| [\d.]+ x \|$", re.MULTILINE
+)
 FAMILIES = {
-    # knob, base FD of the authors' notebook, gain asked for, settings that are mode-seeking, settings that are diversity-seeking
+    # knob, base FD of the authors' notebook, gain asked for, settings that are mode-seeking, settings that are
+    # diversity-seeking
     "diffusion": ("zeta", 0.162, 2.0, ("1", "1.1"), ("0.9",)),
     "ar": ("tau", 0.099, 1.3, ("0.5", "0.85"), ("1.6",)),
 }
@@ -39,7 +43,9 @@ def executed() -> NotebookNode:
             cell.outputs, cell.execution_count = [], None
     config = Config({"KernelSpecManager": {"kernel_dirs": []}, "KernelManager": {"transport": "ipc"}})
     resources = {"metadata": {"path": str(ROOT)}}
-    client = NotebookClient(notebook, kernel_name="python3", config=config, timeout=3600, record_timing=False, resources=resources)
+    client = NotebookClient(
+        notebook, kernel_name="python3", config=config, timeout=3600, record_timing=False, resources=resources
+    )
     before = cpu_seconds()
     client.execute(env=dict(os.environ))  # raises if a cell's own assert fails
     notebook.metadata["cpu_seconds"] = cpu_seconds() - before
@@ -99,7 +105,9 @@ def test_a_random_direction_does_not_help(notebook):
 
 
 def test_new_data_and_neon_add_to_each_other(notebook):
-    rows = re.findall(r"(\w+): base ([\d.]+), new data alone ([\d.]+), Neon alone ([\d.]+), both ([\d.]+)", printed(notebook))
+    rows = re.findall(
+        r"(\w+): base ([\d.]+), new data alone ([\d.]+), Neon alone ([\d.]+), both ([\d.]+)", printed(notebook)
+    )
     fds = {name: tuple(map(float, row)) for name, *row in rows}
     base, new, neon, _ = fds["diffusion"]
     assert neon < base / 2 < new
@@ -110,7 +118,12 @@ def test_new_data_and_neon_add_to_each_other(notebook):
 def test_every_code_cell_ran_once_in_order_without_error(notebook):
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
-    assert not [output for cell in code for output in cell.outputs if output.output_type == "error" or output.get("name") == "stderr"]
+    assert not [
+        output
+        for cell in code
+        for output in cell.outputs
+        if output.output_type == "error" or output.get("name") == "stderr"
+    ]
     shows_figure = [any("image/png" in output.get("data", {}) for output in cell.outputs) for cell in code]
     assert shows_figure == ["figures." in cell.source for cell in code]
 

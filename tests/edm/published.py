@@ -36,7 +36,11 @@ TINY = {
 def write_checkpoint(patch: pytest.MonkeyPatch, path: Path, arch: dict, *, protocol: int = 4) -> Denoiser:
     """A `network-snapshot-*.pkl` of the name-seeded network; returns the network."""
     net = goldens.seed_by_name(EDM().build(arch)).eval().requires_grad_(False)
-    snapshot = {"ema": persistent(net, {k: v for k, v in arch.items() if k != "class_name"}), "loss_fn": None, "augment_pipe": None}
+    snapshot = {
+        "ema": persistent(net, {k: v for k, v in arch.items() if k != "class_name"}),
+        "loss_fn": None,
+        "augment_pipe": None,
+    }
     pickles.write(patch, path, {**snapshot, "dataset_kwargs": {"resolution": net.img_resolution}}, protocol)
     return net
 

@@ -11,7 +11,7 @@ from edm.presets import MODELS
 from fid.frechet import frechet_distance
 from fid.moments import Moments
 from fid.reference import read_reference, write_reference
-from neon import checkpoint
+from neon.checkpoints import checkpoint
 from neon.quantize import to_uint8
 from neon.seeds import ImageRng
 from tests.commands import FidCommand
@@ -33,7 +33,9 @@ def tiny(tmp_path_factory, patch):
     folder = tmp_path_factory.mktemp("published")
     net = published.write_checkpoint(patch, folder / "model.pkl", published.TINY)
     other = {name: value * 0.9 for name, value in net.state_dict().items()}
-    checkpoint.write(folder / "other.safetensors", other, metadata={"family": "edm", "arch": published.TINY, "weights": "ema"})
+    checkpoint.write(
+        folder / "other.safetensors", other, metadata={"family": "edm", "arch": published.TINY, "weights": "ema"}
+    )
     write_statistics(folder / "stats.npz", 8)
     return folder
 
@@ -58,7 +60,9 @@ def test_the_number_is_the_one_of_the_parts(tiny):
 
 def test_guidance_by_a_second_model(tiny):
     how = Sampling(num_steps=3)
-    found = COMMAND.here(tiny, "--seeds", "0-19", "--num_steps", 3, "--guide", tiny / "other.safetensors", "--guidance", 0.5)
+    found = COMMAND.here(
+        tiny, "--seeds", "0-19", "--num_steps", 3, "--guide", tiny / "other.safetensors", "--guidance", 0.5
+    )
     net, other = (EDM().load(checkpoint.read(tiny / name)).eval() for name in ("model.pkl", "other.safetensors"))
     assert found["value"] == pytest.approx(by_hand(tiny, NegativeGuidance(net, other, 0.5), range(20), how), rel=1e-3)
     assert found["value"] != pytest.approx(by_hand(tiny, net, range(20), how), rel=1e-2)
@@ -66,7 +70,14 @@ def test_guidance_by_a_second_model(tiny):
 
 def test_options_reach_the_sampler(tiny):
     plain = COMMAND.here(tiny, "--seeds", "0-9", "--num_steps", 4)["value"]
-    for option in (("--num_steps", 3), ("--S_churn", 3), ("--rho", 3), ("--sigma_max", 20), ("--sigma_min", 0.5), ("--uint8", "truncate")):
+    for option in (
+        ("--num_steps", 3),
+        ("--S_churn", 3),
+        ("--rho", 3),
+        ("--sigma_max", 20),
+        ("--sigma_min", 0.5),
+        ("--uint8", "truncate"),
+    ):
         assert COMMAND.here(tiny, "--seeds", "0-9", "--num_steps", 4, *option)["value"] != plain, option
 
 
@@ -94,7 +105,8 @@ def test_a_missing_file_is_one_line(tiny):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "num_steps"), [("edm-cifar10-32x32-cond-vp", 18), ("edm-cifar10-32x32-uncond-vp", 18), ("edm-ffhq-64x64-uncond-vp", 40)]
+    ("name", "num_steps"),
+    [("edm-cifar10-32x32-cond-vp", 18), ("edm-cifar10-32x32-uncond-vp", 18), ("edm-ffhq-64x64-uncond-vp", 40)],
 )
 def test_published_command_at_real_size(tmp_path, patch, name, num_steps):
     """Real sizes, true pickle layout, the FID Inception's architecture; the weights of both are seeded by name."""
@@ -102,7 +114,11 @@ def test_published_command_at_real_size(tmp_path, patch, name, num_steps):
     extractor = published.open_seeded_inception(path=None, device="cpu", allow_unknown_weights=False)
     size = int(MODELS[name]["img_resolution"])
     moments = Moments(extractor.dim)
-    moments.update(extractor(torch.randint(256, (4, 3, size, size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)).pool)
+    moments.update(
+        extractor(
+            torch.randint(256, (4, 3, size, size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+        ).pool
+    )
     write_reference(tmp_path / "stats.npz", moments, {"extractor": extractor.name})
     options = ("--seeds", "0-1", "--max_batch_size", 256, "--num_steps", num_steps)
     found = COMMAND.outside(tmp_path, *options, "--extractor", "tests.edm.published:open_seeded_inception")

@@ -13,7 +13,7 @@ from edm.layers import GroupNorm
 from edm.loss import Objective
 from edm.precond import PRECONDITIONERS
 from edm.warp import rotate2d, translate2d, warp
-from neon import checkpoint
+from neon.checkpoints import checkpoint
 from neon.seeds import ImageRng, SharedRng
 from tests import goldens
 
@@ -97,7 +97,10 @@ def test_a_batch_may_be_split(how):
     codes, labels, draws = step(net, how)
     whole = EDM().loss(net, codes, labels, draws, how)
     parts = [slice(0, 1), slice(1, 4), slice(4, 6)]
-    split = [EDM().loss(net, codes[part], labels[part], {name: value[part] for name, value in draws.items()}, how) for part in parts]
+    split = [
+        EDM().loss(net, codes[part], labels[part], {name: value[part] for name, value in draws.items()}, how)
+        for part in parts
+    ]
     goldens.assert_close(torch.cat(split), whole, atol=0, rtol=1e-4)
 
 
@@ -107,7 +110,9 @@ def test_label_drop_is_the_null_class():
     codes, labels, draws = step(net, Objective())
     dropped = EDM().loss(net, codes, labels, draws, Objective(label_drop=1.0))
     kept = EDM().loss(net, codes, labels, draws, Objective(label_drop=0.0))
-    some = EDM().loss(net, codes, labels, {**draws, "label_drop": torch.tensor([[0.1], [0.9]] * 3)}, Objective(label_drop=0.5))
+    some = EDM().loss(
+        net, codes, labels, {**draws, "label_drop": torch.tensor([[0.1], [0.9]] * 3)}, Objective(label_drop=0.5)
+    )
     net.model.map_label.weight.zero_()  # now every class is the null class
     goldens.assert_close(EDM().loss(net, codes, labels, draws, Objective(label_drop=0.0)), dropped, atol=0, rtol=1e-5)
     assert not torch.allclose(kept, dropped)
@@ -130,11 +135,14 @@ def test_stored_codes_are_pixels():
     net, how = network(), Objective()
     codes, labels, draws = step(net, how)
     as_floats = codes.double() / 127.5 - 1
-    goldens.assert_close(EDM().loss(net, as_floats, labels, draws, how), EDM().loss(net, codes, labels, draws, how), atol=0, rtol=1e-5)
+    goldens.assert_close(
+        EDM().loss(net, as_floats, labels, draws, how), EDM().loss(net, codes, labels, draws, how), atol=0, rtol=1e-5
+    )
 
 
 def test_expected_loss_of_a_network_that_says_nothing():
-    """F = 0: D = c_skip x, so the loss of white images of variance sigma_data^2 is (sigma^2 s^4 + sigma^4 s^2) / (...)^2 per pixel = 1."""
+    """F = 0: D = c_skip x, so the loss of white images of variance sigma_data^2 is (sigma^2 s^4 + sigma^4 s^2) /
+    (...)^2 per pixel = 1."""
     net, how = network(augment_dim=0), Objective(sigma_data=0.5)
     for parameter in net.model.dec["8x8_aux_conv"].parameters():
         parameter.data.zero_()
@@ -182,7 +190,15 @@ def test_warp_rotates():
 
 def test_norm_groups():
     """min(32, C / 4) where that divides C, as published; else the next smaller divisor instead of a failure."""
-    assert [GroupNorm(channels, 1e-6).num_groups for channels in (3, 8, 48, 128, 192, 256, 144)] == [1, 2, 12, 32, 32, 32, 24]
+    assert [GroupNorm(channels, 1e-6).num_groups for channels in (3, 8, 48, 128, 192, 256, 144)] == [
+        1,
+        2,
+        12,
+        32,
+        32,
+        32,
+        24,
+    ]
 
 
 @torch.no_grad()
@@ -231,9 +247,17 @@ def test_a_network_that_cannot_be_built(change, message):
 @torch.no_grad()
 def test_a_file_gives_back_the_network(tmp_path, class_name):
     """Loading builds on the meta device: what is computed in the constructor must come out the same."""
-    arch = {**ARCH, "class_name": class_name, "model_type": "SongUNet", "embedding_type": "fourier", "resample_filter": [1, 3, 3, 1]}
+    arch = {
+        **ARCH,
+        "class_name": class_name,
+        "model_type": "SongUNet",
+        "embedding_type": "fourier",
+        "resample_filter": [1, 3, 3, 1],
+    }
     net = EDM().build(arch).eval()
-    checkpoint.write(tmp_path / "net.safetensors", net.state_dict(), metadata={"family": "edm", "arch": arch, "weights": "ema"})
+    checkpoint.write(
+        tmp_path / "net.safetensors", net.state_dict(), metadata={"family": "edm", "arch": arch, "weights": "ema"}
+    )
     loaded = EDM().load(checkpoint.read(tmp_path / "net.safetensors")).eval()
     assert (loaded.sigma_min, loaded.sigma_max) == (net.sigma_min, net.sigma_max)
     codes, _ = EDM().sample(net, ImageRng([0, 1]), None, Sampling(num_steps=2))
@@ -241,7 +265,9 @@ def test_a_file_gives_back_the_network(tmp_path, class_name):
     assert torch.equal(again, codes)
 
 
-@pytest.mark.parametrize("change", [{"num_steps": 1}, {"sigma_min": 90.0}, {"rho": 0.0}, {"S_churn": -1.0}, {"state": "float16"}])
+@pytest.mark.parametrize(
+    "change", [{"num_steps": 1}, {"sigma_min": 90.0}, {"rho": 0.0}, {"S_churn": -1.0}, {"state": "float16"}]
+)
 def test_impossible_sampling(change):
     with pytest.raises(ValueError, match=next(iter(change))):
         Sampling(**change)

@@ -12,14 +12,15 @@ from edm import augment
 from edm.family import EDM, FAMILY, Sampling
 from edm.guidance import NegativeGuidance
 from edm.loss import Objective
-from neon import checkpoint
-from neon.config import Training
-from neon.data import open_images
-from neon.distributed import World
+from neon.checkpoints import checkpoint
+from neon.images.formats import open_images
 from neon.merge import reverse_merge
 from neon.quantize import to_uint8
+from neon.runtime.distributed import World
 from neon.seeds import ImageRng, SharedRng
-from neon.train import Trainer, ema_beta, lr_at
+from neon.training.recipe import Training
+from neon.training.schedules import ema_beta, lr_at
+from neon.training.trainer import Trainer
 from tests import goldens
 from tests.goldens import assert_close, tensor
 
@@ -41,7 +42,9 @@ DATASETS = goldens.collect("edm", "dataset_*_expected.npz")
 goldens.collect("edm", "dataset_*.zip", "edm_tiny*.pkl")  # read by the tests of their *_expected.npz
 MERGES = goldens.collect("edm", "merge_state_dict*.npz")
 PICKLES = goldens.collect("edm", "edm_tiny*_expected.npz")
-goldens.reference_only("edm", "infinite_sampler*")  # a windowed shuffle; neon.train draws epochs without replacement
+goldens.reference_only(
+    "edm", "infinite_sampler*"
+)  # a windowed shuffle; training/loop.py draws epochs without replacement
 
 
 class PublishedStream(SharedRng):
@@ -72,7 +75,9 @@ def record_outputs(net, blocks):
     """Outputs of the encoder and decoder entries, filled when the network runs."""
     outputs = {}
     for name in blocks:
-        net.model.get_submodule(name).register_forward_hook(lambda module, args, out, name=name: outputs.__setitem__(name, out))
+        net.model.get_submodule(name).register_forward_hook(
+            lambda module, args, out, name=name: outputs.__setitem__(name, out)
+        )
     return outputs
 
 
@@ -90,7 +95,9 @@ def test_unet(file):
         assert list(block.shape) == shape
         actual = torch.stack([block.mean(), block.std(), *block.flatten()[: len(head)]])
         assert_close(actual, torch.tensor([mean, std, *head]), atol=2e-5, rtol=1e-4, what=name)
-    emb = torch.nn.functional.silu(net.model.embed(call["noise_labels"], call["class_labels"], optional(arrays, "augment_labels")))
+    emb = torch.nn.functional.silu(
+        net.model.embed(call["noise_labels"], call["class_labels"], optional(arrays, "augment_labels"))
+    )
     assert_close(emb, arrays["emb"], atol=2e-5, rtol=1e-4)
     assert_close(out, arrays["out"], atol=2e-5, rtol=1e-4)
     if "out_no_augment_labels" in arrays:
@@ -119,7 +126,9 @@ def test_preconditioner(file):
     if "out_labels_none_sigma2" in arrays:
         assert_denoised(net(x2, sigmas[2], None), arrays["out_labels_none_sigma2"])
     if "out_augment_sigma2" in arrays:
-        assert_denoised(net(x2, sigmas[2], labels, augment_labels=tensor(arrays["augment_labels"])), arrays["out_augment_sigma2"])
+        assert_denoised(
+            net(x2, sigmas[2], labels, augment_labels=tensor(arrays["augment_labels"])), arrays["out_augment_sigma2"]
+        )
     rounded = net.round_sigma(tensor(arrays["round_sigma_in"]))
     assert rounded.dtype == torch.float64
     assert torch.equal(rounded, tensor(arrays["round_sigma_out"]))
@@ -156,7 +165,8 @@ def test_initialisation(file):
 
 @pytest.mark.parametrize("file", SCHEDULES, **by_name)
 def test_noise_levels(file):
-    """Keys are PRECOND_STEPS, with _sminX_smaxY_rhoZ where the defaults are changed; KEY_calls lists the network calls' levels."""
+    """Keys are PRECOND_STEPS, with _sminX_smaxY_rhoZ where the defaults are changed; KEY_calls lists the network calls'
+    levels."""
     _, arrays = goldens.load(file)
     classes = {"edm": "EDMPrecond", "vp": "VPPrecond", "ve": "VEPrecond", "iddpm": "iDDPMPrecond"}
     checked = 0
@@ -174,7 +184,14 @@ def test_noise_levels(file):
 
 def tiny(class_name):
     model_type = "SongUNet" if class_name in ("EDMPrecond", "VPPrecond", "VEPrecond") else "DhariwalUNet"
-    arch = {"img_resolution": 4, "img_channels": 3, "model_type": model_type, "model_channels": 8, "channel_mult": [1], "num_blocks": 1}
+    arch = {
+        "img_resolution": 4,
+        "img_channels": 3,
+        "model_type": model_type,
+        "model_channels": 8,
+        "channel_mult": [1],
+        "num_blocks": 1,
+    }
     return EDM().build({"class_name": class_name, **arch}).eval()
 
 
@@ -210,7 +227,9 @@ def test_sampler(file):
     assert codes.dtype == torch.float64
     assert_close(codes, arrays["out"], atol=1e-3 * float(arrays["out"].std()))
     assert torch.equal(to_uint8(tensor(arrays["out"]), "edm").permute(0, 2, 3, 1), tensor(arrays["images_uint8_nhwc"]))
-    assert (to_uint8(codes, "edm").permute(0, 2, 3, 1).int() - tensor(arrays["images_uint8_nhwc"]).int()).abs().max() <= 1
+    assert (
+        to_uint8(codes, "edm").permute(0, 2, 3, 1).int() - tensor(arrays["images_uint8_nhwc"]).int()
+    ).abs().max() <= 1
 
 
 @pytest.mark.parametrize("file", GUIDED, **by_name)
@@ -222,7 +241,9 @@ def test_guided_sampler(file):
         parameter.mul_(0.9)
     options = dict(config["sampler"])
     guided = NegativeGuidance(net, guide, options.pop("guidance", 1))
-    codes, _ = EDM().sample(guided, ImageRng(config["seeds"]), None, Sampling(**{"num_steps": 32, **options}, state="float32"))
+    codes, _ = EDM().sample(
+        guided, ImageRng(config["seeds"]), None, Sampling(**{"num_steps": 32, **options}, state="float32")
+    )
     assert codes.dtype == torch.float32
     assert_close(codes, arrays["out"], atol=1e-3 * float(arrays["out"].std()))
 
@@ -351,8 +372,8 @@ def test_train_steps(file):
 
 
 def assert_tables(tensors, names, table):
-    """Mean, norm and first three values per parameter. The gradient of a key's bias is 0 in theory; Adam turns its rounding
-    noise into steps of size lr, so only the query's and value's entries of qkv biases must agree."""
+    """Mean, norm and first three values per parameter. The gradient of a key's bias is 0 in theory; Adam turns its
+    rounding noise into steps of size lr, so only the query's and value's entries of qkv biases must agree."""
     for name, row in zip(names, table, strict=True):
         value = tensors[name].detach().double()
         head = torch.zeros(3, dtype=torch.float64)
@@ -365,7 +386,8 @@ def assert_tables(tensors, names, table):
 
 @pytest.mark.parametrize("file", TRAIN_SCHEDULES, **by_name)
 def test_rates_and_averages(file):
-    """Rows are [images seen, lr, weight of the old average]. Snapshot names and ticks are habits of the original loop."""
+    """Rows are [images seen, lr, weight of the old average]. Snapshot names and ticks are habits of the original
+    loop."""
     config, arrays = goldens.load(file)
     for run, about in config["runs"].items():
         args = about["args"]
@@ -458,4 +480,6 @@ def test_manifest(name):
     assert sum(p.numel() for p in parameters.values()) == about["n_params"]
     assert hashlib.sha1("\n".join(parameters).encode()).hexdigest() == about["param_order_sha1"]
     if "attention_blocks" in about:
-        assert [key.removesuffix(".qkv.weight") for key in parameters if key.endswith("qkv.weight")] == about["attention_blocks"]
+        assert [key.removesuffix(".qkv.weight") for key in parameters if key.endswith("qkv.weight")] == about[
+            "attention_blocks"
+        ]

@@ -14,7 +14,8 @@ PRDC = goldens.collect("edm", "prdc_*.npz")
 
 
 def stand_in_features(images: torch.Tensor, dim: int) -> torch.Tensor:
-    """The golden's detector: f_i = a_i b_i + a_i / 4 with a_i = x[i mod D], b_i = x[(7 i + 3) mod D] of the flattened CHW pixels."""
+    """The golden's detector: f_i = a_i b_i + a_i / 4 with a_i = x[i mod D], b_i = x[(7 i + 3) mod D] of the flattened
+    CHW pixels."""
     x = images.flatten(1).float() / 255
     index = torch.arange(dim)
     a, b = x[:, index % x.shape[1]], x[:, (7 * index + 3) % x.shape[1]]
@@ -36,7 +37,8 @@ def test_statistics(file):
     assert covariance.norm().item() == pytest.approx(float(arrays["sigma_fro"]), rel=1e-6)
     head = len(arrays["sigma_head"])
     goldens.assert_close(covariance[:head, :head], arrays["sigma_head"], atol=1e-8, rtol=1e-6)
-    # the selection scripts' covariance is too large by mu mu^T / (n - 1); we reproduce the formula here, never in the product
+    # the selection scripts' covariance is too large by mu mu^T / (n - 1); we reproduce the formula here, never in the
+    # product
     excess = moments.mean.square() / (len(features) - 1)
     goldens.assert_close(covariance.diagonal() + excess, arrays["sigma_all_diag"], atol=1e-8, rtol=1e-6)
 
@@ -58,7 +60,10 @@ def test_frechet_formula(file):
 def test_prdc(file):
     config, arrays = goldens.load(file)
     found = neighbours(
-        generated=goldens.tensor(arrays["fake"]), reference=goldens.tensor(arrays["real"]), k=config["nearest_k"], boundary="outside"
+        generated=goldens.tensor(arrays["fake"]),
+        reference=goldens.tensor(arrays["real"]),
+        k=config["nearest_k"],
+        boundary="outside",
     )
     expected = {name: float(arrays[name]) for name in found._fields}
     assert found._asdict() == pytest.approx(expected, abs=1e-12)

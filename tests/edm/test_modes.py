@@ -1,4 +1,5 @@
-"""The optional speed modes change only rounding: the same images, the same weights, and a model that can still be moved and trained."""
+"""The optional speed modes change only rounding: the same images, the same weights, and a model that can still be moved
+and trained."""
 
 from pathlib import Path
 
@@ -8,12 +9,14 @@ import torch
 from edm.family import EDM
 from edm.family import Sampling as Heun
 from edm.loss import Objective
-from neon import checkpoint
-from neon.config import Sampling, Training
-from neon.distributed import World
-from neon.generate import Source, generate, to_images
+from neon.checkpoints import checkpoint
 from neon.merge import LiveMerge
-from neon.train import Trainer, train_step
+from neon.runtime.distributed import World
+from neon.sampling.generate import Source, generate, to_images
+from neon.sampling.options import Sampling
+from neon.training.loop import train_step
+from neon.training.recipe import Training
+from neon.training.trainer import Trainer
 from tests import goldens
 from tests.edm.published import TINY
 
@@ -37,7 +40,8 @@ def test_sampling(mode, tolerance):
 
 
 def test_grey_levels_do_not_depend_on_the_batch():
-    """The trained demo model: at most one grey level on at most 0.01 % of the pixels, however the images are grouped."""
+    """The trained demo model: at most one grey level on at most 0.01 % of the pixels, however the images are
+    grouped."""
     net = EDM().load(checkpoint.read(ROOT / "demo/base.safetensors")).eval()
     sampling = Sampling(options=Heun(num_steps=6), uint8="round")
     source = Source(family=EDM(), sampling=sampling, labels="balanced", first_seed=0, num_classes=10)
@@ -45,7 +49,9 @@ def test_grey_levels_do_not_depend_on_the_batch():
     def made(*sizes: int) -> torch.Tensor:
         ends = torch.tensor(sizes).cumsum(0).tolist()
         batches = [range(end - size, end) for size, end in zip(sizes, ends, strict=True)]
-        return torch.cat([to_images(source, part.codes) for part in generate(source, net, batches, torch.device("cpu"))])
+        return torch.cat(
+            [to_images(source, part.codes) for part in generate(source, net, batches, torch.device("cpu"))]
+        )
 
     together = made(32).int()
     for sizes in ((1, 31), (7, 7, 7, 7, 4)):
@@ -80,7 +86,9 @@ class Pixels:
 @pytest.mark.parametrize(("mode", "tolerance"), [({"channels_last": True}, 2e-5), ({"precision": "bf16"}, 0.2)])
 def test_training(mode, tolerance):
     def trained(**options) -> dict[str, torch.Tensor]:
-        recipe = Training(images=32, batch=8, lr=1e-3, eps=1e-2, objective=Objective(), **options)  # eps: updates follow the gradients
+        recipe = Training(
+            images=32, batch=8, lr=1e-3, eps=1e-2, objective=Objective(), **options
+        )  # eps: updates follow the gradients
         net = network().requires_grad_(True)
         if recipe.channels_last:
             net.to(memory_format=torch.channels_last)

@@ -12,8 +12,8 @@ from click.testing import CliRunner
 
 from edm.calculate_fid import main as calculate_fid
 from edm.presets import MODELS, NUM_STEPS
-from neon import config
-from neon.cli import main as neon
+from neon.cli.main import main as neon
+from neon.pipeline.experiment import load
 from tests import goldens
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,12 +28,15 @@ def test_models_are_those_of_the_manifests():
 
 @pytest.mark.parametrize("row", ROWS)
 def test_config(row):
-    experiment = config.load(ROOT / "configs" / f"{row}.toml")
+    experiment = load(ROOT / "configs" / f"{row}.toml")
     arch = MODELS[Path(experiment.base.checkpoint).stem]
     assert arch["label_dim"] == ROWS[row]
     assert experiment.sampling.options.num_steps == NUM_STEPS[arch["img_resolution"]]
     assert experiment.finetune.arch["dropout"] == arch["dropout"]
-    blocks = [(part.first_seed, part.first_seed + part.num_images) for part in (experiment.synth, experiment.select, experiment.report)]
+    blocks = [
+        (part.first_seed, part.first_seed + part.num_images)
+        for part in (experiment.synth, experiment.select, experiment.report)
+    ]
     assert all(stop <= start for (_, stop), (start, _) in itertools.pairwise(blocks)), "seed blocks overlap"
     assert -1 not in experiment.select.w  # the endpoints are always there
 
@@ -57,11 +60,13 @@ def test_reproduction_script(row, tmp_path):
         (tmp_path / name).write_text(f'#!/bin/sh\necho "{name} $*" >> {log}\n')
         (tmp_path / name).chmod(0o755)
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": str(tmp_path / "fetch")}
-    subprocess.run(["bash", str(ROOT / "scripts" / "reproduce" / f"{row}.sh"), "2"], env=environment, check=True, cwd=tmp_path)
+    subprocess.run(
+        ["bash", str(ROOT / "scripts" / "reproduce" / f"{row}.sh"), "2"], env=environment, check=True, cwd=tmp_path
+    )
     calls = log.read_text().splitlines()
-    fetched = [call for call in calls if "neon.download" in call]
+    fetched = [call for call in calls if "neon.published.fetch" in call]
     published, base, run = [call for call in calls if call.startswith("torchrun")]
-    experiment = config.load(ROOT / "configs" / f"{row}.toml")
+    experiment = load(ROOT / "configs" / f"{row}.toml")
     assert Path(experiment.base.checkpoint).name in fetched[0]
     for call, network in ((published, "checkpoints/Neon_EDM_"), (base, experiment.base.checkpoint)):
         launch, _, flags = call.partition(" edm/calculate_fid.py ")

@@ -69,7 +69,8 @@ def stochastic(churn, num_images=20_000, num_steps=64):
 
 
 def test_churn_keeps_the_distribution_and_forgets_the_start():
-    """Added noise is removed again: mean and spread stay the data's, while the image no longer follows from the latents."""
+    """Added noise is removed again: mean and spread stay the data's, while the image no longer follows from the
+    latents."""
     latents, samples, drawn = stochastic(Churn(S_churn=64 * (math.sqrt(2) - 1)))
     assert len(drawn) == 64
     assert samples.mean().item() == pytest.approx(MEAN, abs=4 * STD / math.sqrt(len(samples)))
@@ -78,7 +79,8 @@ def test_churn_keeps_the_distribution_and_forgets_the_start():
 
 
 def test_churn_adds_what_it_says():
-    """One image at rest: after a step from sigma the added noise has variance sigma_hat^2 - sigma^2, times S_noise^2."""
+    """One image at rest: after a step from sigma the added noise has variance sigma_hat^2 - sigma^2, times
+    S_noise^2."""
     seen = []
 
     def watch(x, sigma):
@@ -87,7 +89,9 @@ def test_churn_adds_what_it_says():
 
     sigmas = levels(2, sigma_max=10.0, sigma_min=2.0)
     fresh = torch.ones(1, dtype=torch.float64)
-    sample_heun(watch, torch.zeros(1), sigmas, churn=Churn(S_churn=0.5, S_noise=1.5, S_min=5.0), noise=lambda level: fresh)
+    sample_heun(
+        watch, torch.zeros(1), sigmas, churn=Churn(S_churn=0.5, S_noise=1.5, S_min=5.0), noise=lambda level: fresh
+    )
     sigma_hat = 10 * 1.25
     assert seen[0][1].item() == pytest.approx(sigma_hat)
     assert seen[0][0].item() == pytest.approx(1.5 * math.sqrt(sigma_hat**2 - 100))

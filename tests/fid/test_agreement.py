@@ -1,4 +1,5 @@
-"""Against torch-fidelity and pytorch-fid, where they are installed: pip install -e '.[compare]'. docs/evaluator.md has the table."""
+"""Against torch-fidelity and pytorch-fid, where they are installed: pip install -e '.[compare]'. docs/evaluator.md has
+the table."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from neon.data import open_images
+from neon.images.formats import open_images
 from tests.commands import ROOT
 
 pytest.importorskip("torch_fidelity")

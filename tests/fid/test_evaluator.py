@@ -11,7 +11,14 @@ from fid.neighbours import neighbours
 from fid.store import FeatureStore
 
 N = 1100
-QUICK = ("fid", "is", "precision", "recall", "density", "coverage")  # KID and the extrapolation cost seconds; they see the same rows
+QUICK = (
+    "fid",
+    "is",
+    "precision",
+    "recall",
+    "density",
+    "coverage",
+)  # KID and the extrapolation cost seconds; they see the same rows
 
 
 class Stub(Extractor):
@@ -25,7 +32,9 @@ class Stub(Extractor):
 
 
 IMAGES = torch.randint(0, 256, (N, 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-REFERENCE = Stub()(torch.randint(0, 240, (1000, 1, 8, 8), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)).pool
+REFERENCE = Stub()(
+    torch.randint(0, 240, (1000, 1, 8, 8), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+).pool
 GAUSSIAN = Gaussian(REFERENCE.mean(0), torch.cov(REFERENCE.double().T))
 
 
@@ -53,7 +62,9 @@ def whole():
 
 def test_all_metrics_have_their_full_names(whole):
     kinds = ("fd", "fd_inf", "fd_inf_error", "is", "is_std", "kid", "kid_std", "kid_unbiased")
-    names = {f"{kind}{N}[stub]" for kind in kinds} | {f"{kind}{N}[stub,k=5]" for kind in ("precision", "recall", "density", "coverage")}
+    names = {f"{kind}{N}[stub]" for kind in kinds} | {
+        f"{kind}{N}[stub,k=5]" for kind in ("precision", "recall", "density", "coverage")
+    }
     assert set(whole) == names
 
 

@@ -14,7 +14,7 @@ from fid.frechet import frechet_distance
 from fid.moments import Moments
 from fid.reference import read_reference
 from fid.weights import sha256_of
-from neon import fashion_mnist
+from scripts import fashion_mnist
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "demo"
@@ -49,7 +49,8 @@ def test_the_shipped_images_are_whole(base):
 
 @pytest.mark.parametrize("name", ["fashion-cnn", "pixel-pca64"])
 def test_the_shipped_references_are_of_the_same_distribution_and_extractor(base, name):
-    """Real against real at n = 2,000 is small (0.2 to 0.3 % of the features' variance); the same images blurred are not."""
+    """Real against real at n = 2,000 is small (0.2 to 0.3 % of the features' variance); the same images blurred are
+    not."""
     extractor, reference = open_extractor(name), read_reference(DEMO / f"reference_{name}.npz")
     assert (reference.count, reference.extractor, len(reference.mean)) == (10_000, name, 64)
     assert reference.provenance["extractor_sha256"] == extractor.sha256
@@ -69,7 +70,7 @@ def test_the_shipped_references_are_of_the_same_distribution_and_extractor(base,
 @pytest.fixture(scope="module")
 def package(tmp_path_factory):
     """A package of the same layout: image i of class c has c in its first pixel and i mod 256 in its second."""
-    file = tmp_path_factory.mktemp("npm") / fashion_mnist.ARCHIVE
+    file = tmp_path_factory.mktemp("npm") / fashion_mnist.FASHION_ARCHIVE
     with tarfile.open(file, "w:gz") as archive:
         for label in range(10):
             rows = [[label, i % 256, *[0] * 782] for i in range(70)]
@@ -109,6 +110,6 @@ def test_other_archives_are_refused(package, tmp_path):
     (tmp_path / "bad.tgz").write_bytes(b"no archive")
     with pytest.raises(ValueError, match="not the archive"):
         fashion_mnist.load_split(tmp_path / "bad.tgz")
-    (tmp_path / fashion_mnist.ARCHIVE).write_bytes(b"no archive")
+    (tmp_path / fashion_mnist.FASHION_ARCHIVE).write_bytes(b"no archive")
     with pytest.raises(ValueError, match="delete it and try again"):
         fashion_mnist.fetch(tmp_path)

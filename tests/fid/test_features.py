@@ -15,7 +15,9 @@ from fid.resize import resize_tf1
 
 
 def images(n: int = 6, channels: int = 1, size: int = 28) -> torch.Tensor:
-    return torch.randint(0, 256, (n, channels, size, size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    return torch.randint(
+        0, 256, (n, channels, size, size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
+    )
 
 
 class Probe(Extractor):
@@ -25,7 +27,12 @@ class Probe(Extractor):
 
     def extract(self, images):
         backends = torch.backends
-        self.seen = backends.cudnn.allow_tf32, backends.cuda.matmul.allow_tf32, torch.is_autocast_enabled("cpu"), torch.is_grad_enabled()
+        self.seen = (
+            backends.cudnn.allow_tf32,
+            backends.cuda.matmul.allow_tf32,
+            torch.is_autocast_enabled("cpu"),
+            torch.is_grad_enabled(),
+        )
         return Features(to_rgb(images).float().mean((2, 3)), None)
 
 
@@ -92,7 +99,8 @@ def test_grey_is_repeated_to_rgb():
 
 
 def test_tf1_resize_of_a_ramp():
-    """On a ramp the rule is visible: output x = input (x * in / out), flat at the end where the neighbour is clamped."""
+    """On a ramp the rule is visible: output x = input (x * in / out), flat at the end where the neighbour is
+    clamped."""
     ramp = torch.arange(4.0).expand(1, 1, 4, 4)
     want = torch.tensor([0, 0.5, 1, 1.5, 2, 2.5, 3, 3])
     assert torch.equal(resize_tf1(ramp, 4, 8)[0, 0, 0], want)
@@ -137,7 +145,9 @@ def test_unknown_weights_are_named_as_such(tmp_path):
     together, apart = extractor(rgb), torch.cat([extractor(rgb[i : i + 1]).pool for i in range(3)])
     assert together.pool.shape == (3, 2048)
     assert together.logits.shape == (3, 1008)
-    torch.testing.assert_close(together.pool, apart, rtol=1e-5, atol=1e-5)  # float32: another batch size, another summation order
+    torch.testing.assert_close(
+        together.pool, apart, rtol=1e-5, atol=1e-5
+    )  # float32: another batch size, another summation order
 
 
 def test_files_that_are_not_the_network(tmp_path):
@@ -145,8 +155,14 @@ def test_files_that_are_not_the_network(tmp_path):
     cases = {
         "text.pth": (b"hello", "not a plain PyTorch state dict"),
         "list.pth": ([1, 2], "expected a state dict, found list"),
-        "keys.pth": ({"weight": torch.zeros(3, 2), "extra": torch.zeros(1)}, r"1 entries missing \['bias'\], 1 unexpected \['extra'\]"),
-        "shape.pth": ({"weight": torch.zeros(3, 3), "bias": torch.zeros(3)}, r"weight has shape \(3, 3\), expected \(3, 2\)"),
+        "keys.pth": (
+            {"weight": torch.zeros(3, 2), "extra": torch.zeros(1)},
+            r"1 entries missing \['bias'\], 1 unexpected \['extra'\]",
+        ),
+        "shape.pth": (
+            {"weight": torch.zeros(3, 3), "bias": torch.zeros(3)},
+            r"weight has shape \(3, 3\), expected \(3, 2\)",
+        ),
         "module.pth": (network, "not a plain PyTorch state dict"),  # a pickled class would run code
     }
     for name, (content, message) in cases.items():
@@ -160,7 +176,8 @@ def test_files_that_are_not_the_network(tmp_path):
 
 
 def test_principal_components_are_numpys():
-    """Variances along the components are the largest eigenvalues of the pixels' covariance, and the axes are uncorrelated."""
+    """Variances along the components are the largest eigenvalues of the pixels' covariance, and the axes are
+    uncorrelated."""
     data = images(400, size=6)
     tensors = principal_components(data, 5)
     extractor = PixelPCA("pca5", mean=tensors["mean"], basis=tensors["basis"], sha256="00")

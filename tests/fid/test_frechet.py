@@ -17,7 +17,10 @@ def diagonal(mean: list[float], variances: list[float]) -> Gaussian:
 def covariance(dim: int, rank: int, *, seed: int, decay: float = 1.0) -> torch.Tensor:
     """Random, of the given rank, with standard deviations falling like a power of the index."""
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(rank + 1, dim, generator=generator, dtype=torch.float64) * torch.arange(1, dim + 1, dtype=torch.float64) ** -decay
+    x = (
+        torch.randn(rank + 1, dim, generator=generator, dtype=torch.float64)
+        * torch.arange(1, dim + 1, dtype=torch.float64) ** -decay
+    )
     rotation = torch.linalg.qr(torch.randn(dim, dim, generator=generator, dtype=torch.float64))[0]
     return torch.cov((x @ rotation).T)
 
@@ -31,7 +34,9 @@ def test_diagonal_gaussians_of_which_one_is_singular():
 
 def test_two_points():
     """Covariances of rank 0: only the means count."""
-    assert frechet_distance(generated=diagonal([3, 0], [0, 0]), reference=diagonal([0, 4], [0, 0])) == pytest.approx(25, abs=1e-12)
+    assert frechet_distance(generated=diagonal([3, 0], [0, 0]), reference=diagonal([0, 4], [0, 0])) == pytest.approx(
+        25, abs=1e-12
+    )
 
 
 def test_common_rotation_and_noncommuting_covariances():
@@ -58,7 +63,12 @@ def test_equals_the_nuclear_norm_and_is_symmetric(rank_a, rank_b):
     generator = torch.Generator().manual_seed(1)
     x, y = (torch.randn(n + 1, 64, generator=generator, dtype=torch.float64) for n in (rank_a, rank_b))
     f, g = ((z - z.mean(0)) / math.sqrt(len(z) - 1) for z in (x, y))
-    want = (x.mean(0) - y.mean(0)).square().sum() + f.square().sum() + g.square().sum() - 2 * torch.linalg.svdvals(f @ g.T).sum()
+    want = (
+        (x.mean(0) - y.mean(0)).square().sum()
+        + f.square().sum()
+        + g.square().sum()
+        - 2 * torch.linalg.svdvals(f @ g.T).sum()
+    )
     one, two = (Gaussian(z.mean(0), torch.cov(z.T), len(z)) for z in (x, y))
     assert frechet_distance(generated=one, reference=two) == pytest.approx(want.item(), rel=1e-11)
     assert frechet_distance(generated=two, reference=one) == pytest.approx(want.item(), rel=1e-11)
@@ -69,20 +79,29 @@ def test_a_covariance_rounded_to_float32_still_works():
     exact = covariance(128, 60, seed=3)
     rounded = exact.float()
     assert torch.linalg.eigvalsh(rounded.double())[0] < 0
-    distance = frechet_distance(generated=Gaussian(torch.zeros(128), exact), reference=Gaussian(torch.zeros(128), rounded))
+    distance = frechet_distance(
+        generated=Gaussian(torch.zeros(128), exact), reference=Gaussian(torch.zeros(128), rounded)
+    )
     assert 0 <= distance < 1e-2 * exact.trace()
 
 
 @pytest.mark.parametrize("power", [2.0, 4.0, 6.0])
 def test_files_in_float32_keep_their_accuracy(power):
-    """Commuting covariances, so the distance is sum (sqrt a - sqrt b)^2; their small eigenvalues drown in float32's rounding."""
+    """Commuting covariances, so the distance is sum (sqrt a - sqrt b)^2; their small eigenvalues drown in float32's
+    rounding."""
     index = torch.arange(1, 301, dtype=torch.float64)
     a, b = index**-power, 1.3 * index**-power * (1 + 0.3 * index.sin())
-    rotation = torch.linalg.qr(torch.randn(300, 300, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))[0]
+    rotation = torch.linalg.qr(torch.randn(300, 300, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))[
+        0
+    ]
     exact, other = ((rotation * values) @ rotation.T for values in (a, b))
     mean, want = torch.zeros(300), (a.sqrt() - b.sqrt()).square().sum().item()
-    assert frechet_distance(generated=Gaussian(mean, exact), reference=Gaussian(mean, other)) == pytest.approx(want, abs=1e-12)
-    assert frechet_distance(generated=Gaussian(mean, exact), reference=Gaussian(mean, other.float())) == pytest.approx(want, abs=2e-7)
+    assert frechet_distance(generated=Gaussian(mean, exact), reference=Gaussian(mean, other)) == pytest.approx(
+        want, abs=1e-12
+    )
+    assert frechet_distance(generated=Gaussian(mean, exact), reference=Gaussian(mean, other.float())) == pytest.approx(
+        want, abs=2e-7
+    )
 
 
 def test_finite_sample_bias_of_a_one_dimensional_gaussian():

@@ -76,7 +76,9 @@ def test_tf1_resize(file):
     for name, image in arrays.items():
         if name.startswith("in_"):
             expected = arrays["out_" + name.removeprefix("in_")]
-            goldens.assert_close(resize_tf1(goldens.tensor(image).float(), *expected.shape[2:]), expected, atol=1e-4, what=name)
+            goldens.assert_close(
+                resize_tf1(goldens.tensor(image).float(), *expected.shape[2:]), expected, atol=1e-4, what=name
+            )
 
 
 def metric_cases():
@@ -100,7 +102,9 @@ def test_metrics(file, name):
     for key, value in expected.items():
         if key.startswith("fid"):
             # the three published values differ among each other by 2e-13
-            assert frechet_distance(generated=gaussians[0], reference=gaussians[1]) == pytest.approx(value, rel=1e-9), key
+            assert frechet_distance(generated=gaussians[0], reference=gaussians[1]) == pytest.approx(value, rel=1e-9), (
+                key
+            )
         elif key.startswith("is_of_3x"):
             assert inception_score(3 * generated) == pytest.approx(value, rel=1e-6), key  # theirs: float32 softmax
         elif key.startswith("pr_k"):

@@ -75,7 +75,9 @@ def test_kernel_distance_by_hand():
 def test_kernel_distance_does_not_depend_on_the_blocks():
     generated, reference = normal(300, 600), 1.1 * normal(40_000, 600, seed=1)[:311]
     one = kernel_distance_unbiased(generated=generated, reference=reference)
-    assert kernel_distance_unbiased(generated=generated, reference=reference, budget_mib=0) == pytest.approx(one, rel=1e-10)
+    assert kernel_distance_unbiased(generated=generated, reference=reference, budget_mib=0) == pytest.approx(
+        one, rel=1e-10
+    )
 
 
 def test_kernel_distance_is_unbiased_and_sees_a_shift():
@@ -99,7 +101,8 @@ def test_kernel_distance_over_subsets():
 
 
 def test_extrapolation_finds_the_exact_distance():
-    """N(0.1, 1.2^2 I) against N(0, I) in 24 dimensions: D (0.1^2 + 0.2^2) = 1.2, of which 800 images show a third too much."""
+    """N(0.1, 1.2^2 I) against N(0, I) in 24 dimensions: D (0.1^2 + 0.2^2) = 1.2, of which 800 images show a third too
+    much."""
     dim, reference = 24, Gaussian(torch.zeros(24), torch.eye(24))
     exact = dim * (0.1**2 + 0.2**2)
     z_scores, biases = [], []
@@ -108,7 +111,9 @@ def test_extrapolation_finds_the_exact_distance():
         found = frechet_infinity(generated=features, reference=reference)
         moments = Moments(dim)
         moments.update(features)
-        assert found.distances[0] == pytest.approx(frechet_distance(generated=moments.gaussian(), reference=reference), rel=1e-9)
+        assert found.distances[0] == pytest.approx(
+            frechet_distance(generated=moments.gaussian(), reference=reference), rel=1e-9
+        )
         assert found.sizes == (800, 400, 266, 200)
         z_scores.append((found.value - exact) / found.error)
         biases.append(found.distances[0] - exact)

@@ -12,7 +12,9 @@ DIM = 24
 def features(n: int = 997, *, offset: float = 0.4, seed: int = 0) -> torch.Tensor:
     """float32, correlated, with a mean `offset` standard deviations or so away from zero."""
     generator = torch.Generator().manual_seed(seed)
-    return (torch.randn(n, DIM, generator=generator) @ torch.randn(DIM, DIM, generator=generator) / DIM**0.5 + offset).float()
+    return (
+        torch.randn(n, DIM, generator=generator) @ torch.randn(DIM, DIM, generator=generator) / DIM**0.5 + offset
+    ).float()
 
 
 def moments_of(batches) -> Moments:

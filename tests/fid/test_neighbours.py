@@ -24,7 +24,8 @@ def test_too_much_variety_recalls_and_is_imprecise():
 
 
 def test_identical_sets():
-    """Every point is its own centre; on average k + 1 balls (its own and about k others) hold it, strictly k of them per ball."""
+    """Every point is its own centre; on average k + 1 balls (its own and about k others) hold it, strictly k of them
+    per ball."""
     x = normal(300, 5)
     found = neighbours(generated=x, reference=x.clone(), k=3)
     assert (found.precision, found.recall, found.coverage) == (1, 1, 1)
@@ -82,7 +83,9 @@ def test_equals_brute_force_in_any_number_of_blocks(k):
     want = brute_force(generated, reference, k)
     assert list(neighbours(generated=generated, reference=reference, k=k)) == pytest.approx(want, abs=1e-12)
     for budget_mib in (1, 3):  # blocks of 177 and of 309 points
-        assert list(neighbours(generated=generated, reference=reference, k=k, budget_mib=budget_mib)) == pytest.approx(want, abs=1e-12)
+        assert list(neighbours(generated=generated, reference=reference, k=k, budget_mib=budget_mib)) == pytest.approx(
+            want, abs=1e-12
+        )
 
 
 def test_swapping_the_sets_swaps_precision_and_recall():

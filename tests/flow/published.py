@@ -21,7 +21,8 @@ TINY = {
 
 
 def write_checkpoint(path: Path, arch: dict, prefix: str = "") -> nn.Module:
-    """The five entries of tests/manifests/flow/checkpoint_layout.json, after two updates; returns the network of `ema_model`."""
+    """The five entries of tests/manifests/flow/checkpoint_layout.json, after two updates; returns the network of
+    `ema_model`."""
     net = goldens.seed_by_name(Flow().build(arch))
     average = {prefix + name: value.detach().clone() for name, value in net.state_dict().items()}
     optimizer = torch.optim.Adam(net.parameters(), lr=2e-4)
@@ -32,7 +33,13 @@ def write_checkpoint(path: Path, arch: dict, prefix: str = "") -> nn.Module:
         optimizer.step()
         scheduler.step()
     raw = {prefix + name: value.detach() for name, value in net.state_dict().items()}
-    state = {"net_model": raw, "ema_model": average, "sched": scheduler.state_dict(), "optim": optimizer.state_dict(), "step": 2}
+    state = {
+        "net_model": raw,
+        "ema_model": average,
+        "sched": scheduler.state_dict(),
+        "optim": optimizer.state_dict(),
+        "step": 2,
+    }
     torch.save(state, path)
     net.load_state_dict({name.removeprefix(prefix): value for name, value in average.items()})
     return net.eval().requires_grad_(False)

@@ -13,7 +13,7 @@ from fid.reference import read_reference
 from flow.calculate_fid import main
 from flow.family import Flow, Sampling
 from flow.presets import CIFAR10
-from neon import checkpoint
+from neon.checkpoints import checkpoint
 from neon.quantize import to_uint8
 from neon.seeds import image_rng
 from tests.commands import FidCommand

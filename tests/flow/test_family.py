@@ -9,14 +9,24 @@ from flow.coupling import exact_plan, sampled_pairs, sinkhorn_plan
 from flow.family import Flow, Sampling, to_pixels
 from flow.loss import Objective, path
 from flow.presets import CIFAR10
-from neon import checkpoint
+from neon.checkpoints import checkpoint
 from neon.seeds import SharedRng, image_rng
 from tests import goldens
 from tests.flow import published
 from tests.flow.published import TINY
 
-KINDS = [Objective(kind="icfm"), Objective(), Objective(pairing="sampled"), Objective(kind="fm"), Objective(kind="si", sigma=0.1)]
-KINDS += [Objective(kind="sb", sigma=0.5), Objective(kind="sb", sigma=3.0, pairing="sinkhorn"), Objective(flip=0.5, pairing="sampled")]
+KINDS = [
+    Objective(kind="icfm"),
+    Objective(),
+    Objective(pairing="sampled"),
+    Objective(kind="fm"),
+    Objective(kind="si", sigma=0.1),
+]
+KINDS += [
+    Objective(kind="sb", sigma=0.5),
+    Objective(kind="sb", sigma=3.0, pairing="sinkhorn"),
+    Objective(flip=0.5, pairing="sampled"),
+]
 
 
 def model_of(arch):
@@ -140,7 +150,9 @@ def test_sinkhorn_has_a_closed_form_for_two_points():
     for reg in (5.0, 0.5, 1e-3):
         off = math.exp(-2 / reg) / (1 + math.exp(-2 / reg)) / 2
         expected = torch.tensor([[0.5 - off, off], [off, 0.5 - off]], dtype=torch.float64)
-        torch.testing.assert_close(sinkhorn_plan(torch.tensor([[0.0, 2.0], [2.0, 0.0]]), reg), expected, rtol=0, atol=1e-9)
+        torch.testing.assert_close(
+            sinkhorn_plan(torch.tensor([[0.0, 2.0], [2.0, 0.0]]), reg), expected, rtol=0, atol=1e-9
+        )
 
 
 def test_pairs_are_drawn_as_often_as_the_plan_says():
@@ -206,7 +218,9 @@ def test_written_weights_are_read_and_sample_the_same(tmp_path):
     family, model, path = Flow(), model_of(TINY), tmp_path / "ours.safetensors"
     checkpoint.write(path, model.state_dict(), metadata={"family": "flow", "arch": TINY, "weights": "ema"})
     again = family.load(checkpoint.read(path)).eval()
-    before, after = (family.sample(net, image_rng(0, range(2), "cpu"), None, Sampling(tol=1e-3))[0] for net in (model, again))
+    before, after = (
+        family.sample(net, image_rng(0, range(2), "cpu"), None, Sampling(tol=1e-3))[0] for net in (model, again)
+    )
     assert torch.equal(before, after)
 
 

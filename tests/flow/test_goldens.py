@@ -9,18 +9,24 @@ import numpy as np
 import pytest
 import sympy
 import torch
-from sympy.parsing.sympy_parser import convert_xor, implicit_multiplication_application, parse_expr, standard_transformations
+from sympy.parsing.sympy_parser import (
+    convert_xor,
+    implicit_multiplication_application,
+    parse_expr,
+    standard_transformations,
+)
 
 from flow.coupling import assigned, exact_plan, sampled_pairs, sinkhorn_plan, transport_cost
 from flow.family import Flow, to_pixels
 from flow.loss import Objective, path
 from flow.sampler import MIDPOINT, combined, dopri5, euler, interpolated, stages
 from flow.unet import UNet, timestep_embedding
-from neon.config import Training
-from neon.distributed import World
 from neon.merge import reverse_merge
 from neon.quantize import to_uint8
-from neon.train import Trainer, lr_at
+from neon.runtime.distributed import World
+from neon.training.recipe import Training
+from neon.training.schedules import lr_at
+from neon.training.trainer import Trainer
 from tests import goldens
 from tests.goldens import assert_close, tensor
 
@@ -34,7 +40,9 @@ DOPRI5 = goldens.collect("flow", "sampler_dopri5_*.npz")
 FIELDS = goldens.collect("flow", "dopri5_*.npz")
 LOSSES = goldens.collect("flow", "loss_*.npz")
 PLANS = goldens.collect("flow", "ot_plan*.npz")
-GUIDED_PLANS = [file for file in PLANS if "guided_t" in np.load(file).files]  # the original's guided path needs equal batches
+GUIDED_PLANS = [
+    file for file in PLANS if "guided_t" in np.load(file).files
+]  # the original's guided path needs equal batches
 TRAINS = goldens.collect("flow", "train_*.npz")
 WARMUPS = goldens.collect("flow", "lr_warmup*.npz")
 BYTES = goldens.collect("flow", "quantise*.npz")
@@ -51,7 +59,9 @@ def check_network(file):
     assert sum(p.numel() for p in net.parameters()) == config["n_params"]
     outputs = {}
     for name in config["block_names"]:
-        net.get_submodule(name).register_forward_hook(lambda module, args, out, name=name: outputs.__setitem__(name, out))
+        net.get_submodule(name).register_forward_hook(
+            lambda module, args, out, name=name: outputs.__setitem__(name, out)
+        )
     net.time_embed.register_forward_pre_hook(lambda module, args: outputs.__setitem__("sinusoid", args[0]))
     t, x, y = (tensor(arrays[name]) if name in arrays else None for name in ("t", "x", "y"))
     out = net(t, x, y)
@@ -137,8 +147,9 @@ def check_bytes(x, expected):
 
 @pytest.mark.parametrize("file", DOPRI5, **by_name)
 def test_dopri5(file):
-    """As many calls, the same first step, nearly the same end. The networks are so smooth that their error estimates lie near
-    float32's rounding: later steps differ from machine to machine, and the end by what the tolerance leaves open."""
+    """As many calls, the same first step, nearly the same end. The networks are so smooth that their error estimates
+    lie near float32's rounding: later steps differ from machine to machine, and the end by what the tolerance leaves
+    open."""
     config, arrays = goldens.load(file)
     net, calls = seeded(config), []
     out = dopri5(recorded(net, calls), tensor(arrays["x"]), None, (0.0, 1.0), tol=config["tol"], error_norm="batch")[-1]
@@ -171,7 +182,8 @@ def test_dopri5_with_the_original_steps(file):
 
 
 def field_of(formula):
-    """The function of (t, x) that a text like "f = -x (3 + 2 sin 6t)" writes, products without a sign and functions without brackets."""
+    """The function of (t, x) that a text like "f = -x (3 + 2 sin 6t)" writes, products without a sign and functions
+    without brackets."""
     readings = (*standard_transformations, implicit_multiplication_application, convert_xor)
     expression = parse_expr(formula.removeprefix("f = "), transformations=readings, evaluate=False)
     return sympy.lambdify(sympy.symbols("t x"), expression, modules=[torch])
@@ -203,7 +215,9 @@ def test_dopri5_on_fields(file):
         assert len(calls) == nfe == 2 + 6 * (accepted + rejected), case
         expected = arrays[f"y_{case}"]
         atol = 1e-12
-        if x.dtype == torch.float32:  # where a step jumps over a pole of the field, rounding alone moves the original by more
+        if (
+            x.dtype == torch.float32
+        ):  # where a step jumps over a pole of the field, rounding alone moves the original by more
             rounding = np.abs(expected - arrays[f"y_float64_{span}_{tol}"]).max()
             atol = max(5e-4 if sign < 0 else 5e-5, float(rounding))
         assert_close(states, expected, atol=atol, what=case)
@@ -245,7 +259,9 @@ def test_loss(file):
     np.random.seed(config["given_t_numpy_seed"])
     _, _, (given_x_t, given_u_t) = published_path(how, x0, x1, given)
     for name, actual in (("xt", x_t), ("ut", u_t), ("given_t_xt", given_x_t), ("given_t_ut", given_u_t)):
-        largest = max(1.0, float(np.abs(arrays[name]).max()))  # near an end of the path rounding grows with the velocity
+        largest = max(
+            1.0, float(np.abs(arrays[name]).max())
+        )  # near an end of the path rounding grows with the velocity
         assert_close(actual, arrays[name], atol=1e-6 * largest, what=name)
     assert_close(net(t, x_t), arrays["vt"], atol=1e-5, what="vt")
     draws = {"t": t, "images": x1, "noise": eps if how.kind == "fm" else x0}
@@ -314,7 +330,9 @@ def test_training_steps(file):
         objective=how,
     )
     trainer = Trainer(Flow(), net, recipe, World())
-    kept = np.array([not name.endswith(".qkv.bias") and name not in config["near_zero_gradient"] for name in config["names"]])
+    kept = np.array(
+        [not name.endswith(".qkv.bias") and name not in config["near_zero_gradient"] for name in config["names"]]
+    )
     start = [parameter.detach().clone() for parameter in net.parameters()]
     torch.manual_seed(config["torch_seed"])
     np.random.seed(config["numpy_seed"])
@@ -329,15 +347,21 @@ def test_training_steps(file):
         norms = torch.stack([parameter.grad.double().norm() for parameter in net.parameters()])
         assert_close(norms, arrays["grad_l2"][step], atol=1e-6, rtol=1e-4, what=f"gradients of step {step}")
         trainer.update(loss)
-        moves = [(parameter.detach() - value).abs().double().mean() for parameter, value in zip(net.parameters(), start, strict=True)]
+        moves = [
+            (parameter.detach() - value).abs().double().mean()
+            for parameter, value in zip(net.parameters(), start, strict=True)
+        ]
         expected = arrays["mean_abs_move"][step][kept]
         assert_close(torch.stack(moves)[kept], expected, atol=1e-9, rtol=2e-2, what=f"moves until step {step}")
-        assert [loss, trainer.last_grad_norm] == pytest.approx([arrays["loss"][step], arrays["grad_norm"][step]], rel=1e-4)
+        assert [loss, trainer.last_grad_norm] == pytest.approx(
+            [arrays["loss"][step], arrays["grad_norm"][step]], rel=1e-4
+        )
     check_trained(arrays, net.eval(), trainer.ema, kept)
 
 
 def check_trained(arrays, net, ema, kept):
-    """Not the biases of keys: they have no gradient, so that Adam moves them by +-lr on rounding noise, which changes no output."""
+    """Not the biases of keys: they have no gradient, so that Adam moves them by +-lr on rounding noise, which changes
+    no output."""
     ours = {"net": {name: parameter.detach() for name, parameter in net.named_parameters()}, "ema": ema}
     for key in arrays:
         kind, slash, name = key.partition("/")
@@ -348,7 +372,12 @@ def check_trained(arrays, net, ema, kept):
         for kind, values in ours.items():
             stats = torch.stack([torch.stack([v.double().sum(), v.double().norm()]) for v in values.values()])
             assert_close(stats[kept], arrays[f"{kind}_stats"][kept], atol=2e-4, rtol=1e-5, what=kind)
-            assert_close(torch.func.functional_call(net, values, (t, x)), arrays[f"probe_{kind}"], atol=2e-5, what=f"probe of {kind}")
+            assert_close(
+                torch.func.functional_call(net, values, (t, x)),
+                arrays[f"probe_{kind}"],
+                atol=2e-5,
+                what=f"probe of {kind}",
+            )
 
 
 @pytest.mark.parametrize("file", WARMUPS, **by_name)

@@ -8,7 +8,9 @@ from flow.presets import CIFAR10, MODELS
 from flow.unet import UNet
 from tests import goldens
 
-MANIFESTS = sorted(file.stem for file in (goldens.MANIFESTS / "flow").glob("*.json") if file.stem != "checkpoint_layout")
+MANIFESTS = sorted(
+    file.stem for file in (goldens.MANIFESTS / "flow").glob("*.json") if file.stem != "checkpoint_layout"
+)
 
 
 def on_meta(arch):

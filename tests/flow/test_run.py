@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from flow.family import Flow, Sampling
-from neon import config
-from neon.checkpoint import read
-from neon.data import open_images
-from neon.distributed import World
-from neon.run import Run
+from neon.checkpoints.checkpoint import read
+from neon.images.formats import open_images
+from neon.pipeline.experiment import load
+from neon.pipeline.run import Run
+from neon.pipeline.train_base import train_base
+from neon.runtime.distributed import World
 from neon.seeds import image_rng
-from neon.train_base import train_base
 from tests.commands import started
 from tests.whole_run import assert_finished, assert_merged, assert_same_run, snapshot, write_real_images
 
@@ -76,9 +76,13 @@ extractors = {{ fashion-cnn = "{folder}/reference.npz" }}
 """
 
 
-def write_config(folder: Path, name: str, *, store: str = "images", pairing: str = "sampled", micro_batch: int = 24) -> Path:
+def write_config(
+    folder: Path, name: str, *, store: str = "images", pairing: str = "sampled", micro_batch: int = 24
+) -> Path:
     path = folder / f"{name}.toml"
-    path.write_text(CONFIG.format(folder=folder, store=store, num_synth=NUM_SYNTH, pairing=pairing, micro_batch=micro_batch))
+    path.write_text(
+        CONFIG.format(folder=folder, store=store, num_synth=NUM_SYNTH, pairing=pairing, micro_batch=micro_batch)
+    )
     return path
 
 
@@ -87,13 +91,13 @@ def folder(tmp_path_factory) -> Path:
     """Real images, their reference statistics, a base model trained on them for a few steps."""
     folder = tmp_path_factory.mktemp("flow")
     write_real_images(folder, 500)
-    assert train_base(config.load(write_config(folder, "base")), folder / "base", World())["steps"] == 16
+    assert train_base(load(write_config(folder, "base")), folder / "base", World())["steps"] == 16
     return folder
 
 
 @pytest.fixture(scope="module")
 def alone(folder) -> dict:
-    return Run(config.load(write_config(folder, "alone")), folder / "alone", World()).all()
+    return Run(load(write_config(folder, "alone")), folder / "alone", World()).all()
 
 
 def images_of(model, labels, num_steps):
@@ -139,7 +143,7 @@ def test_two_ranks_make_the_same_model(folder, alone):
 
 @pytest.mark.parametrize(("name", "settings"), [("codes", {"store": "codes"}), ("assigned", {"pairing": "assigned"})])
 def test_another_s_or_pairing_is_another_fine_tune(folder, alone, name, settings):
-    run = Run(config.load(write_config(folder, name, **settings)), folder / name, World())
+    run = Run(load(write_config(folder, name, **settings)), folder / name, World())
     codes = run.synth().read(range(NUM_SYNTH))
     pixels = open_images(folder / "alone/synth").read(range(NUM_SYNTH))
     made = ((codes + 1) * 127.5).round().clamp(0, 255) if name == "codes" else codes.int()
@@ -150,7 +154,7 @@ def test_another_s_or_pairing_is_another_fine_tune(folder, alone, name, settings
 
 
 def test_accumulation_rounds_do_not_change_the_update(folder, alone):
-    run = Run(config.load(write_config(folder, "rounds", micro_batch=7)), folder / "rounds", World())
+    run = Run(load(write_config(folder, "rounds", micro_batch=7)), folder / "rounds", World())
     run.finetune()
     ones, others = snapshot(folder / "alone"), snapshot(folder / "rounds")
     for name, value in ones.items():

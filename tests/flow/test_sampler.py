@@ -48,7 +48,8 @@ def test_dopri5_keeps_its_tolerance(error_norm):
 
 
 def test_a_step_is_of_fifth_order():
-    """The local error falls with the sixth power of the step's length; that of the interpolant in its middle with the fifth."""
+    """The local error falls with the sixth power of the step's length; that of the interpolant in its middle with the
+    fifth."""
     from flow.sampler import MIDPOINT, combined, interpolated, stages
 
     def errors(length):
@@ -72,7 +73,8 @@ def test_a_step_is_of_fifth_order():
 
 
 def test_each_image_has_steps_of_its_own():
-    """A velocity that is stiff for one label: the other image is not asked more often, and gets the same values as alone."""
+    """A velocity that is stiff for one label: the other image is not asked more often, and gets the same values as
+    alone."""
     asked = []
 
     def velocity(t, x, labels):
@@ -100,7 +102,9 @@ def test_an_image_depends_on_its_seed_and_label_only(how):
     together, used = family.sample(model, image_rng(5, range(4), "cpu"), labels, how)
     alone, _ = family.sample(model, image_rng(5, [2], "cpu"), labels[2:3], how)
     assert used.tolist() == labels.tolist()
-    torch.testing.assert_close(together[2:3], alone, rtol=0, atol=max(1e-4, how.tol) if how.solver == "dopri5" else 1e-5)
+    torch.testing.assert_close(
+        together[2:3], alone, rtol=0, atol=max(1e-4, how.tol) if how.solver == "dopri5" else 1e-5
+    )
     assert (together[0] - together[3]).abs().max() > 0.1  # the same class, another seed
     other, _ = family.sample(model, image_rng(5, [2], "cpu"), torch.tensor([0]), how)
     assert (other - alone).abs().max() > 0.01

@@ -1,4 +1,5 @@
-"""Files as the published command finds them: a module pickle of the original layout, a VAE folder, reference statistics."""
+"""Files as the published command finds them: a module pickle of the original layout, a VAE folder, reference
+statistics."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from torch import nn
 
 from imm.family import IMM
 from imm.vae import layout_from_diffusers, to_diffusers
-from neon.autoencoder import KLAutoencoder
+from neon.networks.autoencoder import KLAutoencoder
 from tests import goldens
 from tests.core import pickles
 
@@ -49,10 +50,17 @@ SD_VAE = {
 
 
 def write_checkpoint(patch: pytest.MonkeyPatch, path: Path, arch: dict) -> nn.Module:
-    """A `network-snapshot-*.pkl`: every class of the original's own is a persistent object, torch's are pickled by reference."""
+    """A `network-snapshot-*.pkl`: every class of the original's own is a persistent object, torch's are pickled by
+    reference."""
     model = goldens.seed_by_name(IMM().build(arch)).requires_grad_(False)
     pickles.write(
-        patch, path, {"ema": as_pickled(model, arch), "augment_pipe": None, "dataset_kwargs": {"resolution": arch["img_resolution"]}}
+        patch,
+        path,
+        {
+            "ema": as_pickled(model, arch),
+            "augment_pipe": None,
+            "dataset_kwargs": {"resolution": arch["img_resolution"]},
+        },
     )
     return model
 
@@ -60,11 +68,16 @@ def write_checkpoint(patch: pytest.MonkeyPatch, path: Path, arch: dict) -> nn.Mo
 def as_pickled(module: nn.Module, init_kwargs: dict) -> object:
     if type(module).__module__.startswith("torch."):
         shallow = module.__class__.__new__(module.__class__)
-        shallow.__dict__ = {**vars(module), "_modules": {name: as_pickled(child, {}) for name, child in module._modules.items()}}
+        shallow.__dict__ = {
+            **vars(module),
+            "_modules": {name: as_pickled(child, {}) for name, child in module._modules.items()},
+        }
         return shallow
     persistent = pickles.persistent_module(module, type(module).__name__, init_kwargs)
     state = persistent.meta["state"]
-    state["_modules"] = {name: child if child is None else as_pickled(child, {}) for name, child in module._modules.items()}
+    state["_modules"] = {
+        name: child if child is None else as_pickled(child, {}) for name, child in module._modules.items()
+    }
     state.pop("schedule", None)
     return persistent
 
@@ -73,5 +86,7 @@ def write_vae(folder: Path, config: dict) -> None:
     folder.mkdir(parents=True)
     layout = layout_from_diffusers(config)
     tensors = to_diffusers(goldens.seed_by_name(KLAutoencoder(layout)).state_dict(), layout)
-    save_file({name: value.contiguous() for name, value in tensors.items()}, folder / "diffusion_pytorch_model.safetensors")
+    save_file(
+        {name: value.contiguous() for name, value in tensors.items()}, folder / "diffusion_pytorch_model.safetensors"
+    )
     (folder / "config.json").write_text(json.dumps(config))

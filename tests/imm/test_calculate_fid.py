@@ -14,7 +14,7 @@ from fid.reference import read_reference
 from imm.calculate_fid import main
 from imm.family import IMM, Sampling
 from imm.presets import MODELS
-from neon import checkpoint
+from neon.checkpoints import checkpoint
 from neon.quantize import to_uint8
 from neon.seeds import image_rng
 from tests.commands import ROOT, FidCommand
@@ -46,7 +46,9 @@ def test_the_number_is_the_one_of_the_parts(tiny):
     family = IMM()
     model = family.load(checkpoint.read(tiny / "model.pkl")).eval()
     family.open(tiny / "vae", torch.device("cpu"))
-    codes, _ = family.sample(model, image_rng(5, range(23), "cpu"), torch.arange(23) % 10, Sampling(num_steps=2, cfg_scale=1.8))
+    codes, _ = family.sample(
+        model, image_rng(5, range(23), "cpu"), torch.arange(23) % 10, Sampling(num_steps=2, cfg_scale=1.8)
+    )
     moments = Moments(Quarters.dim)
     moments.update(Quarters()(to_uint8(family.decode(codes), "truncate")).pool)
     expected = frechet_distance(generated=moments.gaussian(), reference=read_reference(tiny / "stats.npz"))
@@ -111,15 +113,20 @@ print(sum(float(p.double().sum()) for p in model.parameters()))
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="resident memory is measured through /proc (Linux)")
+@pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="resident memory is measured through /proc (Linux)"
+)
 def test_the_real_size_loads_in_little_more_than_its_own_memory_and_makes_images(tmp_path, patch):
-    """DiT-XL/2 (676,735,504 parameters) from a pickle of the true layout, the real VAE, the command as printed but for the count."""
+    """DiT-XL/2 (676,735,504 parameters) from a pickle of the true layout, the real VAE, the command as printed but for
+    the count."""
     arch = {key: value for key, value in MODELS["Neon_imm_imagenet256"].items() if key != "class_name"}
     model = published.write_checkpoint(patch, tmp_path / "model.pkl", arch)
     checksum = sum(float(parameter.double().sum()) for parameter in model.parameters())
     del model
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", LOAD], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     ratio, loaded = map(float, done.stdout.split())
     print(f"peak memory while loading: {ratio:.3f} x the parameters' bytes")

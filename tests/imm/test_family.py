@@ -11,8 +11,8 @@ from imm.autoencoder import read_autoencoder
 from imm.family import IMM, Sampling
 from imm.loss import Objective
 from imm.vae import LEGACY_ATTENTION, diffusers_names, layout_from_diffusers, to_diffusers
-from neon import checkpoint
-from neon.autoencoder import KLAutoencoder
+from neon.checkpoints import checkpoint
+from neon.networks.autoencoder import KLAutoencoder
 from neon.quantize import to_uint8
 from neon.seeds import SharedRng, image_rng
 from tests import goldens
@@ -71,7 +71,9 @@ def vae_folder(tmp_path):
     """A folder as on the Hub: config.json and weights under diffusers' names."""
     layout = layout_from_diffusers(VAE)
     tensors = to_diffusers(goldens.seed_by_name(KLAutoencoder(layout)).state_dict(), layout)
-    save_file({name: value.contiguous() for name, value in tensors.items()}, tmp_path / "diffusion_pytorch_model.safetensors")
+    save_file(
+        {name: value.contiguous() for name, value in tensors.items()}, tmp_path / "diffusion_pytorch_model.safetensors"
+    )
     (tmp_path / "config.json").write_text(json.dumps(VAE))
     return tmp_path
 
@@ -146,7 +148,8 @@ def test_the_loss_of_a_group_does_not_depend_on_the_batch():
 
 
 def test_student_and_teacher_see_the_same_dropout():
-    """At r = t both calls are the same but for the dropped labels: without those the loss vanishes, whatever the masks."""
+    """At r = t both calls are the same but for the dropped labels: without those the loss vanishes, whatever the
+    masks."""
     family, model = IMM(), model_of(PIXELS).train()
     how = Objective(group_size=2, k=1000, min_gap=0, label_dropout=0.0)
     codes = torch.randint(256, (4, 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
@@ -157,7 +160,9 @@ def test_student_and_teacher_see_the_same_dropout():
     torch.manual_seed(3)
     first = model(torch.zeros(4, 1, 8, 8), torch.tensor(0.5), torch.tensor(0.1), torch.eye(3)[labels_of(4)])
     assert torch.equal(torch.get_rng_state(), state)  # one pass of masks was used
-    assert not torch.equal(first, model(torch.zeros(4, 1, 8, 8), torch.tensor(0.5), torch.tensor(0.1), torch.eye(3)[labels_of(4)]))
+    assert not torch.equal(
+        first, model(torch.zeros(4, 1, 8, 8), torch.tensor(0.5), torch.tensor(0.1), torch.eye(3)[labels_of(4)])
+    )
 
 
 def test_stored_images_and_stored_codes_train_alike():
@@ -199,7 +204,9 @@ def test_autoencoder_is_read_from_a_folder_a_file_and_legacy_names(vae_folder):
     encoder = read_autoencoder(vae_folder)
     expected = encoder.decode(encoder.encode_pixels(images)[:, :4])
     layout, current = encoder.vae.layout, to_diffusers(encoder.vae.state_dict(), encoder.vae.layout)
-    legacy_names = dict(zip(diffusers_names(layout).values(), diffusers_names(layout, LEGACY_ATTENTION).values(), strict=True))
+    legacy_names = dict(
+        zip(diffusers_names(layout).values(), diffusers_names(layout, LEGACY_ATTENTION).values(), strict=True)
+    )
     old = vae_folder / "old"
     old.mkdir()
     torch.save({legacy_names[name]: value for name, value in current.items()}, old / "diffusion_pytorch_model.bin")
@@ -250,7 +257,9 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path):
         checkpoint.read(path)
 
 
-@pytest.mark.parametrize("wrong", [{"num_steps": 0}, {"grid": "karras"}, {"mid_nt": (1.0,)}, {"grid": "explicit", "mid_nt": (1.0,)}])
+@pytest.mark.parametrize(
+    "wrong", [{"num_steps": 0}, {"grid": "karras"}, {"mid_nt": (1.0,)}, {"grid": "explicit", "mid_nt": (1.0,)}]
+)
 def test_sampling_options_are_checked(wrong):
     with pytest.raises(ValueError, match=r"num_steps|grid|mid_nt"):
         Sampling(**wrong)

@@ -13,8 +13,8 @@ from imm.loss import Objective, group_mmd, group_weight, imm_loss, kernel_weight
 from imm.precond import IMMPrecond
 from imm.sampler import edm_grid, explicit_grid, pushforward, restart, uniform_grid
 from imm.unet import PositionalEmbedding
-from neon import checkpoint
-from neon.data import open_images
+from neon.checkpoints import checkpoint
+from neon.images.formats import open_images
 from neon.merge import reverse_merge
 from neon.seeds import SharedRng
 from tests import goldens
@@ -52,7 +52,8 @@ def first_outputs(net, names):
 
 
 def augment_every_call(net, labels):
-    """Give the network the labels (B, 9), in each half of a guided batch: the original's files have them there, ours only in training."""
+    """Give the network the labels (B, 9), in each half of a guided batch: the original's files have them there, ours
+    only in training."""
 
     def hook(module, inputs, options):
         return inputs, {**options, "augment_labels": labels.repeat(len(inputs[0]) // len(labels), 1)}
@@ -108,7 +109,9 @@ def test_real_size(file):
     assert_same(net(x.double(), t[:, :, None, None], s[:, :, None, None], labels), arrays["f_st"], "f_st")
     for name in arrays:
         if name.startswith("cfg_"):
-            assert_same(net.guided(x.double(), t[0, 0], s[0, 0], labels, float(name.removeprefix("cfg_"))), arrays[name], name)
+            assert_same(
+                net.guided(x.double(), t[0, 0], s[0, 0], labels, float(name.removeprefix("cfg_"))), arrays[name], name
+            )
 
 
 @pytest.mark.parametrize("file", goldens.collect("imm", "*.npz", kind="embeddings"), ids=lambda f: f.stem)
@@ -134,7 +137,9 @@ def test_schedule(file):
     t, s, nt, y, noise = (goldens.tensor(arrays[name]) for name in ("t", "s", "nt", "y", "noise"))
     for prefix, meta in config["meta"].items():
         schedule_name, f_type, _ = prefix.split("/")
-        net = tiny(noise_schedule=schedule_name, f_type=f_type, **{key: meta[key] for key in ("T", "eps", "sigma_data")})
+        net = tiny(
+            noise_schedule=schedule_name, f_type=f_type, **{key: meta[key] for key in ("T", "eps", "sigma_data")}
+        )
         schedule = net.schedule
         assert (net.nt_low, net.nt_high) == pytest.approx((meta["nt_low"], meta["nt_high"]), rel=1e-12)
         t4, s4 = t[:, None, None, None], s[:, None, None, None]
@@ -178,7 +183,15 @@ def test_schedule(file):
 
 def tiny(**arguments):
     return IMMPrecond(
-        img_resolution=4, img_channels=2, model_type="DiT", hidden_size=8, depth=1, num_heads=1, label_dim=1, num_classes=1, **arguments
+        img_resolution=4,
+        img_channels=2,
+        model_type="DiT",
+        hidden_size=8,
+        depth=1,
+        num_heads=1,
+        label_dim=1,
+        num_classes=1,
+        **arguments,
     )
 
 
@@ -212,7 +225,9 @@ def test_sampler(file):
         tolerance = 2e-5 * float(np.std(arrays[f"{tag}/x"]))
         goldens.assert_close(x, arrays[f"{tag}/x"], atol=tolerance, rtol=1e-5, what=f"{tag}/x")
         if f"{tag}/traj" in arrays:
-            goldens.assert_close(torch.stack(states), arrays[f"{tag}/traj"], atol=tolerance, rtol=1e-5, what=f"{tag}/traj")
+            goldens.assert_close(
+                torch.stack(states), arrays[f"{tag}/traj"], atol=tolerance, rtol=1e-5, what=f"{tag}/traj"
+            )
 
 
 def grid_of(net, case, dtype):
@@ -256,7 +271,9 @@ def test_loss(file):
     assert torch.equal(loss, groups.repeat_interleave(how.group_size))
     goldens.assert_close(groups, arrays["loss"], rtol=1e-4, atol=1e-9, what="loss")
     loss.mean().backward()
-    norms = {name: parameter.grad.norm().item() for name, parameter in net.named_parameters() if parameter.grad is not None}
+    norms = {
+        name: parameter.grad.norm().item() for name, parameter in net.named_parameters() if parameter.grad is not None
+    }
     assert len(norms) == config["n_params_with_grad"]
     for name, norm in config["grad_norms"].items():
         assert norms[name] == pytest.approx(norm, rel=2e-3, abs=1e-7), name
@@ -303,7 +320,9 @@ def test_training_steps(file):
             # Adam's first steps are sign-like: an entry without a gradient may go either way
             close = (actual - goldens.tensor(arrays[name])).abs() < 1e-5
             if name.endswith("attn.qkv.bias") and not config["net"].get("qk_norm"):
-                queries, _, contents = close.chunk(3)  # a bias of the keys shifts all scores of a query alike: no gradient at all
+                queries, _, contents = close.chunk(
+                    3
+                )  # a bias of the keys shifts all scores of a query alike: no gradient at all
                 close = torch.cat([queries, contents])
             assert close.float().mean() >= 0.99, name
 
@@ -327,7 +346,9 @@ def published_draws(images, how):
     """The numbers of one step in the order in which the original draws them from one generator."""
     num_groups = len(images) // how.group_size
     dtype = torch.float64 if how.times == "uniform" else torch.float32
-    u_t, u_s = (torch.rand([num_groups, 1, 1, 1], dtype=dtype).flatten().repeat_interleave(how.group_size) for _ in range(2))
+    u_t, u_s = (
+        torch.rand([num_groups, 1, 1, 1], dtype=dtype).flatten().repeat_interleave(how.group_size) for _ in range(2)
+    )
     u_drop = torch.rand([len(images)])
     return {"u_t": u_t, "u_s": u_s, "u_drop": u_drop, "noise": torch.randn_like(images)}
 
@@ -340,17 +361,24 @@ def test_merge(file):
     assert cases
     for case in cases:
         parts = {
-            part: {name.partition(":")[2]: goldens.tensor(value) for name, value in arrays.items() if name.startswith(f"{case}_{part}:")}
+            part: {
+                name.partition(":")[2]: goldens.tensor(value)
+                for name, value in arrays.items()
+                if name.startswith(f"{case}_{part}:")
+            }
             for part in ("base", "aux", "merged")
         }
-        merged = reverse_merge(parts["base"], parts["aux"], config["w"], parameters=set(parameters), on_mismatch="keep_base")
+        merged = reverse_merge(
+            parts["base"], parts["aux"], config["w"], parameters=set(parameters), on_mismatch="keep_base"
+        )
         assert set(merged) == set(parts["merged"])
         for name, expected in parts["merged"].items():
             base, aux, actual = (values[name].double() for values in (parts["base"], parts["aux"], merged))
             assert merged[name].dtype == expected.dtype
             is_kept = ~(base.isfinite() & aux.isfinite())
             torch.testing.assert_close(actual[is_kept], base[is_kept], rtol=0, atol=0, equal_nan=True)
-            # the original rounds the other model, the difference, the product and the sum to the base's dtype; we only the sum
+            # the original rounds the other model, the difference, the product and the sum to the base's dtype; we only
+            # the sum
             sizes = config["w"] * (aux.abs() + 2 * (aux - base).abs()) + 2 * expected.double().abs()
             error = (actual - expected.double()).abs()
             assert (error <= sizes * torch.finfo(expected.dtype).eps / 2)[~is_kept].all(), f"{case} {name}"
@@ -388,7 +416,11 @@ def test_latent_dataset(file):
         assert torch.equal(latents, torch.where(flip, chosen.flip(-1), chosen))
         assert torch.equal(latents[0], goldens.tensor(arrays[f"{tag}/first"]))
         assert torch.equal(latents[-1], goldens.tensor(arrays[f"{tag}/last"]))
-        labels = np.zeros((len(found), 0)) if found.labels is None else nn.functional.one_hot(found.labels, found.num_classes).numpy()
+        labels = (
+            np.zeros((len(found), 0))
+            if found.labels is None
+            else nn.functional.one_hot(found.labels, found.num_classes).numpy()
+        )
         assert np.array_equal(labels, arrays[f"{tag}/labels"])
 
 
@@ -416,7 +448,8 @@ def test_pickle_holds_the_expected_tensors(file):
 
 @pytest.mark.parametrize("file", goldens.collect("imm", "*.pkl"), ids=lambda f: f.stem)
 def test_pickle_is_read_without_running_it(file):
-    """The source text inside raises when it is run; a file whose name ends in _evil names foreign functions and is refused."""
+    """The source text inside raises when it is run; a file whose name ends in _evil names foreign functions and is
+    refused."""
     if file.stem.endswith("_evil"):
         with pytest.raises(ValueError, match=re.escape(file.name)):
             checkpoint.read(file)

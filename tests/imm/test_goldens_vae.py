@@ -13,13 +13,14 @@ from imm.vae import (
     layout_from_diffusers,
     to_diffusers,
 )
-from neon.autoencoder import ConvLayout, KLAutoencoder
+from neon.networks.autoencoder import ConvLayout, KLAutoencoder
 from neon.quantize import to_uint8
 from tests import goldens
 from tests.goldens import tensor
 
 WHERE_THE_CONFIG_IS_SILENT = {"raw_mean": (1.56, -0.695, 0.483, 0.729), "raw_std": (5.27, 5.91, 4.21, 4.31)}
-"""The original's default constants. Its published model's configuration names others, which are ours (docs/differences.md)."""
+"""The original's default constants. Its published model's configuration names others, which are ours
+(docs/differences.md)."""
 FILES = goldens.collect("imm", "vae*.npz", kind="vae")
 
 
@@ -88,7 +89,9 @@ def test_decode(case):
 def test_the_published_models_constants_are_the_default():
     """A latent at the published mean becomes 0, one that lies one published standard deviation above it 0.5."""
     mean, std = (0.86488, -0.27787343, 0.21616915, 0.3738409), (4.85503674, 5.31922414, 3.93725398, 3.9870003)
-    encoder = StabilityEncoder(KLAutoencoder(ConvLayout(ch=32, ch_mult=(1,), num_res_blocks=1, z_channels=4, has_moments=True)))
+    encoder = StabilityEncoder(
+        KLAutoencoder(ConvLayout(ch=32, ch_mult=(1,), num_res_blocks=1, z_channels=4, has_moments=True))
+    )
     mean_std = torch.tensor([*mean, *std])[None, :, None, None]
     for noise, expected in ((0.0, 0.0), (1.0, 0.5)):
         latents = encoder.to_latents(mean_std, torch.full((1, 4, 1, 1), noise))
@@ -100,11 +103,15 @@ def manifest_under(attention: dict) -> dict[str, list]:
         vae = KLAutoencoder(SD_VAE)
     ours = goldens.manifest_of(vae)
     is_matrix = [f".attn_1.{name}.weight" for name in ("q", "k", "v", "proj_out")]
-    without_kernel = {name: [*value[:2], value[-1]] if name.endswith(tuple(is_matrix)) else value for name, value in ours.items()}
+    without_kernel = {
+        name: [*value[:2], value[-1]] if name.endswith(tuple(is_matrix)) else value for name, value in ours.items()
+    }
     return {theirs: without_kernel[name] for name, theirs in diffusers_names(SD_VAE, attention).items()}
 
 
-@pytest.mark.parametrize(("model", "attention"), [("sd_vae_ft_ema", ATTENTION), ("sd_vae_ft_ema_legacy_names", LEGACY_ATTENTION)])
+@pytest.mark.parametrize(
+    ("model", "attention"), [("sd_vae_ft_ema", ATTENTION), ("sd_vae_ft_ema_legacy_names", LEGACY_ATTENTION)]
+)
 def test_names_are_the_published_ones(model, attention):
     expected = goldens.manifest("imm", model)
     assert list(manifest_under(attention).items()) == list(expected.items())
@@ -112,7 +119,9 @@ def test_names_are_the_published_ones(model, attention):
         vae = KLAutoencoder(SD_VAE)
     tensors = {name: torch.empty(value[:-1], device="meta") for name, value in expected.items()}
     renamed = from_diffusers(tensors, SD_VAE)
-    assert {name: value.shape for name, value in renamed.items()} == {name: value.shape for name, value in vae.state_dict().items()}
+    assert {name: value.shape for name, value in renamed.items()} == {
+        name: value.shape for name, value in vae.state_dict().items()
+    }
 
 
 def test_unknown_names_reach_the_strict_load():

@@ -18,7 +18,9 @@ def tiny(model_type="DiT", **arguments):
     }
     sizes["SongUNet"] = {"model_channels": 8, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": []}
     torch.manual_seed(0)
-    return IMMPrecond(img_resolution=4, img_channels=2, label_dim=3, model_type=model_type, **{**sizes[model_type], **arguments}).eval()
+    return IMMPrecond(
+        img_resolution=4, img_channels=2, label_dim=3, model_type=model_type, **{**sizes[model_type], **arguments}
+    ).eval()
 
 
 class GaussianData(torch.nn.Module):
@@ -29,7 +31,9 @@ class GaussianData(torch.nn.Module):
         self.net, self.data_std = net, data_std
 
     def std(self, t):
-        return torch.sqrt((self.net.schedule.alpha(t) * self.data_std) ** 2 + (self.net.schedule.sigma(t) * self.net.sigma_data) ** 2)
+        return torch.sqrt(
+            (self.net.schedule.alpha(t) * self.data_std) ** 2 + (self.net.schedule.sigma(t) * self.net.sigma_data) ** 2
+        )
 
     def exact(self, x, t, s):
         return x * self.std(s) / self.std(t)
@@ -51,7 +55,9 @@ def test_ddim_moves_along_the_line_through_data_and_noise(schedule):
     s = SCHEDULES[schedule]
     clean, noise = torch.randn(2, 5, dtype=torch.float64)
     t, earlier = torch.tensor(0.8, dtype=torch.float64), torch.tensor(0.3, dtype=torch.float64)
-    torch.testing.assert_close(s.ddim(s.add_noise(clean, noise, t), clean, t, earlier), s.add_noise(clean, noise, earlier))
+    torch.testing.assert_close(
+        s.ddim(s.add_noise(clean, noise, t), clean, t, earlier), s.add_noise(clean, noise, earlier)
+    )
 
 
 @pytest.mark.parametrize(
@@ -126,7 +132,11 @@ def test_networks_see_every_input(model_type):
     x, labels = torch.randn(2, 2, 4, 4), torch.eye(3)[:2]
     t, s = torch.tensor(0.9), torch.tensor(0.25)
     reference = net.network(x, t, s, labels)
-    for changed in (net.network(x, t + 0.05, s, labels), net.network(x, t, s + 0.05, labels), net.network(x, t, s, torch.zeros(2, 3))):
+    for changed in (
+        net.network(x, t + 0.05, s, labels),
+        net.network(x, t, s + 0.05, labels),
+        net.network(x, t, s, torch.zeros(2, 3)),
+    ):
         assert (changed - reference).abs().max() > 1e-3
     per_image = net.network(x, t.expand(2), s.expand(2), labels)
     torch.testing.assert_close(per_image, reference, rtol=1e-4, atol=1e-5)
@@ -163,8 +173,12 @@ def test_restart_keeps_the_distribution_of_gaussian_data():
     net.guided = lambda x, t, s, labels, cfg_scale: exact.exact(x, t, s)
     noise = torch.randn(64, 2, 32, 32, generator=torch.Generator().manual_seed(1)) * net.sigma_data
     images = restart(net, noise, uniform_grid(net, 4, torch.float64), None, ImageRng(range(64)), cfg_scale=1.0)
-    assert images.std().item() == pytest.approx(exact.std(torch.tensor(0.001)).item(), rel=0.02)  # 131,072 numbers: 0.2 %
-    assert (images / images.std()).flatten().dot((noise / noise.std()).double().flatten()).abs() / images.numel() < 0.25  # fresh noise
+    assert images.std().item() == pytest.approx(
+        exact.std(torch.tensor(0.001)).item(), rel=0.02
+    )  # 131,072 numbers: 0.2 %
+    assert (images / images.std()).flatten().dot(
+        (noise / noise.std()).double().flatten()
+    ).abs() / images.numel() < 0.25  # fresh noise
 
 
 def test_explicit_levels_are_where_they_say():

@@ -25,7 +25,8 @@ def test_the_base_has_as_many_parameters_as_published():
 
 
 @pytest.mark.parametrize(
-    ("size", "width", "depth", "heads"), [("XL", 1152, 28, 16), ("L", 1024, 24, 16), ("B", 768, 12, 12), ("S", 384, 12, 6)]
+    ("size", "width", "depth", "heads"),
+    [("XL", 1152, 28, 16), ("L", 1024, 24, 16), ("B", 768, 12, 12), ("S", 384, 12, 6)],
 )
 @pytest.mark.parametrize("patch", [2, 4, 8])
 def test_sizes_of_the_transformer(size, width, depth, heads, patch):
@@ -46,7 +47,8 @@ def test_arguments_of_other_networks_are_left_out_as_stored_recipes_mix_them():
 
 
 @pytest.mark.parametrize(
-    "change", [{"f_type": "euler_fm", "noise_schedule": "vp_cosine"}, {"temb_type": "both"}, {"model_type": "DiT_XXL_2"}]
+    "change",
+    [{"f_type": "euler_fm", "noise_schedule": "vp_cosine"}, {"temb_type": "both"}, {"model_type": "DiT_XXL_2"}],
 )
 def test_choices_that_do_not_exist_are_errors(change):
     with pytest.raises(ValueError, match=next(iter(change))):

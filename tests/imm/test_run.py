@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from imm.family import IMM, Sampling
-from neon import config
-from neon.checkpoint import read
-from neon.data import open_images
-from neon.distributed import World
-from neon.run import Run
+from neon.checkpoints.checkpoint import read
+from neon.images.formats import open_images
+from neon.pipeline.experiment import load
+from neon.pipeline.run import Run
+from neon.pipeline.train_base import train_base
+from neon.runtime.distributed import World
 from neon.seeds import image_rng
-from neon.train_base import train_base
 from tests.commands import started
 from tests.whole_run import assert_finished, assert_merged, assert_same_run, snapshot, write_real_images
 
@@ -88,13 +88,13 @@ def folder(tmp_path_factory) -> Path:
     """Real images, their reference statistics, a base model trained on them for a few steps."""
     folder = tmp_path_factory.mktemp("imm")
     write_real_images(folder, 500)
-    assert train_base(config.load(write_config(folder)), folder / "base", World())["steps"] == 48
+    assert train_base(load(write_config(folder)), folder / "base", World())["steps"] == 48
     return folder
 
 
 @pytest.fixture(scope="module")
 def alone(folder) -> dict:
-    return Run(config.load(write_config(folder)), folder / "alone", World()).all()
+    return Run(load(write_config(folder)), folder / "alone", World()).all()
 
 
 def images_of(model, labels, **options) -> torch.Tensor:
@@ -103,12 +103,15 @@ def images_of(model, labels, **options) -> torch.Tensor:
 
 
 def test_training_learned_the_images(folder):
-    """The base's mean image moved towards the real one from an untrained network's, whose images are noise around 0 (measured: 0.64)."""
+    """The base's mean image moved towards the real one from an untrained network's, whose images are noise around 0
+    (measured: 0.64)."""
     family, found = IMM(), read(folder / "base/model.safetensors")
     real = open_images(folder / "real.npz").read(range(500)).float().mean(0) / 127.5 - 1
     trained, fresh = family.load(found), family.build(found.arch)
     labels = [i % 10 for i in range(100)]
-    distance = [(images_of(net, labels, num_steps=2).mean(0) - real).square().mean().sqrt().item() for net in (trained, fresh)]
+    distance = [
+        (images_of(net, labels, num_steps=2).mean(0) - real).square().mean().sqrt().item() for net in (trained, fresh)
+    ]
     assert distance[0] < 0.75 * distance[1]
 
 
@@ -139,7 +142,7 @@ def test_two_ranks_make_the_same_model(folder, alone):
 
 def test_stored_codes_are_another_s(folder, alone):
     """store = "codes" trains on what the sampler made, not on its rounded and clipped pixels."""
-    run = Run(config.load(write_config(folder, "codes")), folder / "codes", World())
+    run = Run(load(write_config(folder, "codes")), folder / "codes", World())
     codes = run.synth().read(range(NUM_SYNTH))
     assert codes.dtype == torch.float32
     pixels = open_images(folder / "alone/synth").read(range(NUM_SYNTH))

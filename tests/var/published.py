@@ -10,7 +10,16 @@ from var.presets import PATCH_NUMS, published
 from var.transformer import Transformer, VARArch
 from var.vqvae import VQVAE, VQVAEArch
 
-TINY = VARArch(depth=2, embed_dim=16, heads=2, patch_nums=PATCH_NUMS[256], num_classes=10, vocabulary=24, code_width=4, drop_path=0.1 / 12)
+TINY = VARArch(
+    depth=2,
+    embed_dim=16,
+    heads=2,
+    patch_nums=PATCH_NUMS[256],
+    num_classes=10,
+    vocabulary=24,
+    code_width=4,
+    drop_path=0.1 / 12,
+)
 TINY_VQVAE = VQVAEArch(patch_nums=PATCH_NUMS[256], ch=32, ch_mult=(1, 1), num_res_blocks=1, z_channels=4, vocab_size=24)
 """Halves the image once: 32 x 32 pixels from 16 x 16 tokens."""
 

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from fid.frechet import frechet_distance
 from fid.moments import Moments
 from fid.reference import read_reference
-from neon import checkpoint
+from neon.checkpoints import checkpoint
 from neon.quantize import to_uint8
 from neon.seeds import image_rng
 from tests.commands import FidCommand
@@ -23,7 +23,9 @@ from var.family import VAR
 from var.sampler import Sampling
 from var.transformer import Transformer
 
-COMMAND = FidCommand("var", calculate_fid.main, {"--var_ckpt": "var.pth", "--vae_ckpt": "vae.pth", "--fid_stats": "stats.npz"})
+COMMAND = FidCommand(
+    "var", calculate_fid.main, {"--var_ckpt": "var.pth", "--vae_ckpt": "vae.pth", "--fid_stats": "stats.npz"}
+)
 
 
 @pytest.fixture(scope="module")
@@ -34,15 +36,20 @@ def tiny(tmp_path_factory) -> Path:
 
 
 def test_the_number_is_the_one_of_the_parts(tiny):
-    """Sampled, decoded, quantised and measured here by hand: the same Frechet distance, with the defaults of the Neon row."""
-    found = COMMAND.here(tiny, "--N", 13, "--batch_size", 7, "--img_size", 32, "--model_depth", 2, "--seed", 5, "--top_k", 9)
+    """Sampled, decoded, quantised and measured here by hand: the same Frechet distance, with the defaults of the Neon
+    row."""
+    found = COMMAND.here(
+        tiny, "--N", 13, "--batch_size", 7, "--img_size", 32, "--model_depth", 2, "--seed", 5, "--top_k", 9
+    )
     assert found["sampling"]["options"] == {"cfg_scale": 2.8, "top_k": 9, "top_p": 0.95, "more_smooth": False}
     assert found["sampling"]["uint8"] == "truncate"
     family = VAR()
     model = family.load(checkpoint.read(tiny / "var.pth")).eval()
     family.open(tiny / "vae.pth", torch.device("cpu"))
     with torch.inference_mode():
-        codes, _ = family.sample(model, image_rng(5, range(13), "cpu"), torch.arange(13) % 10, Sampling(cfg_scale=2.8, top_k=9))
+        codes, _ = family.sample(
+            model, image_rng(5, range(13), "cpu"), torch.arange(13) % 10, Sampling(cfg_scale=2.8, top_k=9)
+        )
         images = to_uint8(family.decode(codes), "truncate")
     moments = Moments(Quarters.dim)
     moments.update(Quarters()(images).pool)
@@ -85,7 +92,8 @@ def test_a_swapped_file_is_named(tiny):
 
 
 @pytest.mark.parametrize(
-    ("name", "protocol", "scale"), [("d16", "neon", 2.8), ("d36", "neon", 3.2), ("d30", "base", 1.5), ("d36", "base", 2.0)]
+    ("name", "protocol", "scale"),
+    [("d16", "neon", 2.8), ("d36", "neon", 3.2), ("d30", "base", 1.5), ("d36", "base", 2.0)],
 )
 def test_the_guidance_of_a_row_follows_from_the_file(name, protocol, scale):
     assert calculate_fid.default_cfg(presets.published(name), protocol) == scale
@@ -99,7 +107,8 @@ def test_no_guidance_is_guessed_for_other_scales():
 
 def test_the_help_names_the_published_flags():
     text = CliRunner().invoke(calculate_fid.main, ["--help"]).output
-    flags = "var_ckpt num_images N batch_size img_size fid_stats vae_ckpt cfg top_k top_p more_smooth seed inception model_depth protocol"
+    flags = "var_ckpt num_images N batch_size img_size fid_stats vae_ckpt cfg top_k top_p more_smooth seed inception "
+    flags += "model_depth protocol"
     for flag in flags.split():
         assert f"--{flag} " in text, flag
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from neon.config import Sampling as SharedSampling
-from neon.generate import Source, generate
+from neon.sampling.generate import Source, generate
+from neon.sampling.options import Sampling as SharedSampling
 from neon.seeds import ImageRng, SharedRng
 from tests import goldens
 from var import presets
@@ -30,7 +30,9 @@ def family():
 @pytest.fixture
 def model():
     torch.manual_seed(0)
-    arch = VARArch(depth=4, embed_dim=32, heads=2, patch_nums=PATCH_NUMS, num_classes=5, vocabulary=20, code_width=8, drop_path=0.6)
+    arch = VARArch(
+        depth=4, embed_dim=32, heads=2, patch_nums=PATCH_NUMS, num_classes=5, vocabulary=20, code_width=8, drop_path=0.6
+    )
     network = Transformer(arch)
     with torch.no_grad():
         for parameter in network.parameters():  # the initial gammas are almost 0
@@ -65,7 +67,9 @@ def test_loss_is_that_of_the_crops(family, model, images):
     how = Objective(flip=0.5)
     model.eval()
     draws = family.draw(rng(3), images, LABELS, how) | {"label_dropped": torch.tensor([True, False, False, True])}
-    crops = resized_crops(images, shorter=18, side=16, top=draws["top"], left=draws["left"], is_flipped=draws["flipped"])
+    crops = resized_crops(
+        images, shorter=18, side=16, top=draws["top"], left=draws["left"], is_flipped=draws["flipped"]
+    )
     tokeniser = family.tokeniser(PATCH_NUMS)
     indices = tokeniser.image_to_indices(crops / 127.5 - 1)
     logits = model(torch.tensor([5, 1, 2, 5]), tokeniser.quantize.teacher_input(indices))
@@ -73,7 +77,9 @@ def test_loss_is_that_of_the_crops(family, model, images):
 
 
 def test_draws_cover_every_crop_and_flip(family):
-    draws = family.draw(rng(1, 4000), torch.zeros(4000, 3, 16, 16, dtype=torch.uint8), None, Objective(flip=0.25, label_drop=0.1))
+    draws = family.draw(
+        rng(1, 4000), torch.zeros(4000, 3, 16, 16, dtype=torch.uint8), None, Objective(flip=0.25, label_drop=0.1)
+    )
     assert draws["top"].unique().tolist() == draws["left"].unique().tolist() == [0, 1, 2]
     assert draws["flipped"].float().mean().item() == pytest.approx(0.25, abs=0.03)
     assert draws["label_dropped"].float().mean().item() == pytest.approx(0.1, abs=0.02)
@@ -100,7 +106,10 @@ def test_stochastic_depth_keeps_the_expected_branch(model):
     full = block(x, six, attend)
     assert torch.equal(block(x, six, attend, torch.zeros(1, 2, dtype=torch.bool)), x)
     attention_only = block(x, six, attend, torch.tensor([[True, False]])) - x
-    attended = block.attn(torch.nn.functional.layer_norm(x, (32,), eps=1e-6) * (1 + six[:, :, 2]) + six[:, :, 4], attend) * six[:, :, 0]
+    attended = (
+        block.attn(torch.nn.functional.layer_norm(x, (32,), eps=1e-6) * (1 + six[:, :, 2]) + six[:, :, 4], attend)
+        * six[:, :, 0]
+    )
     torch.testing.assert_close(attention_only, attended / (1 - 0.4))
     assert not torch.equal(full, x)
 
@@ -109,7 +118,9 @@ def test_evaluation_mode_drops_no_path(family, model, images):
     how = Objective()
     draws = family.draw(rng(), images, LABELS, how)
     other = draws | {"path_seed": draws["path_seed"] + 1}
-    assert not torch.equal(family.loss(model, images, LABELS, draws, how), family.loss(model, images, LABELS, other, how))
+    assert not torch.equal(
+        family.loss(model, images, LABELS, draws, how), family.loss(model, images, LABELS, other, how)
+    )
     model.eval()
     assert torch.equal(family.loss(model, images, LABELS, draws, how), family.loss(model, images, LABELS, other, how))
 
@@ -164,7 +175,9 @@ def test_mismatched_tokeniser_is_refused(family):
 
 def test_one_tokeniser_serves_both_published_resolutions():
     family = FAMILY()
-    arch = VQVAEArch(patch_nums=presets.PATCH_NUMS[256], ch=32, ch_mult=(1, 1), num_res_blocks=1, z_channels=4, vocab_size=8)
+    arch = VQVAEArch(
+        patch_nums=presets.PATCH_NUMS[256], ch=32, ch_mult=(1, 1), num_res_blocks=1, z_channels=4, vocab_size=8
+    )
     family.use(goldens.seed_by_name(VQVAE(arch)))
     for side, length in ((256, 680), (512, 2240)):
         assert family.decode(torch.zeros(1, length, dtype=torch.int64)).shape[-1] == side // 8

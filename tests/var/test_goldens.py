@@ -77,7 +77,9 @@ def test_sampled_tokens_and_images(file):
     model, vqvae = golden_transformer(config).eval(), golden_vqvae(config)
     rng = golden_rng(config)
     labels = golden_labels(config, rng)
-    how = Sampling(cfg_scale=config["cfg"], top_k=config["top_k"], top_p=config["top_p"], more_smooth=config["more_smooth"])
+    how = Sampling(
+        cfg_scale=config["cfg"], top_k=config["top_k"], top_p=config["top_p"], more_smooth=config["more_smooth"]
+    )
     scales = list(sample_scales(model, vqvae.quantize, rng, labels, how))
 
     # with more_smooth an error in the last scale's logits is multiplied by about 148
@@ -85,7 +87,9 @@ def test_sampled_tokens_and_images(file):
     for index, scale in enumerate(scales):
         assert torch.equal(scale.indices, tensor(arrays[f"idx_{index}"])), f"tokens of scale {index}"
         if f"cfg_logits_{index}" in arrays:
-            assert_close(scale.logits, arrays[f"cfg_logits_{index}"], atol=max(atol, ATOL), what=f"logits of scale {index}")
+            assert_close(
+                scale.logits, arrays[f"cfg_logits_{index}"], atol=max(atol, ATOL), what=f"logits of scale {index}"
+            )
         if f"h_{index}" in arrays:
             side = config["patch_nums"][index]
             h = scale.codes.transpose(1, 2).unflatten(2, (side, side))
@@ -116,7 +120,8 @@ def test_filtered_draws(file):
 
 
 def golden_draws(config):
-    """The original's order in a training step: label drop, then per block with a rate the attention's and the MLP's path."""
+    """The original's order in a training step: label drop, then per block with a rate the attention's and the MLP's
+    path."""
     batch, depth, rate = config["batch"], config["depth"], config["drop_path_rate"]
     is_dropped = torch.rand(batch) < config["cond_drop_rate"]
     kept = torch.ones(batch, depth, 2, dtype=torch.bool)
@@ -146,7 +151,9 @@ def test_training_steps(file):
         eps=config["eps"],
     )
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    open_tokens = sum(side**2 for side in config["patch_nums"][: config["prog_si"] + 1]) if config["prog_si"] >= 0 else None
+    open_tokens = (
+        sum(side**2 for side in config["patch_nums"][: config["prog_si"] + 1]) if config["prog_si"] >= 0 else None
+    )
     first_scale = config["patch_nums"][0] ** 2
     grad_norms, updates = [], 0
     torch.manual_seed(config["rng_seed"])
@@ -182,14 +189,17 @@ def test_training_steps(file):
     after = {name: parameter.detach() for name, parameter in parameters.items()}
     moved = [(after[name] - before[name]).norm().item() for name in config["param_names"]]
     np.testing.assert_allclose(moved, arrays["delta_norm"], atol=2e-5)
-    np.testing.assert_allclose([after[name].norm().item() for name in config["param_names"]], arrays["after_norm"], atol=2e-5)
+    np.testing.assert_allclose(
+        [after[name].norm().item() for name in config["param_names"]], arrays["after_norm"], atol=2e-5
+    )
     for key in arrays:
         if key.startswith("after/"):
             assert_close(after[key.removeprefix("after/")], arrays[key], atol=2e-5, what=key)
 
 
 def scales_with(count, num_tokens, least=1):
-    """Some increasing sides whose squares sum to num_tokens; the file tells no more, and the initialisation depends on no more."""
+    """Some increasing sides whose squares sum to num_tokens; the file tells no more, and the initialisation depends on
+    no more."""
     if count == 0:
         return () if num_tokens == 0 else None
     for side in range(least, math.isqrt(num_tokens) + 1):
@@ -224,12 +234,16 @@ def check_initialisation(variant, want):
     assert [block.drop_path for block in model.blocks] == pytest.approx(want["drop_path"], abs=1e-7)
     parameters = dict(model.named_parameters())
     assert {name: list(parameter.shape) for name, parameter in parameters.items()} == shapes
-    assert {n: [list(b.shape), str(b.dtype)] for n, b in model.state_dict().items() if n not in parameters} == want["buffers"]
+    assert {n: [list(b.shape), str(b.dtype)] for n, b in model.state_dict().items() if n not in parameters} == want[
+        "buffers"
+    ]
     for name, stats in want["params"].items():
         values = parameters[name].detach()
         spread = 6 / math.sqrt(2 * values.numel())  # six standard errors of a standard deviation
         assert values.std().item() == pytest.approx(stats["std"], rel=2 * spread, abs=1e-12), f"{variant}: {name}"
-        assert values.mean().item() == pytest.approx(stats["mean"], abs=12 * stats["std"] / math.sqrt(values.numel()) + 1e-6), name
+        assert values.mean().item() == pytest.approx(
+            stats["mean"], abs=12 * stats["std"] / math.sqrt(values.numel()) + 1e-6
+        ), name
 
 
 @pytest.mark.parametrize("file", goldens.collect("var", "data_aug*.npz"), ids=by_name)
@@ -252,7 +266,9 @@ def test_resized_crops(file):
 @pytest.mark.parametrize("file", goldens.collect("var", "png_quantise*.npz"), ids=by_name)
 def test_uint8_rule(file):
     _, arrays = load(file)
-    images = tensor(arrays["x"]).double() * 2 - 1  # double: the detour over [-1, 1] must not move a value across a level
+    images = (
+        tensor(arrays["x"]).double() * 2 - 1
+    )  # double: the detour over [-1, 1] must not move a value across a level
     ours = to_uint8(images, "truncate").permute(1, 2, 0)
     assert torch.equal(ours, tensor(arrays["u8_float32"]))
     # the original rounded the image to half precision first; we do not, and may be one level off
@@ -262,7 +278,9 @@ def test_uint8_rule(file):
 @pytest.mark.parametrize("file", goldens.collect("var", "neon_merge*.npz"), ids=by_name)
 def test_merge(file):
     config, arrays = load(file)
-    base, synth, merged = ({n.removeprefix(f"{s}/"): tensor(a) for n, a in arrays.items() if n.startswith(f"{s}/")} for s in "BAM")
+    base, synth, merged = (
+        {n.removeprefix(f"{s}/"): tensor(a) for n, a in arrays.items() if n.startswith(f"{s}/")} for s in "BAM"
+    )
     ours = reverse_merge(base, synth, config["w"], on_mismatch="keep_base")
     assert ours.keys() == merged.keys()
     for name, value in merged.items():

@@ -27,11 +27,17 @@ def marked(file: Path) -> object:
 @pytest.fixture(params=map(marked, FILES), scope="module")
 def case(request):
     config, arrays = goldens.load(request.param)
-    return config, {name: tensor(array) for name, array in arrays.items()}, goldens.seed_by_name(VQVAE(arch_of(config))).eval()
+    return (
+        config,
+        {name: tensor(array) for name, array in arrays.items()},
+        goldens.seed_by_name(VQVAE(arch_of(config))).eval(),
+    )
 
 
 def per_scale(arrays: dict, name: str) -> list:
-    return [arrays[f"{name}_{i}"] for i in range(sum(key.startswith(f"{name}_") and key[-1].isdigit() for key in arrays))]
+    return [
+        arrays[f"{name}_{i}"] for i in range(sum(key.startswith(f"{name}_") and key[-1].isdigit() for key in arrays))
+    ]
 
 
 @torch.no_grad()
@@ -66,9 +72,13 @@ def test_indices_to_features_and_next_input(case):
     indices = per_scale(arrays, "idx")
     assert_close(quantize.features_of(indices), arrays["fhat_final"], what="features_of", atol=FEATURES_ATOL)
     if "embed_to_fhat_last" in arrays:
-        assert_close(quantize.features_of(indices), arrays["embed_to_fhat_last"], what="embed_to_fhat_last", atol=FEATURES_ATOL)
+        assert_close(
+            quantize.features_of(indices), arrays["embed_to_fhat_last"], what="embed_to_fhat_last", atol=FEATURES_ATOL
+        )
     stride = config["var_input_stride"]
-    assert_close(quantize.teacher_input(indices)[:, ::stride], arrays["var_input"], what="var_input", atol=FEATURES_ATOL)
+    assert_close(
+        quantize.teacher_input(indices)[:, ::stride], arrays["var_input"], what="var_input", atol=FEATURES_ATOL
+    )
     f_hat = quantize.empty(indices[0].shape[0])
     expected_next = per_scale(arrays, "next")
     for scale, index in enumerate(indices):
@@ -78,7 +88,10 @@ def test_indices_to_features_and_next_input(case):
         if scale + 1 < quantize.num_scales:
             tokens = quantize.input_of_scale(f_hat, scale + 1)
             assert_close(
-                tokens.transpose(1, 2).reshape(expected_next[scale].shape), expected_next[scale], what=f"next_{scale}", atol=FEATURES_ATOL
+                tokens.transpose(1, 2).reshape(expected_next[scale].shape),
+                expected_next[scale],
+                what=f"next_{scale}",
+                atol=FEATURES_ATOL,
             )
         else:
             assert_close(f_hat, expected_next[scale], what=f"next_{scale}", atol=FEATURES_ATOL)
@@ -95,7 +108,9 @@ def test_decoder(case):
     statistics = torch.stack([image.mean(), image.std(), unclipped.mean(), unclipped.std()])
     assert_close(statistics, arrays["recon_mean_std"], what="recon_mean_std", atol=ATOL)
     if "recon_from_idx" in arrays:
-        assert_close(vqvae.indices_to_image(per_scale(arrays, "idx")), arrays["recon_from_idx"], what="recon_from_idx", atol=ATOL)
+        assert_close(
+            vqvae.indices_to_image(per_scale(arrays, "idx")), arrays["recon_from_idx"], what="recon_from_idx", atol=ATOL
+        )
 
 
 def test_state_dict_is_the_published_one():

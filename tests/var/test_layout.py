@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from neon import checkpoint
+from neon.checkpoints import checkpoint
 from tests import goldens
 from var.family import FAMILY
 from var.layout import attention_mask
@@ -12,11 +12,16 @@ from var.reading import read_tokeniser, tokeniser_arch_of, transformer_arch_of
 from var.transformer import Transformer, VARArch
 from var.vqvae import VQVAE, VQVAEArch
 
-TINY = VARArch(depth=2, embed_dim=16, heads=2, patch_nums=(1, 2, 3), num_classes=3, vocabulary=11, code_width=5, drop_path=0.1 / 12)
+TINY = VARArch(
+    depth=2, embed_dim=16, heads=2, patch_nums=(1, 2, 3), num_classes=3, vocabulary=11, code_width=5, drop_path=0.1 / 12
+)
 
 
 def meta_state(manifest):
-    return {name: torch.empty(entry[:-1], dtype=getattr(torch, entry[-1]), device="meta") for name, entry in manifest.items()}
+    return {
+        name: torch.empty(entry[:-1], dtype=getattr(torch, entry[-1]), device="meta")
+        for name, entry in manifest.items()
+    }
 
 
 @pytest.mark.parametrize("name", IMAGE_SIDE)
@@ -57,7 +62,12 @@ def as_merged_by_the_original(state):
 
 WRAPPERS = {
     "plain": lambda state: state,
-    "trainer": lambda state: {"epoch": 3, "iter": 7, "trainer": {"config": {}, "var_wo_ddp": state}, "args": {"depth": 2}},
+    "trainer": lambda state: {
+        "epoch": 3,
+        "iter": 7,
+        "trainer": {"config": {}, "var_wo_ddp": state},
+        "args": {"depth": 2},
+    },
     "var_wo_ddp": lambda state: {"var_wo_ddp": state},
     "state_dict": lambda state: {"state_dict": state},
     "model": lambda state: {"model": state},
@@ -91,7 +101,9 @@ def test_our_own_file_keeps_the_constructor_arguments(model, tmp_path):
         "code_width": 5,
         "drop_path": 0.3,
     }
-    checkpoint.write(tmp_path / "var.safetensors", model.state_dict(), metadata={"family": "var", "arch": arch, "weights": "raw"})
+    checkpoint.write(
+        tmp_path / "var.safetensors", model.state_dict(), metadata={"family": "var", "arch": arch, "weights": "raw"}
+    )
     loaded = FAMILY().load(checkpoint.read(tmp_path / "var.safetensors", weights="raw"))
     assert [block.drop_path for block in loaded.blocks] == pytest.approx([0, 0.3])
     assert torch.equal(loaded.head.weight, model.head.weight)

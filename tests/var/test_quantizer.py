@@ -114,7 +114,9 @@ def test_published_names_of_phi(options, names):
 
 def test_the_ratio_counts_by_its_size():
     negative, positive = quantizer(quant_resi=-0.25), quantizer(quant_resi=0.25)
-    assert torch.equal(negative.features_of(positive.indices_of(features())), positive.features_of(positive.indices_of(features())))
+    assert torch.equal(
+        negative.features_of(positive.indices_of(features())), positive.features_of(positive.indices_of(features()))
+    )
 
 
 def test_one_scale_is_refused():

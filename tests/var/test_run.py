@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from neon import config
-from neon.checkpoint import read
-from neon.data import open_images
-from neon.distributed import World
-from neon.run import Run
+from neon.checkpoints.checkpoint import read
+from neon.images.formats import open_images
+from neon.pipeline.experiment import load
+from neon.pipeline.run import Run
+from neon.pipeline.train_autoencoder import train_autoencoder
+from neon.pipeline.train_base import train_base
+from neon.runtime.distributed import World
 from neon.seeds import ImageRng
-from neon.train_autoencoder import train_autoencoder
-from neon.train_base import train_base
 from tests.commands import started
 from tests.whole_run import assert_finished, assert_merged, assert_same_run, snapshot, write_real_images
 from var.family import VAR
@@ -98,7 +98,7 @@ def folder(tmp_path_factory) -> Path:
     """Real images, their reference statistics, a tokeniser and a base model trained on them for a few steps."""
     folder = tmp_path_factory.mktemp("var")
     write_real_images(folder, 96)
-    experiment = config.load(write_config(folder, "images"))
+    experiment = load(write_config(folder, "images"))
     assert train_autoencoder(experiment, folder / "tokeniser", World())["held_out"] == 16
     trained = train_base(experiment, folder / "base", World())
     assert trained["steps"] == 8
@@ -108,7 +108,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(folder) -> dict:
-    return Run(config.load(write_config(folder, "images")), folder / "alone", World()).all()
+    return Run(load(write_config(folder, "images")), folder / "alone", World()).all()
 
 
 def test_end_to_end(folder, alone):
@@ -137,16 +137,19 @@ def test_two_ranks_make_the_same_model(folder, alone):
 
 
 def test_ranks_sample_and_train_on_the_same_tokens(folder, alone):
-    """store = "codes" on 1 and 2 ranks: nothing is tokenised again, and at least 99.9 % of the sampled tokens are equal."""
+    """store = "codes" on 1 and 2 ranks: nothing is tokenised again, and at least 99.9 % of the sampled tokens are
+    equal."""
     path = write_config(folder, "codes")
-    run = Run(config.load(path), folder / "codes", World())
+    run = Run(load(path), folder / "codes", World())
     tokens = run.synth().read(range(24))
     assert tokens.shape == (24, 70)
     assert tokens.dtype == torch.int64
     run.finetune()
     out = folder / "codes2"
     started("-m", "neon", "finetune", path, "--out", out, "--device", "cpu", "--set", "sampling.batch=3", ranks=2)
-    again = torch.cat([torch.from_numpy(np.load(shard)["codes"]) for shard in sorted((out / "synth").glob("shard-*.npz"))])
+    again = torch.cat(
+        [torch.from_numpy(np.load(shard)["codes"]) for shard in sorted((out / "synth").glob("shard-*.npz"))]
+    )
     assert (tokens == again).float().mean() >= 0.999
     base, ones, twos = (
         read(folder / "base/model.safetensors", weights="raw").tensors,

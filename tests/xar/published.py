@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from neon import checkpoint
+from neon.checkpoints import checkpoint
 from tests import goldens
 from tests.quarters import write_statistics
 from tests.xar.test_transformer import ARCH
@@ -25,12 +25,15 @@ TINY_VAE = {
 
 
 def write_tiny(folder: Path) -> None:
-    """A base model, a fine-tuned one under `model_ema`, and an autoencoder of 32 x 32 images, which states its sizes."""
+    """A base model, a fine-tuned one under `model_ema`, and an autoencoder of 32 x 32 images, which states its
+    sizes."""
     model = goldens.seed_by_name(XARTransformer(ARCH))
     torch.save(model.state_dict(), folder / "base.pth")
     tuned = {**model.state_dict(), **{name: nn.Parameter(value * 1.01) for name, value in model.named_parameters()}}
     torch.save({"model_ema": tuned, "epoch": 3}, folder / "tuned.pth")
-    vae = goldens.seed_by_name(KL16(KL16Arch(**{k: tuple(v) if isinstance(v, list) else v for k, v in TINY_VAE.items()})))  # type: ignore[arg-type]
+    vae = goldens.seed_by_name(
+        KL16(KL16Arch(**{k: tuple(v) if isinstance(v, list) else v for k, v in TINY_VAE.items()}))
+    )  # type: ignore[arg-type]
     checkpoint.write(folder / "vae.safetensors", vae.state_dict(), metadata={"arch": TINY_VAE})
     write_statistics(folder / "stats.npz")
 

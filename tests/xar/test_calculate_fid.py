@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from fid.frechet import frechet_distance
 from fid.moments import Moments
 from fid.reference import read_reference
-from neon import checkpoint
+from neon.checkpoints import checkpoint
 from neon.quantize import to_uint8
 from neon.seeds import image_rng
 from tests.commands import FidCommand
@@ -22,7 +22,9 @@ from xar import calculate_fid
 from xar.family import XAR, XARSampling
 from xar.presets import SIZES
 
-COMMAND = FidCommand("xar", calculate_fid.main, {"--model_ckpt": "base.pth", "--vae_path": "vae.safetensors", "--fid_stats": "stats.npz"})
+COMMAND = FidCommand(
+    "xar", calculate_fid.main, {"--model_ckpt": "base.pth", "--vae_path": "vae.safetensors", "--fid_stats": "stats.npz"}
+)
 
 
 @pytest.fixture(scope="module")
@@ -34,12 +36,16 @@ def tiny(tmp_path_factory) -> Path:
 
 def test_the_number_is_the_one_of_the_parts(tiny):
     """Sampled, decoded, quantised and measured here by hand: the same Frechet distance."""
-    found = COMMAND.here(tiny, "--num_images", 23, "--batch_size", 7, "--img_size", 32, "--flow_steps", 2, "--cfg", 1.8, "--seed", 5)
+    found = COMMAND.here(
+        tiny, "--num_images", 23, "--batch_size", 7, "--img_size", 32, "--flow_steps", 2, "--cfg", 1.8, "--seed", 5
+    )
     family = XAR()
     model = family.load(checkpoint.read(tiny / "base.pth")).eval()
     family.open(tiny / "vae.safetensors", torch.device("cpu"))
     with torch.inference_mode():
-        codes, _ = family.sample(model, image_rng(5, range(23), "cpu"), torch.arange(23) % 10, XARSampling(num_steps=2, cfg_scale=1.8))
+        codes, _ = family.sample(
+            model, image_rng(5, range(23), "cpu"), torch.arange(23) % 10, XARSampling(num_steps=2, cfg_scale=1.8)
+        )
         images = to_uint8(family.decode(codes), "truncate")
     moments = Moments(Quarters.dim)
     moments.update(Quarters()(images).pool)
@@ -125,7 +131,8 @@ def test_the_help_names_the_published_flags():
 
 @pytest.mark.slow
 def test_the_published_command_in_real_size(tmp_path):
-    """As printed but for the missing weights: few images, few steps, another feature network; plain python and torchrun."""
+    """As printed but for the missing weights: few images, few steps, another feature network; plain python and
+    torchrun."""
     published.write_real(tmp_path, SIZES["xar_base"])
     files = ("--model", "xar_base", "--model_ckpt", tmp_path / "model.pth", "--vae_path", tmp_path / "kl16.ckpt")
     options = ("--cfg", 3.8, "--num_images", 2, "--batch_size", 32, "--flow_steps", 2, "--img_size", 256)

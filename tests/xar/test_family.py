@@ -18,7 +18,11 @@ def opened() -> XAR:
     """A family with an untrained autoencoder for 32 x 32 images: 16 channels at half the side."""
     torch.manual_seed(0)
     family = XAR()
-    family.use(KL16(KL16Arch(ch=32, ch_mult=(1, 2), num_res_blocks=1, num_groups=16, resolution=32, encoder_attn_resolutions=())))
+    family.use(
+        KL16(
+            KL16Arch(ch=32, ch_mult=(1, 2), num_res_blocks=1, num_groups=16, resolution=32, encoder_attn_resolutions=())
+        )
+    )
     return family
 
 
@@ -118,7 +122,10 @@ def test_the_loss_is_zero_at_noise_minus_data():
     torch.testing.assert_close(model.x[0, 3], noise[0, 3])
     model.answer = model.answer + torch.tensor([1.0, 3.0])[:, None, None, None]
     torch.testing.assert_close(
-        velocity_loss(model, latents, torch.tensor([0, 1]), times=times, noise=noise), torch.tensor([1.0, 9.0]), rtol=1e-5, atol=0
+        velocity_loss(model, latents, torch.tensor([0, 1]), times=times, noise=noise),
+        torch.tensor([1.0, 9.0]),
+        rtol=1e-5,
+        atol=0,
     )
 
 

@@ -1,4 +1,5 @@
-"""xAR's checkpoints: the layouts in use, strictness, tables that must belong to the network, and the merge of -inf masks."""
+"""xAR's checkpoints: the layouts in use, strictness, tables that must belong to the network, and the merge of -inf
+masks."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from neon import checkpoint
+from neon.checkpoints import checkpoint
 from neon.merge import LiveMerge, reverse_merge
 from neon.seeds import ImageRng
 from tests.xar.test_family import opened, pictures
@@ -28,7 +29,9 @@ def test_published_layouts(layout, tmp_path: Path):
     torch.save(LAYOUTS[layout](model.state_dict()), file)
     loaded = XAR().load(checkpoint.read(file))
     assert loaded.num_heads == model.num_heads
-    assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), model.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), model.state_dict().values(), strict=True)
+    )
 
 
 def test_our_own_file_states_its_sizes(tmp_path: Path):
@@ -64,7 +67,14 @@ def test_a_missing_tensor_is_an_error(tmp_path: Path):
 def test_autoencoder_files(tmp_path: Path):
     """Our own, which states its sizes, and the published layout: the weights under `model`."""
     autoencoder, images = opened().autoencoder, pictures(1).float() / 127.5 - 1
-    arch = {"ch": 32, "ch_mult": [1, 2], "num_res_blocks": 1, "num_groups": 16, "resolution": 32, "encoder_attn_resolutions": []}
+    arch = {
+        "ch": 32,
+        "ch_mult": [1, 2],
+        "num_res_blocks": 1,
+        "num_groups": 16,
+        "resolution": 32,
+        "encoder_attn_resolutions": [],
+    }
     file = tmp_path / "autoencoder.safetensors"
     checkpoint.write(file, autoencoder.state_dict(), metadata={"arch": arch | {"latent_scale": 0.5}})
     loaded = read_autoencoder(file)
@@ -72,16 +82,21 @@ def test_autoencoder_files(tmp_path: Path):
     assert torch.equal(loaded.encode(images), autoencoder.encode(images))
     torch.save({"model": autoencoder.state_dict()}, tmp_path / "kl16.ckpt")
     with pytest.raises(ValueError, match=r"kl16.ckpt does not fit: expected KL16"):
-        read_autoencoder(tmp_path / "kl16.ckpt")  # the published layout states no sizes: it must have the published ones
+        read_autoencoder(
+            tmp_path / "kl16.ckpt"
+        )  # the published layout states no sizes: it must have the published ones
 
 
 def synth_of(base: dict[str, Tensor], names: set[str]) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return {k: v + 0.01 * torch.randn(v.shape, generator=generator) if k in names else v.clone() for k, v in base.items()}
+    return {
+        k: v + 0.01 * torch.randn(v.shape, generator=generator) if k in names else v.clone() for k, v in base.items()
+    }
 
 
 def test_a_merge_keeps_the_mask_finite_where_it_was(tmp_path: Path):
-    """The naive formula makes -inf - -inf = nan of it; merged, written, read again and sampled it must be the base's."""
+    """The naive formula makes -inf - -inf = nan of it; merged, written, read again and sampled it must be the
+    base's."""
     model = tiny()
     base = {name: value.clone() for name, value in model.state_dict().items()}
     names = {name for name, _ in model.named_parameters()}
@@ -94,7 +109,9 @@ def test_a_merge_keeps_the_mask_finite_where_it_was(tmp_path: Path):
     LiveMerge(live, base, synth).set_w(1.5)
 
     how, labels = XARSampling(num_steps=2, cfg_scale=2.0), torch.tensor([1, 2])
-    from_file, from_memory, unmerged = (XAR().sample(m, ImageRng([0, 1]), labels, how)[0] for m in (loaded, live, tiny()))
+    from_file, from_memory, unmerged = (
+        XAR().sample(m, ImageRng([0, 1]), labels, how)[0] for m in (loaded, live, tiny())
+    )
     assert torch.isfinite(from_file).all()
     assert torch.equal(from_file, from_memory)
     assert (from_file - unmerged).abs().max() > 1e-3

@@ -1,4 +1,5 @@
-"""The xAR network, sampler, loss and training step against the original code (tolerances: max abs difference / max abs)."""
+"""The xAR network, sampler, loss and training step against the original code (tolerances: max abs difference / max
+abs)."""
 
 from __future__ import annotations
 
@@ -12,13 +13,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from neon.config import Training
-from neon.crop import center_crop
-from neon.distributed import World
+from neon.images.crop import center_crop
 from neon.merge import reverse_merge
 from neon.quantize import to_uint8
+from neon.runtime.distributed import World
 from neon.seeds import SharedRng
-from neon.train import Trainer, lr_at
+from neon.training.recipe import Training
+from neon.training.schedules import lr_at
+from neon.training.trainer import Trainer
 from tests import goldens
 from xar import cells, loss, sampler
 from xar.family import XAR, XARObjective
@@ -37,7 +39,9 @@ def model_of(config: dict) -> XARTransformer:
     if "model" in config:
         arch = SIZES[config["model"]]
     else:
-        arch = XARArch(width=config["dim"], num_heads=config["heads"], encoder_depth=config["enc"], decoder_depth=config["dec"])
+        arch = XARArch(
+            width=config["dim"], num_heads=config["heads"], encoder_depth=config["enc"], decoder_depth=config["dec"]
+        )
     return goldens.seed_by_name(XARTransformer(arch)).eval()
 
 
@@ -82,7 +86,13 @@ def test_training_path(file):
 
     seen: dict[str, Tensor] = {}
     first = model.encoder_blocks[0]
-    hooks = {"z_proj": model.z_proj, "enc0_in": model.z_proj_ln, "enc0_attn": first.attn, "enc0_mlp": first.mlp, "enc0": first}
+    hooks = {
+        "z_proj": model.z_proj,
+        "enc0_in": model.z_proj_ln,
+        "enc0_attn": first.attn,
+        "enc0_mlp": first.mlp,
+        "enc0": first,
+    }
     hooks |= {"enc_out": model.encoder_norm, "class_emb": model.class_emb}
     for name, module in hooks.items():
         module.register_forward_hook(lambda _module, _inputs, output, name=name: seen.__setitem__(name, output))
@@ -108,7 +118,8 @@ def test_training_path(file):
 @pytest.mark.parametrize("file", goldens.collect("xar", "xar_infer_cache*.npz"), ids=ids)
 @torch.no_grad()
 def test_calls_with_the_cache(file):
-    """The original encodes a finished cell in the same call as the next one's first step; two calls must give the same."""
+    """The original encodes a finished cell in the same call as the next one's first step; two calls must give the
+    same."""
     config, arrays = goldens.load(file)
     model = model_of(config)
     x, labels = tensors(arrays, "x", "y")
@@ -174,12 +185,16 @@ def test_sampling(file):
     model.register_forward_pre_hook(remember, with_kwargs=True)
     torch.manual_seed(config["seed"])
     rng = Recording(config["B"])
-    latents = sampler.sample_cells(model, rng, goldens.tensor(arrays["labels"]), num_steps=num_steps, cfg_scale=config["cfg_scale"])
+    latents = sampler.sample_cells(
+        model, rng, goldens.tensor(arrays["labels"]), num_steps=num_steps, cfg_scale=config["cfg_scale"]
+    )
     starts, noise = rng.draws[::num_steps], [draw for i, draw in enumerate(rng.draws) if i % num_steps]
     assert_relative(torch.stack(starts), arrays["latents"], 1e-6, "latents")
     assert_relative(noise[0].float(), arrays["eps_first"], 1e-6, "first noise")
     assert_relative(torch.stack([draw.flatten()[:4] for draw in noise]), arrays["eps_tail"], 1e-12, "all noise")
-    assert [sampler.cell_guidance(config["cfg_scale"], cell) for cell in range(4)] == pytest.approx(config["per_cell_cfg"], abs=1e-14)
+    assert [sampler.cell_guidance(config["cfg_scale"], cell) for cell in range(4)] == pytest.approx(
+        config["per_cell_cfg"], abs=1e-14
+    )
     assert_relative(torch.stack(inputs), arrays["traj"], SAMPLE_TOLERANCE, f"cell {traced} at each call")
     assert_relative(cells.to_cells(latents).transpose(0, 1), arrays["cells"], SAMPLE_TOLERANCE, "cells")
     assert_relative(latents, arrays["tokens"], SAMPLE_TOLERANCE, "tokens")
@@ -204,7 +219,9 @@ def test_integrators_with_an_analytic_velocity(file):
     start = goldens.tensor(arrays["latents"])
     noise = rng.normals(num_steps - 1, start.shape[1:], torch.float64)
     assert_relative(sampler.time_grid(num_steps, "sde"), arrays["t_steps"], FLOAT64_TOLERANCE, "time grid")
-    assert_relative(sampler.integrate_sde(velocity, start, noise), arrays["em_out"], FLOAT64_TOLERANCE, "Euler-Maruyama")
+    assert_relative(
+        sampler.integrate_sde(velocity, start, noise), arrays["em_out"], FLOAT64_TOLERANCE, "Euler-Maruyama"
+    )
     assert times == [call[2] for call in config["em_calls"]]
     times.clear()
     assert_relative(sampler.integrate_ode(velocity, start, num_steps), arrays["euler_out"], FLOAT64_TOLERANCE, "Euler")
@@ -306,7 +323,9 @@ def test_merge_and_samples_of_the_merged_model(file):
     model.load_state_dict(merged)
     labels = torch.tensor(config["labels"])
     torch.manual_seed(config["seed"])
-    latents = sampler.sample_cells(model, SharedRng(len(labels)), labels, num_steps=config["num_steps"], cfg_scale=config["cfg_scale"])
+    latents = sampler.sample_cells(
+        model, SharedRng(len(labels)), labels, num_steps=config["num_steps"], cfg_scale=config["cfg_scale"]
+    )
     assert_relative(latents, arrays["tokens"], SAMPLE_TOLERANCE, "tokens")
 
 
@@ -341,8 +360,8 @@ goldens.reference_only("xar", "labels*")
 def test_warm_up(file):
     """Linear from 0, then constant.
 
-    From epoch 600 on the original moves to a fixed 1e-5, ten times the peak of its own recipe, and back: no run of the paper
-    gets there (docs/differences.md), and the recipe here stays constant.
+    From epoch 600 on the original moves to a fixed 1e-5, ten times the peak of its own recipe, and back: no run of the
+    paper gets there (docs/differences.md), and the recipe here stays constant.
     """
     config, arrays = goldens.load(file)
     epoch_images = 30_000
@@ -364,10 +383,15 @@ def recipes_of(config: dict) -> list[tuple[str, int, float]]:
 
 @pytest.mark.parametrize("file", goldens.collect("xar", "xar_train_epoch*.npz"), ids=ids)
 def test_training_steps_with_the_published_draws(file):
-    """Our trainer, recipe and loss against the original epoch function: rates, clipping, AdamW groups, moving average."""
+    """Our trainer, recipe and loss against the original epoch function: rates, clipping, AdamW groups, moving
+    average."""
     config, arrays = goldens.load(file)
     batch, iterations = config["B"], config["iters"]
-    model, family, how = model_of(config), XAR(), XARObjective(dropout=0.0, label_drop=config["label_drop_prob"], flip=0.0)
+    model, family, how = (
+        model_of(config),
+        XAR(),
+        XARObjective(dropout=0.0, label_drop=config["label_drop_prob"], flip=0.0),
+    )
     family.use(KL16(KL16Arch(ch=32, ch_mult=(1,), num_res_blocks=1)))
     recipe = Training(
         images=10**9,
@@ -394,9 +418,16 @@ def test_training_steps_with_the_published_draws(file):
     for step in range(iterations):
         posterior_noise = torch.randn(batch, cells.CHANNELS, cells.GRID, cells.GRID)
         labels, times, noise = published_step(all_labels[step], config["label_drop_prob"])
-        draws = {"posterior_noise": posterior_noise, "times": times, "noise": noise, "flipped": torch.zeros(batch, dtype=torch.bool)}
+        draws = {
+            "posterior_noise": posterior_noise,
+            "times": times,
+            "noise": noise,
+            "flipped": torch.zeros(batch, dtype=torch.bool),
+        }
         draws["label_dropped"] = labels == model.num_classes
-        codes = torch.stack([moments[step], torch.full_like(moments[step], torch.nan)], dim=1)  # the mirror image is not read
+        codes = torch.stack(
+            [moments[step], torch.full_like(moments[step], torch.nan)], dim=1
+        )  # the mirror image is not read
         assert lr_at(recipe, trainer.images_seen) == pytest.approx(float(arrays["lrs"][step]), rel=1e-7)
         value = trainer.backward(codes, all_labels[step], draws, batch)
         assert value == pytest.approx(float(arrays["losses"][step]), rel=2e-6)
@@ -404,13 +435,20 @@ def test_training_steps_with_the_published_draws(file):
         assert trainer.last_grad_norm == pytest.approx(float(arrays["grad_norms"][step]), rel=2e-6)
         averages.append({name: trainer.ema[name].clone() for name in names})
 
-    first_saved = math.ceil(config["save_img_interval"] / batch) - 1  # the original saves after the step that reaches the interval
+    first_saved = (
+        math.ceil(config["save_img_interval"] / batch) - 1
+    )  # the original saves after the step that reaches the interval
     assert config["files_saved"][0].endswith(f"-{(first_saved + 1) * batch}.pth")
     for i, name in enumerate(names):
         for prefix, value in {"raw": parameters[name].detach(), "ema": averages[-1][name]}.items():
-            assert float(value.norm()) == pytest.approx(float(arrays[f"{prefix}_norms"][i]), rel=TRAINING_TOLERANCE), (prefix, name)
+            assert float(value.norm()) == pytest.approx(float(arrays[f"{prefix}_norms"][i]), rel=TRAINING_TOLERANCE), (
+                prefix,
+                name,
+            )
             first = arrays[f"{prefix}_first4"]
-            goldens.assert_close(value.flatten()[:4], first[i], atol=TRAINING_TOLERANCE * np.abs(first).max(), what=f"{prefix} {name}")
+            goldens.assert_close(
+                value.flatten()[:4], first[i], atol=TRAINING_TOLERANCE * np.abs(first).max(), what=f"{prefix} {name}"
+            )
         saved = arrays["ckpt_ema_first4"]
         value = averages[first_saved][name].flatten()[:4]
         goldens.assert_close(value, saved[i], atol=TRAINING_TOLERANCE * np.abs(saved).max(), what=f"saved {name}")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from neon.autoencoder import kl_to_unit_normal, mean_and_std, sample_posterior
+from neon.networks.autoencoder import kl_to_unit_normal, mean_and_std, sample_posterior
 from tests import goldens
 from tests.goldens import tensor
 from xar.vae import KL16, KL16Arch
@@ -25,7 +25,15 @@ def load(file):
 @pytest.mark.parametrize("file", TINY, ids=lambda file: file.stem)
 def test_tiny(file):
     config, expected = load(file)
-    fields = ("ch", "ch_mult", "num_res_blocks", "z_channels", "resolution", "encoder_attn_resolutions", "decoder_attn_resolutions")
+    fields = (
+        "ch",
+        "ch_mult",
+        "num_res_blocks",
+        "z_channels",
+        "resolution",
+        "encoder_attn_resolutions",
+        "decoder_attn_resolutions",
+    )
     arch = {key: tuple(value) if isinstance(value, list) else value for key, value in config.items() if key in fields}
     vae = goldens.seed_by_name(KL16(KL16Arch(**arch)))
     check(vae.encoder(expected["image"]), expected["encoder_out"], "encoder_out")

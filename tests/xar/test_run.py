@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from neon import config
-from neon.checkpoint import read
-from neon.data import open_images
-from neon.distributed import World
-from neon.run import Run
+from neon.checkpoints.checkpoint import read
+from neon.images.formats import open_images
+from neon.pipeline.experiment import load
+from neon.pipeline.run import Run
+from neon.pipeline.train_autoencoder import train_autoencoder
+from neon.pipeline.train_base import train_base
+from neon.runtime.distributed import World
 from neon.seeds import ImageRng
-from neon.train_autoencoder import train_autoencoder
-from neon.train_base import train_base
 from tests.commands import ROOT, started
 from tests.whole_run import assert_finished, assert_merged, assert_same_run, write_real_images
 from xar.family import XAR, XARSampling
@@ -94,7 +94,7 @@ def folder(tmp_path_factory) -> Path:
     """Real images, their reference statistics, an autoencoder and a base model trained on them for a few steps."""
     folder = tmp_path_factory.mktemp("xar")
     write_real_images(folder, 96)
-    experiment = config.load(write_config(folder, "images"))
+    experiment = load(write_config(folder, "images"))
     assert train_autoencoder(experiment, folder / "vae", World())["held_out"] == 16
     assert train_base(experiment, folder / "base", World())["steps"] == 4
     return folder
@@ -102,7 +102,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(folder) -> dict:
-    return Run(config.load(write_config(folder, "images")), folder / "alone", World()).all()
+    return Run(load(write_config(folder, "images")), folder / "alone", World()).all()
 
 
 def test_end_to_end(folder, alone):
@@ -119,7 +119,9 @@ def test_the_merged_file_is_the_formula_and_samples(folder, alone):
     assert moves["pred.weight"] > 1e-5  # the fine-tune moved something
     assert not torch.isnan(merged.tensors["mask"]).any()
     family.open(folder / "vae/autoencoder.safetensors", torch.device("cpu"))
-    codes, _ = family.sample(model.eval(), ImageRng([0, 1]), torch.tensor([3, 4]), XARSampling(num_steps=2, cfg_scale=1.5))
+    codes, _ = family.sample(
+        model.eval(), ImageRng([0, 1]), torch.tensor([3, 4]), XARSampling(num_steps=2, cfg_scale=1.5)
+    )
     assert torch.isfinite(family.decode(codes)).all()
     assert family.img_size(model) == 32
 
@@ -132,12 +134,14 @@ def test_two_ranks_make_the_same_model(folder, alone):
 
 
 def test_sampled_latents_train_without_the_autoencoder_s_round_trip(folder):
-    run = Run(config.load(write_config(folder, "codes")), folder / "codes", World())
+    run = Run(load(write_config(folder, "codes")), folder / "codes", World())
     synth = run.synth()
     assert synth.read([0]).shape == (1, 16, 16, 16)
     (snapshot,) = run.finetune()
     assert not (folder / "codes/finetune/encoded").exists()
-    tuned, base = (read(path, weights="any").tensors["pred.weight"] for path in (snapshot, folder / "base/model.safetensors"))
+    tuned, base = (
+        read(path, weights="any").tensors["pred.weight"] for path in (snapshot, folder / "base/model.safetensors")
+    )
     assert 1e-5 < (tuned - base).abs().max() < 0.1
 
 
@@ -146,7 +150,7 @@ def test_the_tiny_autoencoder_reconstructs_held_out_images(tmp_path):
     """A seventh of its config's budget already gives 20 dB on the 1,000 images that it is not trained on."""
     changes = [f'data.path="{ROOT / "demo" / "fashion_base.npz"}"', "autoencoder.train.images=6400"]
     changes += ["autoencoder.train.lr_ramp_images=640", "autoencoder.train.lr_cosine_images=3200"]
-    experiment = config.load(ROOT / "configs" / "xar_fashion_vae.toml", changes)
+    experiment = load(ROOT / "configs" / "xar_fashion_vae.toml", changes)
     result = train_autoencoder(experiment, tmp_path, World())
     assert result["held_out"] == 1000
     assert result["psnr_db"] >= 20

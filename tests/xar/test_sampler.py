@@ -42,7 +42,8 @@ def test_euler_maruyama_samples_gaussian_data():
 
 
 def test_noise_reaches_every_step_but_the_last():
-    """With a known linear drift the noise of step k enters with weight sqrt(2 t_k dt_k) times the later steps' factors."""
+    """With a known linear drift the noise of step k enters with weight sqrt(2 t_k dt_k) times the later steps'
+    factors."""
     num_steps = 5
     times = sampler.time_grid(num_steps, "sde")
     noise = torch.zeros(num_steps - 1, 1, 64, 16, dtype=torch.float64)
@@ -66,7 +67,9 @@ def test_the_stochastic_sampler_needs_two_steps():
 def test_images_do_not_depend_on_the_batch():
     model, labels = tiny(), torch.tensor([3, 1, 4])
     together = sampler.sample_cells(model, ImageRng([7, 8, 9]), labels, num_steps=3, cfg_scale=2.0)
-    alone = [sampler.sample_cells(model, ImageRng([7 + i]), labels[i : i + 1], num_steps=3, cfg_scale=2.0) for i in range(3)]
+    alone = [
+        sampler.sample_cells(model, ImageRng([7 + i]), labels[i : i + 1], num_steps=3, cfg_scale=2.0) for i in range(3)
+    ]
     torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=1e-5)
     assert (together[0] - together[1]).abs().max() > 0.1
 
@@ -91,7 +94,9 @@ def test_cost(cfg_scale, rows):
     model.register_forward_pre_hook(
         lambda _m, args, kw: seen.append((kw["first_cell"], len(args[0]), int(args[1][0, 0]))), with_kwargs=True
     )
-    sampler.sample_cells(model, SharedRng(2, torch.Generator().manual_seed(0)), torch.tensor([1, 2]), num_steps=3, cfg_scale=cfg_scale)
+    sampler.sample_cells(
+        model, SharedRng(2, torch.Generator().manual_seed(0)), torch.tensor([1, 2]), num_steps=3, cfg_scale=cfg_scale
+    )
     expected = []
     for cell in range(4):
         if cell:
@@ -102,7 +107,9 @@ def test_cost(cfg_scale, rows):
 
 def test_guidance_below_one_is_no_guidance():
     model, labels = tiny(), torch.tensor([1, 2])
-    unguided, below = (sampler.sample_cells(model, ImageRng([0, 1]), labels, num_steps=3, cfg_scale=s) for s in (1.0, 0.2))
+    unguided, below = (
+        sampler.sample_cells(model, ImageRng([0, 1]), labels, num_steps=3, cfg_scale=s) for s in (1.0, 0.2)
+    )
     assert torch.equal(unguided, below)
 
 

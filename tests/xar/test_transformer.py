@@ -76,7 +76,9 @@ def test_cached_calls_equal_the_training_path(cell):
     labels, timestep = torch.tensor([1, 10]), 730
     cache = model.new_cache(2)
     for earlier in range(cell):
-        model(torch.randn_like(x[:, :1]), torch.full((2, 1), 900), labels, first_cell=earlier, cache=cache)  # is overwritten
+        model(
+            torch.randn_like(x[:, :1]), torch.full((2, 1), 900), labels, first_cell=earlier, cache=cache
+        )  # is overwritten
         model(x[:, earlier, None], torch.zeros(2, 1, dtype=torch.long), labels, first_cell=earlier, cache=cache)
     stepped = model(x[:, cell, None], torch.full((2, 1), timestep), labels, first_cell=cell, cache=cache)
     times = torch.full((2, 4), 999)

@@ -1,0 +1,139 @@
+"""Tensors that still lie in their file: where they are, what shape they have, and how one of them is read.
+
+Nothing is read before it is asked for, and every access gives fresh memory: a 10 GB checkpoint costs as much memory as
+the tensors that the caller holds on to. A file that claims more than it contains is refused before anything is
+allocated.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file as it was when its table of contents was read."""
+
+    path: Path
+    size: int
+    modified_ns: int
+
+    @classmethod
+    def of(cls, path: Path) -> Source:
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"no checkpoint {path}" + (": it is a folder, name a file in it" if path.is_dir() else "")
+            )
+        status = path.stat()
+        return cls(path, status.st_size, status.st_mtime_ns)
+
+    def open(self) -> BinaryIO:
+        """The file, for reading. Raises ValueError if it was replaced since (offsets would point at something else)."""
+        if Source.of(self.path) != self:
+            raise ValueError(f"{self.path} changed while it was in use; read it again")
+        return open(self.path, "rb")
+
+
+@dataclass(eq=False)
+class Storage:
+    """A flat run of `num_elements` elements, `offset` bytes into a file (or into bytes that were embedded as text)."""
+
+    source: Source | bytes
+    dtype: torch.dtype
+    num_elements: int
+    offset: int = 0
+
+    def open(self) -> BinaryIO:
+        return io.BytesIO(self.source) if isinstance(self.source, bytes) else self.source.open()
+
+    def __str__(self) -> str:
+        return "embedded bytes" if isinstance(self.source, bytes) else str(self.source.path)
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A strided view of a storage. `offset` and `stride` count elements."""
+
+    storage: Storage
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.shape) != len(self.stride) or min((self.offset, *self.shape, *self.stride)) < 0:
+            raise ValueError(f"impossible tensor: offset {self.offset}, shape {self.shape}, stride {self.stride}")
+        claimed = max(self.offset + self.extent, math.prod(self.shape))
+        if claimed > self.storage.num_elements:
+            raise ValueError(
+                f"a tensor of shape {self.shape} claims {claimed} elements, its storage holds "
+                f"{self.storage.num_elements}: "
+                "the file is damaged or hostile, nothing was allocated"
+            )
+
+    @property
+    def extent(self) -> int:
+        """Number of elements from the first to the last one in the storage."""
+        if 0 in self.shape:
+            return 0
+        return 1 + sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
+
+    @property
+    def meta(self) -> Tensor:
+        """Shape and dtype, without content."""
+        return torch.empty(self.shape, dtype=self.storage.dtype, device="meta")
+
+    def read(self) -> Tensor:
+        """The content, in memory of its own."""
+        flat = torch.empty(self.extent, dtype=self.storage.dtype)
+        if self.extent:
+            buffer = flat.view(torch.uint8).numpy().data
+            with self.storage.open() as file:
+                file.seek(self.storage.offset + self.offset * flat.itemsize)
+                if file.readinto(buffer) != len(buffer):  # type: ignore[attr-defined]  # every binary file has it
+                    raise ValueError(f"{self.storage} ends inside a tensor of shape {self.shape}: it is truncated")
+        return flat.as_strided(self.shape, self.stride)
+
+
+class StoredTensors(Mapping[str, Tensor]):
+    """name -> tensor, read at each access. `aliases` names the entries that were one tensor when they were saved."""
+
+    def __init__(self, entries: Mapping[str, StoredTensor]) -> None:
+        self.entries = dict(entries)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.entries[name].read()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.entries
+
+    @cached_property
+    def meta(self) -> dict[str, Tensor]:
+        """name -> tensor on the meta device: shapes and dtypes, nothing is read."""
+        return {name: entry.meta for name, entry in self.entries.items()}
+
+    @cached_property
+    def aliases(self) -> dict[str, str]:
+        """later name -> first name of tensors that share their memory."""
+        first: dict[tuple[object, ...], str] = {}
+        found = {}
+        for name, entry in self.entries.items():
+            address = (id(entry.storage), entry.offset, entry.shape, entry.stride)
+            kept = first.setdefault(address, name)
+            if kept != name and entry.extent:
+                found[name] = kept
+        return found

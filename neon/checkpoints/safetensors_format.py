@@ -1,0 +1,181 @@
+"""Safetensors in and out, tensor by tensor: files larger than memory can be merged.
+
+Format: 8 bytes header length, a JSON header {name: {dtype, shape, data_offsets}, "__metadata__": {text: text}}, the
+data. Tensors that were one when saved are stored once; the metadata names the others, as `safetensors.torch.save_model`
+does.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from neon.checkpoints.lazy import Source, Storage, StoredTensor, StoredTensors
+from neon.store import files
+
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "C64": torch.complex64, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "U16": torch.uint16,
+    "U32": torch.uint32, "U64": torch.uint64,
+}  # fmt: skip
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def read_safetensors(source: Source) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """(entries, metadata) of a file. Raises ValueError if header and size do not fit each other."""
+    header, start = read_header(source)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        raise ValueError("its metadata is not a mapping of texts")
+    entries = {name: locate(source, start, name, entry) for name, entry in header.items()}
+    spans = sorted(entry["data_offsets"] for entry in header.values())
+    if any(end > begin for (_, end), (begin, _) in pairwise(spans)):
+        raise ValueError("its tensors overlap")
+    for alias, kept in metadata.items():
+        if kept in entries and alias not in entries:
+            entries[alias] = entries[kept]
+    return entries, metadata
+
+
+def read_header(source: Source) -> tuple[dict, int]:
+    with source.open() as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > min(source.size - 8, MAX_HEADER_BYTES):
+            raise ValueError(
+                f"its header claims {length} bytes of a file of {source.size}: truncated, or no safetensors file"
+            )
+        try:
+            header = json.loads(file.read(length))
+        except ValueError as error:
+            raise ValueError(f"its header is not JSON ({error})") from error
+    if not isinstance(header, dict):
+        raise ValueError("its header is not a JSON object")
+    return header, 8 + length
+
+
+def locate(source: Source, start: int, name: str, entry: object) -> StoredTensor:
+    try:
+        fields: dict = entry  # type: ignore[assignment] # anything else raises below
+        dtype, shape = DTYPES[fields["dtype"]], tuple(map(int, fields["shape"]))
+        begin, end = map(int, fields["data_offsets"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{name}: header entry {entry!s:.120} is not understood ({error!r})") from error
+    num_elements = math.prod(shape)
+    if not (
+        0 <= begin <= end <= source.size - start
+        and end - begin == num_elements * dtype.itemsize
+        and min(shape, default=0) >= 0
+    ):
+        raise ValueError(
+            f"{name}: {list(shape)} {entry['dtype']} claims {num_elements * dtype.itemsize} bytes at {begin}..{end}, "  # type: ignore[index]
+            f"the file has {source.size - start} bytes of data: truncated, damaged or hostile; nothing was allocated"
+        )
+    return StoredTensor(Storage(source, dtype, num_elements, start + begin), 0, shape, contiguous_stride(shape))
+
+
+def contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+
+
+def write_safetensors(
+    path: Path, specs: Mapping[str, Tensor], values: Iterable[tuple[str, Tensor]], *, metadata: Mapping[str, str]
+) -> None:
+    """Write `values` in any order, holding one at a time.
+
+    specs: name -> tensor of the final shape and dtype, in the order of the file (real or on the meta device);
+        `StoredTensors` and tensors that share memory keep their aliasing.
+    Raises ValueError if a value is missing, comes twice, or differs from its spec. `path` is replaced at the end, in
+    one step.
+    """
+    aliases = aliases_of(specs)
+    kept = {name: spec for name, spec in metas(specs).items() if name not in aliases}
+    clash = [name for name in specs if name in metadata or name == "__metadata__"]
+    if clash:
+        raise ValueError(f"writing {path}: {clash[0]!r} names both a tensor and metadata")
+    offsets = lay_out(kept)
+    header = encode_header(kept, offsets, {**metadata, **aliases})
+    written: set[str] = set()
+    with files.replacing(path) as file:
+        file.write(header)
+        for name, value in values:
+            if name in aliases:
+                continue
+            spec = kept.get(name)
+            if spec is None or name in written or value.shape != spec.shape or value.dtype != spec.dtype:
+                expected = (
+                    "nothing of that name"
+                    if spec is None
+                    else "one"
+                    if name in written
+                    else f"{tuple(spec.shape)} {spec.dtype}"
+                )
+                raise ValueError(
+                    f"writing {path}: {name} is {tuple(value.shape)} {value.dtype}, announced was {expected}"
+                )
+            file.seek(len(header) + offsets[name])
+            file.write(raw_bytes(value))
+            written.add(name)
+            del value  # before the next one is made
+        missing = [name for name in kept if name not in written]
+        if missing:
+            raise ValueError(
+                f"writing {path}: {len(missing)} of {len(kept)} tensors did not come; first: {', '.join(missing[:3])}"
+            )
+
+
+def metas(specs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    return specs.meta if isinstance(specs, StoredTensors) else specs
+
+
+def aliases_of(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """later name -> first name of entries that are the same memory."""
+    if isinstance(tensors, StoredTensors):
+        return tensors.aliases
+    first: dict[tuple[object, ...], str] = {}
+    found = {}
+    for name, tensor in tensors.items():
+        if not tensor.is_meta and tensor.numel():
+            same = first.setdefault(
+                (tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride()), name
+            )
+            if same != name:
+                found[name] = same
+    return found
+
+
+def lay_out(specs: Mapping[str, Tensor]) -> dict[str, int]:
+    """name -> offset in the data. Wide elements come first, so every tensor is aligned to its element size."""
+    offsets, position = {}, 0
+    for name in sorted(specs, key=lambda name: -specs[name].itemsize):
+        offsets[name] = position
+        position += specs[name].numel() * specs[name].itemsize
+    return offsets
+
+
+def encode_header(specs: Mapping[str, Tensor], offsets: Mapping[str, int], metadata: Mapping[str, str]) -> bytes:
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    for name, spec in specs.items():
+        if spec.dtype not in DTYPE_NAMES:
+            raise ValueError(f"{name}: safetensors cannot hold {spec.dtype}")
+        end = offsets[name] + spec.numel() * spec.itemsize
+        header[name] = {
+            "dtype": DTYPE_NAMES[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [offsets[name], end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def raw_bytes(tensor: Tensor) -> memoryview:
+    flat = tensor.detach().cpu().contiguous().flatten()
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")

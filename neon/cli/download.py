@@ -1,0 +1,73 @@
+"""`neon download`: published files by name, group or address."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from neon.published.fetch import GROUPS, TABLE, DownloadError, fetch, select
+
+
+def overview(root: Path) -> list[dict[str, object]]:
+    """The table as data, with what is there."""
+    return [
+        {
+            "name": item.name,
+            "group": item.group,
+            "source": item.source,
+            "path": str(item.target(root)),
+            "there": item.target(root).is_file(),
+        }
+        for item in TABLE
+    ]
+
+
+@click.command()
+@click.argument("names", nargs=-1)
+@click.option(
+    "--models",
+    is_flag=True,
+    help="Neon checkpoints, their autoencoders, ADM statistics.  [default, if nothing is named]",
+)
+@click.option("--refs", is_flag=True, help="EDM's reference statistics and the FID Inception.")
+@click.option("--bases", is_flag=True, help="The base models that Neon started from.")
+@click.option("--list", "is_list", is_flag=True, help="Print the table and what is there; fetch nothing.")
+@click.option(
+    "--root",
+    type=click.Path(path_type=Path),
+    default=Path(),
+    help="Folder that gets checkpoints/ and fid_stats/.  [default: here]",
+)
+def download(names: tuple[str, ...], models: bool, refs: bool, bases: bool, is_list: bool, root: Path) -> None:
+    """Fetch published files by NAME, by group, or from an https address.
+
+    What is there is skipped, what was cut is resumed, hashes are checked.
+    """
+    if is_list:
+        rows = overview(root)
+        for row in rows:
+            click.echo(
+                f"{'have' if row['there'] else '    '} {row['group']:6} {row['name']:38} {row['source']} -> "
+                f"{row['path']}",
+                err=True,
+            )
+        click.echo(json.dumps(rows))
+        return
+    flags = {"models": models or not (names or refs or bases), "refs": refs, "bases": bases}
+    done, failed = [], []
+    for item in select(names, [group for group in GROUPS if flags[group]]):
+        try:
+            done.append(fetch(item, root))
+            click.echo(f"{done[-1]['status']:10} {done[-1]['path']}", err=True)
+        except DownloadError as error:  # the other files are still worth having
+            failed.append({"name": item.name, "error": str(error)})
+            click.echo(f"FAILED     {error}", err=True)
+    click.echo(json.dumps({"files": done, "failed": failed}))
+    if failed:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    download(prog_name="neon download")

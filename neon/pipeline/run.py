@@ -1,0 +1,368 @@
+"""Neon from a config: synth -> finetune -> select -> report -> merged file -> one page. Every stage resumes."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import neon
+from fid.features import open_extractor
+from fid.metrics import frechet_kind, metric_name
+from fid.reference import read_reference
+from neon import merge
+from neon.binding import to_plain
+from neon.checkpoints import checkpoint
+from neon.evaluation.evaluate import Yardstick, evaluate, spread, why_not_comparable
+from neon.evaluation.options import Report
+from neon.pipeline import page
+from neon.pipeline.experiment import Base, Experiment
+from neon.runtime.distributed import World
+from neon.runtime.progress import say
+from neon.sampling.generate import Source
+from neon.sampling.options import Sampling, Synth
+from neon.sampling.synthesize import synthesize
+from neon.search.grid import Grid
+from neon.search.options import Select
+from neon.search.points import Block, Point, Score, best, parabola_minimum, points_to_try
+from neon.store import files, records
+from neon.store.shards import Shards
+from neon.training.encoding import encoded
+from neon.training.loop import snapshots, train
+from neon.training.recipe import Training
+from neon.training.trainer import Trainer
+
+
+class Run:
+    """One experiment in one folder. Its stages may be called one by one (`neon synth`, `neon finetune`, `neon grid`) or
+    all."""
+
+    def __init__(self, config: Experiment, folder: Path, world: World):
+        self.config, self.folder, self.world = config, folder, world
+        self.family = config.family()
+        self.sampling = config.need("sampling", Sampling)
+        self.base_config = config.need("base", Base)
+
+    @cached_property
+    def base(self) -> checkpoint.Checkpoint:
+        return checkpoint.read(Path(self.base_config.checkpoint), weights=self.base_config.weights)
+
+    @cached_property
+    def base_tensors(self) -> dict[str, Tensor]:
+        """The base's tensors in memory, as the built model names and orders them."""
+        return {name: value.detach().cpu().clone() for name, value in self.model.state_dict().items()}
+
+    @cached_property
+    def model(self) -> torch.nn.Module:
+        autoencoder = None if self.base_config.autoencoder is None else Path(self.base_config.autoencoder)
+        self.family.open(autoencoder, self.world.device)
+        return self.family.load(self.base).to(self.world.device).eval().requires_grad_(False)
+
+    @cached_property
+    def identity(self) -> dict[str, object]:
+        """What every image of this run depends on."""
+        autoencoder = self.base_config.autoencoder
+        return {
+            "family": self.config.family_name,
+            "base_sha256": self.base.sha256,
+            "weights": self.base.weights,
+            "autoencoder_sha256": None if autoencoder is None else files.sha256_of(Path(autoencoder)),
+            "sampling": to_plain(self.sampling),
+        }
+
+    def source(
+        self, labels: str, first_seed: int, cfg_scale: float | None = None, sampling: Sampling | None = None
+    ) -> Source:
+        classes = self.family.num_classes(self.model)
+        return Source(
+            family=self.family,
+            sampling=sampling or self.sampling,
+            labels=labels,  # type: ignore[arg-type]
+            first_seed=first_seed,
+            num_classes=classes,
+            cfg_scale=cfg_scale,
+        )
+
+    def synth(self) -> Shards:
+        """Stage 1: S."""
+        config = self.config.need("synth", Synth)
+        self._check_guidance("synth", config.cfg_scale)
+        say(self.world, f"synth: {config.num_images} images by the base model")
+        sampling = config.sampling or self.sampling
+        identity = {**self.identity, "sampling": to_plain(sampling)}
+        identity |= {"labels": config.labels, "first_seed": config.first_seed, "cfg_scale": config.cfg_scale}
+        source = self.source(config.labels, config.first_seed, config.cfg_scale, sampling)
+        return synthesize(source, self.model, config, self.folder / "synth", identity, self.world)
+
+    def finetune(self) -> list[Path]:
+        """Stage 2: the short fine-tune on S. Returns the snapshots."""
+        recipe = self.config.need("finetune", Training)
+        synth_config = self.config.need("synth", Synth)
+        corpus = self.synth()
+        folder = self.folder / "finetune"
+        synth_manifest = records.read_json(self.folder / "synth" / "manifest.json")
+        identity = {"recipe": to_plain(recipe), "synth": synth_manifest}
+        if snapshots(folder) and self._is_finished(folder, recipe):
+            return self._check_finished(folder, identity)
+        codes = corpus
+        if synth_config.store == "images":
+            codes = encoded(
+                self.family, corpus, folder / "encoded", {"synth": synth_manifest}, self.world, self.sampling.batch
+            )  # type: ignore[assignment]
+        say(self.world, f"finetune: {recipe.images} images seen, batch {recipe.batch}, lr {recipe.lr:g}")
+        model = self.family.build({**self.family.arch_of(self.base), **recipe.arch})
+        self.base.load_into(model)
+        return train(self.family, model, codes, recipe, folder, identity, self._snapshot_writer(recipe), self.world)
+
+    def _is_finished(self, folder: Path, recipe: Training) -> bool:
+        return int(snapshots(folder)[-1].stem.split("-")[1]) >= recipe.images
+
+    def _check_finished(self, folder: Path, identity: Mapping[str, object]) -> list[Path]:
+        if self.world.is_main:
+            state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+            records.check_same(state["identity"], identity, folder)
+        self.world.barrier()
+        return snapshots(folder)
+
+    def _snapshot_writer(self, recipe: Training) -> Callable[[Trainer, Path], None]:
+        def write(trainer: Trainer, path: Path) -> None:
+            metadata = {**self._metadata("ema" if recipe.has_ema else "raw"), "images_seen": trainer.images_seen}
+            checkpoint.write(path, trainer.weights(), metadata=metadata)
+
+        return write
+
+    def _metadata(self, weights: str) -> dict[str, object]:
+        return {
+            "family": self.config.family_name,
+            "arch": dict(self.family.arch_of(self.base)),
+            "weights": weights,
+            "base_sha256": self.base.sha256,
+            "autoencoder_sha256": self.identity["autoencoder_sha256"],
+            "uint8": self.sampling.uint8,
+        }
+
+    @cached_property
+    def yardsticks(self) -> list[Yardstick]:
+        config = self.config.need("report", Report)
+        found = []
+        for name, reference in config.extractors.items():
+            weights = (
+                Path(config.inception) if config.inception is not None and name == "inception-2015-12-05" else None
+            )
+            extractor = open_extractor(name, path=weights, device=self.world.device)
+            statistics = read_reference(Path(reference))
+            if len(statistics.mean) != extractor.dim:
+                raise ValueError(f"{reference}: holds {len(statistics.mean)} features, {name} gives {extractor.dim}")
+            if statistics.extractor not in (None, name):
+                raise ValueError(f"{reference}: made with {statistics.extractor}, the config compares {name} with it")
+            found.append(Yardstick(extractor=extractor, reference=statistics))
+        return found
+
+    @cached_property
+    def grid(self) -> Grid:
+        shots = {path.stem.removeprefix("snapshot-"): path for path in snapshots(self.folder / "finetune")}
+        if not shots:
+            raise ValueError(f"{self.folder / 'finetune'}: no snapshots; run `neon finetune` first")
+        protocol = {
+            **self.identity,
+            "metrics": [
+                {
+                    "extractor": y.extractor.name,
+                    "extractor_sha256": y.extractor.sha256,
+                    "reference_sha256": y.reference.sha256,
+                }
+                for y in self.yardsticks
+            ],
+        }
+        readers = {
+            name: (files.sha256_of(path), lambda path=path: dict(checkpoint.read(path, weights="any").tensors))
+            for name, path in shots.items()
+        }
+        return Grid(
+            self.source("balanced", 0),
+            self.model,
+            self.base_tensors,
+            readers,
+            self.yardsticks,
+            self.folder,
+            protocol,
+            self.world,
+        )
+
+    def select(self) -> tuple[Score, list[Score]]:
+        """Stage 3: the grid on the selection block. Returns the chosen score and all scores (the random control
+        last)."""
+        config = self.config.need("select", Select)
+        if self.family.is_guided and config.cfg_scale is None:
+            raise ValueError(
+                "select.cfg_scale: this family is guided, name the values to try (there is no hidden default)"
+            )
+        names = [path.stem.removeprefix("snapshot-") for path in snapshots(self.folder / "finetune")]
+        chosen = names if config.snapshots == "all" else names[-1:]
+        block = Block(labels=config.labels, first_seed=config.first_seed, num_images=config.num_images)
+        metric = self._metric(config.num_images, config.metric)
+        say(self.world, f"select: {metric} on seeds {config.first_seed} .. {config.first_seed + config.num_images - 1}")
+        scores = [self.grid.score(point, block) for point in points_to_try(chosen, config.w, config.cfg_scale)]
+        winner = best([s for s in scores if s.point.w >= 0], metric)
+        control = self.grid.score(self._control(winner.point), block)
+        return winner, [*scores, control]
+
+    @staticmethod
+    def _control(point: Point) -> Point:
+        """A random direction at the chosen point's step; at w = 0 there is no step, so at w = 1."""
+        return Point(w=point.w or 1.0, snapshot=point.snapshot, cfg_scale=point.cfg_scale, direction="random")
+
+    def _metric(self, num_images: int, extractor: str | None) -> str:
+        yardstick = next((y for y in self.yardsticks if y.extractor.name == extractor), self.yardsticks[0])
+        return metric_name(frechet_kind(yardstick.extractor), num_images, yardstick.extractor.name)
+
+    def report(self, winner: Score, scores: list[Score]) -> dict[str, Score]:
+        """Stage 4: base, self-trained, random and Neon on held-out noise."""
+        config, select = self.config.need("report", Report), self.config.need("select", Select)
+        block = Block(
+            labels=config.labels,
+            first_seed=config.first_seed,
+            num_images=config.num_images,
+            num_shown=min(config.num_shown, config.num_images),
+        )
+        metric = self._metric(select.num_images, select.metric)
+        cfg_scale = winner.point.cfg_scale if config.cfg_scale == "selected" else config.cfg_scale
+        base_cfg = (
+            best([s for s in scores if s.point.w == 0], metric).point.cfg_scale
+            if config.cfg_scale == "selected"
+            else cfg_scale
+        )
+        point = Point(w=winner.point.w, snapshot=winner.point.snapshot, cfg_scale=cfg_scale)
+        say(self.world, f"report: {config.num_images} images of held-out noise, seeds from {config.first_seed}")
+        rows = {
+            "base": Point(w=0.0, snapshot=point.snapshot, cfg_scale=base_cfg),
+            "self-trained": Point(w=-1.0, snapshot=point.snapshot, cfg_scale=cfg_scale),
+            "random direction": self._control(point),
+            "neon": point,
+        }
+        return {name: self.grid.score(p, block) for name, p in rows.items()}
+
+    def write_merged(self, point: Point) -> Path:
+        """Stage 5: theta_neon as a file that every command reads."""
+        path = self.folder / "neon.safetensors"
+        shot = self.folder / "finetune" / f"snapshot-{point.snapshot}.safetensors"
+        if self.world.is_main:
+            synth = checkpoint.read(shot, weights="any")
+            parameters = {name for name, _ in self.model.named_parameters()}
+            merged = merge.reverse_merge(self.base_tensors, synth.tensors, point.w, parameters=parameters)
+            checkpoint.write(
+                path, merged, metadata={**self._metadata(self.base.weights), "w": point.w, "synth_sha256": synth.sha256}
+            )
+        self.world.barrier()
+        return path
+
+    def all(self) -> dict[str, object]:
+        """Everything; returns the result that is also written to result.json."""
+        started = time.perf_counter()
+        self.yardsticks  # noqa: B018 - a missing reference or extractor is said before any image is made
+        self.finetune()
+        winner, scores = self.select()
+        rows = self.report(winner, scores)
+        merged = self.write_merged(rows["neon"].point)
+        result = self.result(winner, scores, rows, merged)
+        if self.world.is_main:
+            records.write_json(result, self.folder / "result.json")
+            pictures = {name: images for name, score in rows.items() if (images := self.grid.shown(score)) is not None}
+            page.write_page(result, pictures, self.folder / "report.html")
+        self.world.barrier()
+        say(self.world, f"done in {time.perf_counter() - started:.0f} s: {self.folder / 'report.html'}")
+        return result
+
+    def result(self, winner: Score, scores: list[Score], rows: Mapping[str, Score], merged: Path) -> dict[str, object]:
+        """One JSON object with the numbers, the protocol and the reasons why a number is or is not comparable."""
+        config, select = self.config.need("report", Report), self.config.need("select", Select)
+        metric, select_metric = (
+            self._metric(config.num_images, select.metric),
+            self._metric(select.num_images, select.metric),
+        )
+        yardstick = next(y for y in self.yardsticks if metric.endswith(f"[{y.extractor.name}]"))
+        reason = why_not_comparable(yardstick, config.num_images)
+        curve = [s for s in scores if s.point.snapshot == winner.point.snapshot and s.point.direction == "synth"]
+        curve = [s for s in curve if s.point.cfg_scale == winner.point.cfg_scale]
+        return {
+            "metric": metric,
+            "value": rows["neon"].metrics[metric],
+            "base_value": rows["base"].metrics[metric],
+            "comparable": reason is None,
+            "reason": reason,
+            "w": winner.point.w,
+            "cfg_scale": rows["neon"].point.cfg_scale,
+            "snapshot_images": int(winner.point.snapshot),
+            "formula": "theta_neon = theta_base - w (theta_syn - theta_base)",
+            "rows": {
+                name: {"w": s.point.w, "cfg_scale": s.point.cfg_scale, "metrics": s.metrics, "seconds": s.seconds}
+                for name, s in rows.items()
+            },
+            "select": {
+                "metric": select_metric,
+                "parabola_w": parabola_minimum(curve, select_metric),
+                "points": [{**to_plain(s.point), "metrics": s.metrics, "seconds": s.seconds} for s in scores],  # type: ignore[dict-item]
+            },
+            "config": to_plain(self.config),
+            "hashes": {
+                **{k: v for k, v in self.identity.items() if k.endswith("sha256")},
+                "neon_sha256": files.sha256_of(merged),
+            },
+            "references": {
+                y.extractor.name: {"sha256": y.reference.sha256, "extractor_sha256": y.extractor.sha256}
+                for y in self.yardsticks
+            },
+            "step": merge.step_size(
+                self.base_tensors,
+                self._synth_tensors(winner.point),
+                winner.point.w,
+                [n for n, _ in self.model.named_parameters()],
+            ),
+            "versions": {"neon": neon.__version__, "torch": torch.__version__, "python": platform.python_version()},
+            "device": str(self.world.device),
+            "ranks": self.world.size,
+            "merged": str(merged),
+        }
+
+    def _synth_tensors(self, point: Point) -> Mapping[str, Tensor]:
+        return checkpoint.read(
+            self.folder / "finetune" / f"snapshot-{point.snapshot}.safetensors", weights="any"
+        ).tensors
+
+    def evaluate_base(self, repeats: int) -> dict[str, object]:
+        """`neon eval`: the model named by [base] under the [report] protocol, on `repeats` disjoint blocks of seeds."""
+        config = self.config.need("report", Report)
+        if config.cfg_scale == "selected":
+            raise ValueError(
+                "report.cfg_scale = 'selected' means nothing without a search; give a number with --set "
+                "report.cfg_scale=..."
+            )
+        self._check_guidance("report", config.cfg_scale)
+        metric = self._metric(config.num_images, None)
+        runs = []
+        for repeat in range(repeats):
+            first_seed = config.first_seed + repeat * config.num_images
+            partial = self.folder / f"partial-eval-{records.key_of([self.identity, to_plain(config), first_seed])[:16]}"
+            source = self.source(config.labels, first_seed, config.cfg_scale)
+            runs.append(evaluate(source, self.model, config.num_images, self.yardsticks, self.world, partial=partial))
+        reason = why_not_comparable(self.yardsticks[0], config.num_images)
+        return {
+            "metric": metric,
+            "value": min(run.metrics[metric] for run in runs),
+            "comparable": reason is None,
+            "reason": reason,
+            "metrics": [run.metrics for run in runs],
+            "repeats": spread([run.metrics[metric] for run in runs]),
+            "seconds": [run.seconds for run in runs],
+            "checkpoint": {"path": str(self.base.path), "weights": self.base.weights, "sha256": self.base.sha256},
+            "config": to_plain(self.config),
+        }
+
+    def _check_guidance(self, section: str, cfg_scale: float | None) -> None:
+        if self.family.is_guided and cfg_scale is None:
+            raise ValueError(f"{section}.cfg_scale: this family is guided, name the scale (there is no hidden default)")

@@ -1,0 +1,85 @@
+"""`neon train`: a base model from real images, by the same loop as the fine-tune."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from neon.binding import to_plain
+from neon.checkpoints import checkpoint
+from neon.images.formats import open_images
+from neon.images.image_set import ImageSet
+from neon.pipeline.experiment import Data, Experiment
+from neon.runtime.distributed import World
+from neon.runtime.progress import say
+from neon.store import records
+from neon.training.encoding import encoded
+from neon.training.loop import train
+from neon.training.recipe import Training
+from neon.training.trainer import Trainer
+
+IN_MEMORY_BYTES = 8 << 30
+
+
+def train_base(config: Experiment, folder: Path, world: World) -> dict[str, object]:
+    """Train [model] on [data] by [train]; writes folder/model.safetensors (the moving average, if the recipe has
+    one)."""
+    recipe, data = config.need("train", Training), config.need("data", Data)
+    if config.model is None:
+        raise ValueError("the config has no [model] section: the constructor arguments of the network to train")
+    family = config.family()
+    arch: Mapping[str, object] = {**config.model, **recipe.arch}
+    torch.manual_seed(recipe.seed)  # initial weights
+    model = family.build(arch)
+    autoencoder = None if config.base is None or config.base.autoencoder is None else Path(config.base.autoencoder)
+    family.open(autoencoder, world.device)
+    images = open_images(data.path, use_labels=data.use_labels, size=data.size, pad=data.pad)
+    classes = family.num_classes(model)
+    if classes and images.num_classes > classes:
+        raise ValueError(f"{data.path}: labels up to {images.num_classes - 1}, but the model has {classes} classes")
+    if classes and images.labels is None:
+        raise ValueError(
+            f"{data.path}: the model is class-conditional ({classes} classes) and the images have no labels"
+        )
+    identity = {
+        "model": to_plain(config.model),
+        "recipe": to_plain(recipe),
+        "data": to_plain(data),
+        "num_images": len(images),
+    }
+    corpus = encoded(family, _in_memory(images), folder / "encoded", {"data": data.path}, world, 256)
+    say(
+        world,
+        f"train: {sum(p.numel() for p in model.parameters()):,} parameters, {len(images):,} images, {recipe.images:,} "
+        "images seen",
+    )
+
+    def write(trainer: Trainer, path: Path) -> None:
+        metadata = {
+            "family": config.family_name,
+            "arch": dict(arch),
+            "weights": "ema" if recipe.has_ema else "raw",
+            "images_seen": trainer.images_seen,
+        }
+        checkpoint.write(path, trainer.weights(), metadata=metadata)
+
+    shots = train(family, model, corpus, recipe, folder, identity, write, world)
+    final = folder / "model.safetensors"
+    if world.is_main:
+        last = checkpoint.read(shots[-1], weights="any")
+        checkpoint.write(final, last.tensors, metadata=last.meta)
+    world.barrier()
+    log = records.read_lines(folder / "log.jsonl")
+    return {"model": str(final), "images_seen": log[-1]["images"], "loss": log[-1]["loss"], "steps": log[-1]["step"]}
+
+
+def _in_memory(images: ImageSet) -> ImageSet:
+    """The set with its pixels in memory, if they fit: decoding files at every step costs more than the step."""
+    if len(images) * int(torch.tensor(images.shape).prod()) > IN_MEMORY_BYTES:
+        return images
+    pixels = torch.cat(list(images.batches(1024)))
+    return ImageSet(
+        images.path, images.names, images.shape, images.labels, lambda indices: pixels[torch.as_tensor(list(indices))]
+    )

@@ -1,0 +1,295 @@
+"""Published files: one table, and a download that resumes, verifies and explains itself.
+
+    neon download --list
+    neon download                       # what the eight published commands need, besides --refs
+    neon download --refs --bases        # EDM's statistics and the FID Inception; base models
+    neon download kl16.ckpt             # one file
+
+Hub files go through huggingface_hub (HF_ENDPOINT names a mirror, HF_HUB_OFFLINE=1 forbids the network), others through
+plain https. `bash download_models.sh` is the same without an installation.
+"""
+
+from __future__ import annotations
+
+import http.client
+import os
+import sys
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+
+from tqdm import tqdm
+
+from fid.inception import WEIGHTS
+from fid.weights import cache_folder
+from neon.store import files
+
+GROUPS = ("models", "refs", "bases")
+ATTEMPTS = 4
+CHUNK_BYTES = 1 << 20
+TIMEOUT_S = 60
+
+
+class DownloadError(OSError):
+    """A file could not be fetched, or what came is not the file; the message says what to do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    """A file that others publish.
+
+    source: "hub:OWNER/REPO" (the file has the same name there) or an https URL.
+    folder: where it goes, relative to the repository's root (or absolute).
+    sha256: its hash, or the first digits of it if no more is known; "" if nothing is.
+    """
+
+    name: str
+    group: str
+    source: str
+    folder: str = "checkpoints"
+    sha256: str = ""
+
+    def target(self, root: Path) -> Path:
+        return root / self.folder / self.name
+
+
+NEON = "hub:sinaalemohammad/Neon"
+EDM = "https://nvlabs-fi-cdn.nvidia.com/edm"
+TORCHCFM = "https://github.com/atong01/conditional-flow-matching/releases/download/1.0.4"
+
+TABLE: tuple[Published, ...] = (
+    Published(name="Neon_xARB_imagenet256.pth", group="models", source=NEON),
+    Published(name="Neon_xARL_imagenet256.pth", group="models", source=NEON),
+    Published(name="Neon_VARd16_imagenet256.pth", group="models", source=NEON),
+    Published(name="Neon_VARd36_imagenet512.pth", group="models", source=NEON),
+    Published(name="Neon_EDM_conditional_CIFAR10.pkl", group="models", source=NEON),
+    Published(name="Neon_EDM_unconditional_CIFAR10.pkl", group="models", source=NEON),
+    Published(name="Neon_EDM_FFHQ.pkl", group="models", source=NEON),
+    Published(name="Neon_imm_imagenet256.pkl", group="models", source=NEON),
+    Published(name="kl16.ckpt", group="models", source="hub:xwen99/mar-vae-kl16", folder="xar/pretrained"),
+    Published(name="vae_ch160v4096z32.pth", group="models", source="hub:FoundationVision/var"),
+    Published(
+        name="diffusion_pytorch_model.safetensors",
+        group="models",
+        source="hub:stabilityai/sd-vae-ft-ema",
+        folder="checkpoints/sd-vae-ft-ema",
+    ),
+    Published(name="adm_in256_stats.npz", group="models", source=NEON, folder="fid_stats"),
+    Published(name="adm_in512_stats.npz", group="models", source=NEON, folder="fid_stats"),
+    Published(name="cifar10-32x32.npz", group="refs", source=f"{EDM}/fid-refs/cifar10-32x32.npz", folder="fid_stats"),
+    Published(name="ffhq-64x64.npz", group="refs", source=f"{EDM}/fid-refs/ffhq-64x64.npz", folder="fid_stats"),
+    Published(
+        name=WEIGHTS.files[0],
+        group="refs",
+        source=WEIGHTS.url,
+        folder=str(cache_folder()),
+        sha256=WEIGHTS.sha256_prefix,
+    ),
+    Published(name="xAR-B.pth", group="bases", source="hub:OliverRen/xAR"),
+    Published(name="xAR-L.pth", group="bases", source="hub:OliverRen/xAR"),
+    Published(name="var_d16.pth", group="bases", source="hub:FoundationVision/var"),
+    Published(name="var_d36.pth", group="bases", source="hub:FoundationVision/var"),
+    Published(name="imagenet256_ts_a2.pkl", group="bases", source="hub:lumaai/imm"),
+    Published(
+        name="edm-cifar10-32x32-cond-vp.pkl", group="bases", source=f"{EDM}/pretrained/edm-cifar10-32x32-cond-vp.pkl"
+    ),
+    Published(
+        name="edm-cifar10-32x32-uncond-vp.pkl",
+        group="bases",
+        source=f"{EDM}/pretrained/edm-cifar10-32x32-uncond-vp.pkl",
+    ),
+    Published(
+        name="edm-ffhq-64x64-uncond-vp.pkl", group="bases", source=f"{EDM}/pretrained/edm-ffhq-64x64-uncond-vp.pkl"
+    ),
+    Published(
+        name="cfm_cifar10_weights_step_400000.pt",
+        group="bases",
+        source=f"{TORCHCFM}/cfm_cifar10_weights_step_400000.pt",
+    ),
+)
+"""Names on the Hub are those of the papers' pages; none of these addresses could be opened where this table was
+written."""
+
+
+def select(names: Sequence[str], groups: Sequence[str]) -> list[Published]:
+    """The table's rows of these names (with or without suffix) and groups; an https address is a row of its own.
+
+    Raises ValueError for a name that is not there.
+    """
+    chosen = [item for item in TABLE if item.group in groups]
+    for name in names:
+        found = [item for item in TABLE if name in (item.name, Path(item.name).stem)]
+        if name.startswith("https://"):
+            found = [Published(name=Path(urllib.parse.urlsplit(name).path).name, group="", source=name)]
+        if not found:
+            near = get_close_matches(name, [item.name for item in TABLE], n=3, cutoff=0.4)
+            raise ValueError(
+                f"no published file {name!r}"
+                + (f"; did you mean {', '.join(near)}?" if near else "")
+                + " (neon download --list)"
+            )
+        chosen += [item for item in found if item not in chosen]
+    return chosen
+
+
+def fetch(item: Published, root: Path) -> dict[str, object]:
+    """Make sure that a file is there and is the right one: {name, path, status: "there" or "downloaded", bytes,
+    sha256}.
+
+    Raises DownloadError. A file with a wrong hash is kept aside under NAME.wrong, a part of a file under NAME.part.
+    """
+    target = item.target(root)
+    status = "there" if target.is_file() else "downloaded"
+    if status == "downloaded":
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if is_offline():
+            raise DownloadError(f"HF_HUB_OFFLINE is set: nothing is downloaded. {by_hand(item, target)}")
+        fetch_hub(item, target) if item.source.startswith("hub:") else fetch_url(item, target)
+    sha256 = check(item, target, status)
+    return {"name": item.name, "path": str(target), "status": status, "bytes": target.stat().st_size, "sha256": sha256}
+
+
+def check(item: Published, target: Path, status: str) -> str | None:
+    """The hash of a new file, or of one whose hash is known; raises if it is not what it should be, and moves a new one
+    aside."""
+    with open(target, "rb") as file:
+        is_page = file.read(64).lstrip().startswith(b"<")
+    sha256 = files.sha256_of(target) if item.sha256 or status == "downloaded" else None
+    if not is_page and (sha256 or "").startswith(item.sha256):
+        return sha256
+    what = (
+        "is an HTML page, not the file: an error or login page was saved"
+        if is_page
+        else f"has sha256 {sha256}, expected {item.sha256}..."
+    )
+    if status == "downloaded":
+        aside = target.with_name(target.name + ".wrong")
+        os.replace(target, aside)
+        raise DownloadError(f"what {item.source} sent {what}; it is kept as {aside}. {by_hand(item, target)}")
+    raise DownloadError(f"{target} {what}. Move it away and run this again")
+
+
+def fetch_hub(item: Published, target: Path) -> None:
+    """By huggingface_hub: resumes, uses the user's own login for gated files, HF_ENDPOINT for mirrors."""
+    from huggingface_hub import errors, hf_hub_download, utils
+
+    if not sys.stderr.isatty():
+        utils.disable_progress_bars()
+    repository = item.source.removeprefix("hub:")
+    try:
+        hf_hub_download(repository, item.name, local_dir=target.parent, endpoint=os.environ.get("HF_ENDPOINT"))
+    except errors.LocalEntryNotFoundError as error:
+        raise DownloadError(
+            f"the Hub could not be reached for {repository}/{item.name} (no network?). {by_hand(item, target)}"
+        ) from error
+    except errors.GatedRepoError as error:
+        raise DownloadError(
+            f"{repository} asks for a login: accept its terms on the Hub, run `hf auth login`. {by_hand(item, target)}"
+        ) from error
+    except (errors.RepositoryNotFoundError, errors.EntryNotFoundError) as error:
+        raise DownloadError(
+            f"404: the Hub has no {repository}/{item.name}; it was moved or renamed. {by_hand(item, target)}"
+        ) from error
+    except (errors.HfHubHTTPError, OSError) as error:
+        raise DownloadError(
+            f"{repository}/{item.name}: {str(error).splitlines()[0]}. {by_hand(item, target)}"
+        ) from error
+
+
+def fetch_url(item: Published, target: Path) -> None:
+    """By https into NAME.part, going on where an earlier attempt stopped; renamed when it is whole."""
+    part = target.with_name(target.name + ".part")
+    for attempt in range(ATTEMPTS):
+        try:
+            download_rest(item.source, part)
+            break
+        except DownloadError as error:
+            raise DownloadError(f"{error}. {by_hand(item, target)}") from error
+        except urllib.error.HTTPError as error:
+            if error.code < 500 or attempt == ATTEMPTS - 1:
+                reason = (
+                    "404: it was moved or renamed"
+                    if error.code == 404
+                    else f"the server says {error.code} {error.reason}"
+                )
+                raise DownloadError(f"{item.source}: {reason}. {by_hand(item, target)}") from error
+        except (OSError, http.client.HTTPException) as error:
+            if attempt == ATTEMPTS - 1:
+                kept = (
+                    f"{part.stat().st_size} bytes are kept, the next run goes on from there"
+                    if part.is_file()
+                    else "no network?"
+                )
+                raise DownloadError(
+                    f"{item.source} could not be fetched ({error}); {kept}. {by_hand(item, target)}"
+                ) from error
+        time.sleep(attempt)
+    os.replace(part, target)
+    part.with_name(part.name + ".etag").unlink(missing_ok=True)
+
+
+def download_rest(url: str, part: Path) -> None:
+    """Append to `part` what it lacks of `url`; start again if the server cannot resume or the file there has
+    changed."""
+    tag_file = part.with_name(part.name + ".etag")
+    have = part.stat().st_size if part.is_file() else 0
+    headers = {"User-Agent": "neon-generative"}
+    if have:
+        headers["Range"] = f"bytes={have}-"
+        if tag_file.is_file():
+            headers["If-Range"] = tag_file.read_text()
+    try:
+        response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT_S)
+    except urllib.error.HTTPError as error:
+        if error.code != 416 or not have:
+            raise
+        if error.headers.get("Content-Range") == f"bytes */{have}":
+            return  # the earlier attempt had got everything
+        part.unlink()
+        raise ConnectionError("the part that was there does not belong to this file; starting again") from error
+    with response:
+        if response.headers.get_content_type() == "text/html":
+            raise DownloadError(
+                f"{url} answers with an HTML page, not the file: an error or login page (nothing of it was kept)"
+            )
+        if response.status == 206 and not response.headers["Content-Range"].startswith(f"bytes {have}-"):
+            raise ConnectionError(f"asked for the file from byte {have}, got {response.headers['Content-Range']}")
+        have = have if response.status == 206 else 0
+        total = have + int(response.headers["Content-Length"]) if response.headers["Content-Length"] else None
+        tag = response.headers["ETag"] or ""
+        tag_file.write_text(tag) if tag.startswith('"') else tag_file.unlink(missing_ok=True)
+        bar = tqdm(
+            total=total,
+            initial=have,
+            desc=part.stem,
+            unit="B",
+            unit_scale=True,
+            disable=not sys.stderr.isatty(),
+            leave=False,
+        )
+        with open(part, "ab" if have else "wb") as file, bar:
+            while chunk := response.read(CHUNK_BYTES):
+                file.write(chunk)
+                bar.update(len(chunk))
+    if total is not None and part.stat().st_size != total:
+        raise ConnectionError(f"the connection was cut after {part.stat().st_size} of {total} bytes")
+
+
+def by_hand(item: Published, target: Path) -> str:
+    """What to do where the network does not reach."""
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    url = (
+        f"{endpoint}/{item.source.removeprefix('hub:')}/resolve/main/{item.name}"
+        if item.source.startswith("hub:")
+        else item.source
+    )
+    return f"By hand: fetch {url} on another machine and put it at {target}"
+
+
+def is_offline() -> bool:
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON")

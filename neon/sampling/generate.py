@@ -1,0 +1,79 @@
+"""The one loop that makes images: seeds and labels in, codes or uint8 images out, the same for any batch and world
+size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from neon.family import Family
+from neon.quantize import to_uint8
+from neon.runtime.precision import arithmetic
+from neon.sampling.options import Sampling
+from neon.seeds import image_rng
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Everything that decides what image i of a block looks like, besides the weights."""
+
+    family: Family
+    sampling: Sampling
+    labels: Literal["balanced", "drawn"]
+    first_seed: int
+    num_classes: int
+    """Of the network; 0 if it takes no labels."""
+    cfg_scale: float | None = None
+
+    @property
+    def options(self) -> object:
+        """The family's sampling options at this cfg_scale."""
+        if self.cfg_scale is None:
+            return self.sampling.options
+        return replace(self.sampling.options, cfg_scale=self.cfg_scale)  # type: ignore[type-var]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images `indices` of a block: codes (B, ...) as the sampler made them, labels (B,) int64 or None."""
+
+    indices: Sequence[int]
+    codes: Tensor
+    labels: Tensor | None
+
+
+def generate(
+    source: Source, model: nn.Module, batches: Iterable[Sequence[int]], device: torch.device
+) -> Iterator[Batch]:
+    """Sample the images of `batches` (indices within the block; image i has seed first_seed + i)."""
+    model.eval()
+    if source.sampling.channels_last:
+        for network in (model, *source.family.autoencoder_modules()):
+            network.to(memory_format=torch.channels_last)
+    yield from _generate(source, model, batches, device)
+
+
+@torch.inference_mode()  # without the move above: it would make parameters that nothing may change afterwards
+def _generate(
+    source: Source, model: nn.Module, batches: Iterable[Sequence[int]], device: torch.device
+) -> Iterator[Batch]:
+    for indices in batches:
+        rng = image_rng(source.first_seed, indices, device, draw_on_device=source.sampling.draw_on == "device")
+        labels = None
+        if source.labels == "balanced" and source.num_classes:
+            labels = torch.tensor([i % source.num_classes for i in indices], device=device)
+        with arithmetic(device, source.sampling.precision):
+            codes, used = source.family.sample(model, rng, labels, source.options)
+        yield Batch(indices, codes, used)
+
+
+@torch.inference_mode()
+def to_images(source: Source, codes: Tensor) -> Tensor:
+    """uint8 images (B, C, H, W) of the codes, by the config's rounding rule."""
+    with arithmetic(codes.device, source.sampling.precision):
+        images = source.family.decode(codes)
+    return to_uint8(images, source.sampling.uint8)

@@ -1,0 +1,55 @@
+"""[sampling] and [synth]: how images are drawn, and the synthetic set S."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from neon import quantize
+from neon.binding import at_least
+from neon.runtime.precision import Precision
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sampling:
+    """How images are drawn, shared by synth, select and report. The family's own options stand beside these keys."""
+
+    uint8: quantize.Rule
+    """Rounding rule of neon/quantize.py."""
+    batch: int = 256
+    """Images per network call and rank; changes nothing but speed and memory."""
+    draw_on: Literal["cpu", "device"] = "cpu"
+    """Where noise is drawn: "cpu" is the same on every machine, "device" is NVIDIA's published stream on CUDA."""
+    precision: Precision = "fp32"
+    """Autocast of the network; fp32 is exact."""
+    channels_last: bool = False
+    """Memory layout of convolutional networks; changes speed and rounding only."""
+    options: object = None
+    """The family's own sampling options (a `Family.sampling`)."""
+
+    def __post_init__(self) -> None:
+        at_least(1, batch=self.batch)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Synth:
+    """The synthetic set S."""
+
+    num_images: int
+    first_seed: int = 0
+    """Image i has seed first_seed + i on any number of GPUs."""
+    labels: Literal["balanced", "drawn"] = "balanced"
+    """balanced: image i has class i mod num_classes. drawn: from the image's own stream, as the family's published
+    script."""
+    store: Literal["images", "codes"] = "images"
+    """images: decoded uint8, encoded again for training (published). codes: what the sampler made, nothing
+    recomputed."""
+    shard_images: int = 1024
+    cfg_scale: float | None = None
+    sampling: Sampling | None = None
+    """[synth.sampling] holds the keys of [sampling] in which S differs, for example num_steps; None: S is drawn as
+    [sampling] says."""
+
+    def __post_init__(self) -> None:
+        at_least(1, num_images=self.num_images, shard_images=self.shard_images)
+        at_least(0, first_seed=self.first_seed)

@@ -1,0 +1,123 @@
+"""The search for w (and cfg_scale): the same noise for every point, a ledger that remembers each, controls always
+there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from neon.evaluation.evaluate import Evaluation, Yardstick, evaluate
+from neon.merge import LiveMerge, random_direction
+from neon.runtime.distributed import World
+from neon.runtime.progress import say
+from neon.sampling.generate import Source
+from neon.search.points import Block, Point, Score
+from neon.store import files, records
+
+
+class Grid:
+    """Evaluates points by moving one resident model. Points already in the ledger cost nothing.
+
+    snapshots: name -> (sha256, function that reads its tensors). protocol: everything besides point and block that
+    a value depends on; together they are the ledger's key.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        model: nn.Module,
+        base: Mapping[str, Tensor],
+        snapshots: Mapping[str, tuple[str, Callable[[], Mapping[str, Tensor]]]],
+        yardsticks: Sequence[Yardstick],
+        folder: Path,
+        protocol: Mapping[str, object],
+        world: World,
+    ):
+        self._source, self._model, self._base, self._snapshots = source, model, base, snapshots
+        self._yardsticks, self._folder, self._protocol, self._world = yardsticks, folder, protocol, world
+        self._ledger = folder / "ledger.jsonl"
+        self._live: tuple[tuple[str, str], LiveMerge] | None = None
+        if world.is_main:
+            folder.mkdir(parents=True, exist_ok=True)
+            records.repair_lines(self._ledger)
+        world.barrier()
+        self._known: dict[str, dict] = world.broadcast({line["key"]: line for line in records.read_lines(self._ledger)})
+
+    def score(self, point: Point, block: Block) -> Score:
+        """What `point` scores on `block`: from the ledger, or computed and entered there."""
+        entry = self._entry(point, block)
+        key = records.key_of(entry)
+        known = self._known.get(key)
+        if known is None:
+            known = self._compute(point, block, key, entry)
+        return Score(point, known["metrics"], known["seconds"], key)
+
+    def shown(self, score: Score) -> Tensor | None:
+        """The first images of a score, uint8 (n, C, H, W), if its block kept any."""
+        path = self._folder / "shown" / f"{score.key[:16]}.npz"
+        if not path.is_file():
+            return None
+        with np.load(path, allow_pickle=False) as data:
+            return torch.from_numpy(data["images"])
+
+    def _entry(self, point: Point, block: Block) -> dict[str, object]:
+        moved = point.w != 0  # w = 0 is the base whatever the snapshot: computed once
+        weights = {
+            "w": point.w,
+            "direction": point.direction if moved else "none",
+            "synth_sha256": self._snapshots[point.snapshot][0] if moved else None,
+        }
+        images = {
+            "labels": block.labels,
+            "first_seed": block.first_seed,
+            "num_images": block.num_images,
+            "num_shown": block.num_shown,
+        }
+        return {"point": {**weights, "cfg_scale": point.cfg_scale}, "block": images, "protocol": dict(self._protocol)}
+
+    def _compute(self, point: Point, block: Block, key: str, entry: Mapping[str, object]) -> dict:
+        self._move_to(point)
+        source = replace(self._source, labels=block.labels, first_seed=block.first_seed, cfg_scale=point.cfg_scale)
+        found = evaluate(
+            source,
+            self._model,
+            block.num_images,
+            self._yardsticks,
+            self._world,
+            num_shown=block.num_shown,
+            partial=self._folder / f"partial-{key[:16]}",
+            desc=point.label(),
+        )
+        line = {"key": key, **entry, "metrics": found.metrics, "seconds": found.seconds}
+        if self._world.is_main:
+            self._keep(found, key)
+            records.append_line(self._ledger, line)
+        self._world.barrier()
+        self._known[key] = line
+        values = ", ".join(f"{name} {value:.4g}" for name, value in found.metrics.items())
+        say(self._world, f"  {point.label():<32} {values}   ({found.seconds['total']:.0f} s)")
+        return line
+
+    def _keep(self, found: Evaluation, key: str) -> None:
+        if found.shown is None:
+            return
+        folder = self._folder / "shown"
+        folder.mkdir(exist_ok=True)
+        with files.replacing(folder / f"{key[:16]}.npz") as stream:
+            np.savez_compressed(stream, images=found.shown.numpy())
+
+    def _move_to(self, point: Point) -> None:
+        wanted = (point.snapshot, point.direction)
+        if self._live is None or self._live[0] != wanted:
+            self._live = None  # free the old difference first
+            synth = self._snapshots[point.snapshot][1]()
+            if point.direction == "random":
+                names = [name for name, _ in self._model.named_parameters()]
+                synth = random_direction(self._base, synth, names, seed=0)
+            self._live = (wanted, LiveMerge(self._model, self._base, synth))
+        self._live[1].set_w(point.w)

@@ -1,0 +1,155 @@
+"""One training loop for `neon train` and the short fine-tune on S.
+
+Data order and every random number of step k are pure functions of (seed, k), made for the whole global batch and sliced
+per rank: the update does not depend on the number of GPUs or accumulation rounds, and a resumed run repeats it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from neon.family import Draws, Trainable
+from neon.runtime.distributed import World
+from neon.runtime.progress import progress
+from neon.seeds import SharedRng, derived_seed
+from neon.store import files, records
+from neon.store.shards import Corpus
+from neon.training.recipe import Training
+from neon.training.schedules import lr_at
+from neon.training.trainer import Trainer
+
+
+def batch_indices(seed: int, step: int, batch: int, num_images: int) -> Tensor:
+    """Indices of the global batch of a step: epochs are seeded permutations, batches run across their borders."""
+    positions = torch.arange(step * batch, (step + 1) * batch)
+    epochs = positions // num_images
+    indices = torch.empty_like(positions)
+    for epoch in epochs.unique().tolist():
+        order = torch.randperm(num_images, generator=torch.Generator().manual_seed(derived_seed(seed, "epoch", epoch)))
+        chosen = epochs == epoch
+        indices[chosen] = order[positions[chosen] % num_images]
+    return indices
+
+
+def step_draws(family: Trainable, recipe: Training, step: int, codes: Tensor, labels: Tensor | None) -> Draws:
+    """Every random number of a step of the global batch, drawn on the CPU."""
+    generator = torch.Generator().manual_seed(derived_seed(recipe.seed, "draws", step))
+    return family.draw(SharedRng(len(codes), generator), codes, labels, recipe.objective)
+
+
+def train_step(trainer: Trainer, corpus: Corpus) -> float:
+    """One update on the global batch of the trainer's next step; returns its mean loss."""
+    recipe, world, device = trainer.recipe, trainer.world, trainer.world.device
+    trainer.model.train()
+    indices = batch_indices(recipe.seed, trainer.step, recipe.batch, len(corpus))
+    codes = corpus.read(indices.tolist())
+    labels = None if corpus.labels is None else corpus.labels[indices]
+    draws = step_draws(trainer.family, recipe, trainer.step, codes, labels)
+    mine = _share(recipe, world, trainer.family.group(recipe.objective))
+    torch.manual_seed(
+        derived_seed(recipe.seed, "dropout", trainer.step, world.rank)
+    )  # dropout masks inside networks only
+    total = torch.zeros((), dtype=torch.float64)
+    for part in mine:
+        part_labels = None if labels is None else labels[part].to(device)
+        part_draws = {name: value[part].to(device) for name, value in draws.items()}
+        total += trainer.backward(codes[part].to(device), part_labels, part_draws, recipe.batch)
+    for parameter in trainer.model.parameters():  # a rank without images still takes part in the sum
+        if parameter.requires_grad and parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    world.sum([total])
+    trainer.update(total.item())
+    return total.item()
+
+
+def _share(recipe: Training, world: World, group: int) -> list[slice]:
+    """This rank's slices of the global batch, at most micro_batch images each, in whole groups."""
+    if recipe.batch % group or (recipe.micro_batch or group) % group:
+        raise ValueError(
+            f"batch and micro_batch must be multiples of {group}, the images whose loss is computed together"
+        )
+    start, stop = (recipe.batch // group * r // world.size * group for r in (world.rank, world.rank + 1))
+    size = recipe.micro_batch or max(stop - start, 1)
+    return [slice(a, min(a + size, stop)) for a in range(start, stop, size)]
+
+
+def train(
+    family: Trainable,
+    model: nn.Module,
+    corpus: Corpus,
+    recipe: Training,
+    folder: Path,
+    identity: Mapping[str, object],
+    write_snapshot: Callable[[Trainer, Path], None],
+    world: World,
+) -> list[Path]:
+    """Train to the recipe's budget; returns the snapshots in the order of their images.
+
+    folder: receives state.pt (exact resume), snapshot-IMAGES.safetensors and log.jsonl.
+    identity: what must not change under a half-done run; a difference is an error that names the key.
+    Raises FloatingPointError at the first non-finite loss.
+    """
+    if len(corpus) < 1:
+        raise ValueError("there is nothing to train on: the set holds no images")
+    folder.mkdir(parents=True, exist_ok=True)
+    model.to(world.device).requires_grad_(True)
+    if recipe.channels_last:
+        model.to(memory_format=torch.channels_last)
+    trainer = Trainer(family, model, recipe, world)
+    saver = records.Saver(folder / "state.pt")
+    if saver.path.is_file():
+        state = torch.load(saver.path, map_location=world.device, weights_only=True)
+        records.check_same(state["identity"], identity, folder)
+        trainer.restore(state)
+    if world.is_main:
+        _truncate_log(folder, trainer.step)
+    world.barrier()
+    bar = progress(total=recipe.images, initial=trainer.images_seen, desc="train", unit="img", world=world)
+    while trainer.images_seen < recipe.images:
+        before = trainer.images_seen
+        loss = train_step(trainer, corpus)
+        bar.update(min(trainer.images_seen, recipe.images) - before)
+        bar.set_postfix(loss=f"{loss:.4g}", refresh=False)
+        is_done = trainer.images_seen >= recipe.images
+        is_due = is_done or (
+            recipe.snapshot_images is not None
+            and before // recipe.snapshot_images != trainer.images_seen // recipe.snapshot_images
+        )
+        if world.is_main:
+            _log(folder, trainer, loss, is_due)
+            if is_due:
+                write_snapshot(trainer, folder / f"snapshot-{trainer.images_seen:012d}.safetensors")
+            if is_due or saver.is_due:
+                saver.save({**trainer.state(), "identity": dict(identity)})
+    bar.close()
+    world.barrier()
+    return snapshots(folder)
+
+
+def snapshots(folder: Path) -> list[Path]:
+    """The snapshots of a training folder, by images seen."""
+    return sorted(folder.glob("snapshot-*.safetensors"))
+
+
+def _truncate_log(folder: Path, step: int) -> None:
+    """Drop the lines of updates that a killed run made after its last saved state: they are made again."""
+    log = folder / "log.jsonl"
+    if log.is_file():
+        lines = [line for line in records.read_lines(log) if line["step"] <= step]
+        files.write_text(log, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def _log(folder: Path, trainer: Trainer, loss: float, is_due: bool) -> None:
+    if is_due or trainer.step % 50 == 0 or trainer.step == 1:
+        line = {
+            "step": trainer.step,
+            "images": trainer.images_seen,
+            "loss": loss,
+            "lr": lr_at(trainer.recipe, trainer.images_seen - trainer.recipe.batch),
+        }
+        records.append_line(folder / "log.jsonl", line)

@@ -1,0 +1,123 @@
+"""Model, optimiser and moving average of a training run: one update, and the state that resume needs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from neon.family import Draws, Trainable
+from neon.runtime.distributed import World
+from neon.runtime.precision import arithmetic
+from neon.training.recipe import Training
+from neon.training.schedules import ema_beta, lr_at
+
+
+@dataclass
+class Trainer:
+    """Model, optimiser and moving average of a run. One `backward` per accumulation round, then one `update`."""
+
+    family: Trainable
+    model: nn.Module
+    recipe: Training
+    world: World
+    images_seen: int = 0
+    step: int = 0
+    ema: dict[str, Tensor] | None = None
+    last_grad_norm: float = field(default=math.nan, init=False)
+
+    def __post_init__(self) -> None:
+        decay: list[nn.Parameter] = []
+        constant: list[nn.Parameter] = []
+        for name, parameter in self.model.named_parameters():
+            (decay if self.family.decays(name, parameter) else constant).append(parameter)
+        groups = [
+            {"params": constant, "weight_decay": 0.0},
+            {"params": decay, "weight_decay": self.recipe.weight_decay},
+        ]
+        kind = torch.optim.AdamW if self.recipe.optimizer == "adamw" else torch.optim.Adam
+        self.optimizer = kind(
+            [g for g in groups if g["params"]], lr=self.recipe.lr, betas=self.recipe.betas, eps=self.recipe.eps
+        )
+        self.scaler = torch.amp.GradScaler(self.world.device.type, enabled=self.recipe.precision == "fp16")
+        if self.recipe.has_ema and self.ema is None:
+            self.ema = {name: parameter.detach().clone() for name, parameter in self.model.named_parameters()}
+
+    def backward(self, codes: Tensor, labels: Tensor | None, draws: Draws, global_batch: int) -> float:
+        """Add the gradient of sum(loss) / global_batch over these images; returns that part of the loss."""
+        device, precision = self.world.device, self.recipe.precision
+        with arithmetic(device, precision):
+            losses = self.family.loss(self.model, codes, labels, draws, self.recipe.objective)
+            with torch.autocast(device.type, enabled=False):  # gradients have the dtypes of the forward pass
+                loss = losses.sum() / global_batch
+                self.scaler.scale(loss * self.recipe.loss_scale).backward()
+        return loss.item()
+
+    def update(self, loss: float) -> None:
+        """Sum the gradients over ranks, clean or clip them, set the rate, step, average. Raises at a non-finite
+        loss."""
+        lr = lr_at(self.recipe, self.images_seen)
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        self.world.sum(gradients)
+        self.scaler.unscale_(self.optimizer)
+        self._finish_gradients(gradients, loss, lr)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._average()
+        self.step += 1
+        self.images_seen += self.recipe.batch
+
+    def _finish_gradients(self, gradients: list[Tensor], loss: float, lr: float) -> None:
+        recipe = self.recipe
+        if recipe.clean_gradients:
+            for gradient in gradients:
+                torch.nan_to_num(gradient, nan=0.0, posinf=1e5, neginf=-1e5, out=gradient)
+        if recipe.max_grad_norm is not None:
+            self.last_grad_norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), recipe.max_grad_norm))
+        if not math.isfinite(loss):
+            norm = torch.stack([g.double().norm() for g in gradients]).norm().item() if gradients else math.nan
+            raise FloatingPointError(
+                f"the loss is {loss} at step {self.step} ({self.images_seen} images seen; lr {lr:.3g}, gradient norm "
+                f"{norm:.3g}). "
+                "Nothing after the last snapshot is used; lower lr, set max_grad_norm, or use precision = 'fp32' "
+                "or 'bf16'"
+            )
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        if self.ema is None:
+            return
+        beta = ema_beta(self.recipe, self.images_seen, self.step)
+        parameters = dict(self.model.named_parameters())
+        torch._foreach_lerp_(list(self.ema.values()), [parameters[name].detach() for name in self.ema], 1 - beta)
+
+    def weights(self) -> dict[str, Tensor]:
+        """The state dict that is published: the moving average where there is one, buffers from the model."""
+        state = self.model.state_dict()
+        return state if self.ema is None else {name: self.ema.get(name, value) for name, value in state.items()}
+
+    def state(self) -> dict[str, object]:
+        """Exactly what resume needs."""
+        return {
+            "model": self.model.state_dict(),
+            "ema": self.ema,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "images_seen": self.images_seen,
+            "step": self.step,
+        }
+
+    def restore(self, state: Mapping[str, object]) -> None:
+        self.model.load_state_dict(state["model"])  # type: ignore[arg-type]
+        self.optimizer.load_state_dict(state["optimizer"])  # type: ignore[arg-type]
+        self.scaler.load_state_dict(state["scaler"])  # type: ignore[arg-type]
+        self.images_seen, self.step = int(state["images_seen"]), int(state["step"])  # type: ignore[call-overload]
+        if self.ema is not None:
+            for name, value in state["ema"].items():  # type: ignore[attr-defined]
+                self.ema[name].copy_(value)
