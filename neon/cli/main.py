@@ -11,8 +11,9 @@ import click
 
 from neon import __version__
 from neon.binding import to_plain
-from neon.cli.main import fid, files
+from neon.cli import fid, files
 from neon.cli.options import gathered
+from neon.pipeline.evaluate_base import evaluate_base
 from neon.pipeline.experiment import Experiment, load
 from neon.pipeline.run import Run
 from neon.pipeline.train_autoencoder import train_autoencoder
@@ -168,7 +169,7 @@ def evaluate(on: OnConfig, checkpoint: Path | None, weights: str | None, repeats
         replaced.append(f"base.checkpoint={json.dumps(str(checkpoint))}")
     if weights is not None:
         replaced.append(f"base.weights={json.dumps(weights)}")
-    replace(on, overrides=tuple(replaced)).do(lambda e, folder, ranks: Run(e, folder, ranks).evaluate_base(repeats))
+    replace(on, overrides=tuple(replaced)).do(lambda e, folder, ranks: evaluate_base(Run(e, folder, ranks), repeats))
 
 
 @main.command()

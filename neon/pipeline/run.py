@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 
 import neon
-from fid.features import open_extractor
 from fid.metrics import frechet_kind, metric_name
-from fid.reference import read_reference
 from neon import merge
 from neon.binding import to_plain
 from neon.checkpoints import checkpoint
-from neon.evaluation.evaluate import Yardstick, evaluate, spread, why_not_comparable
+from neon.evaluation.evaluate import Yardstick, why_not_comparable
 from neon.evaluation.options import Report
+from neon.evaluation.yardsticks import open_yardsticks
 from neon.pipeline import page
 from neon.pipeline.experiment import Base, Experiment
 from neon.runtime.distributed import World
@@ -91,7 +90,7 @@ class Run:
     def synth(self) -> Shards:
         """Stage 1: S."""
         config = self.config.need("synth", Synth)
-        self._check_guidance("synth", config.cfg_scale)
+        self.check_guidance("synth", config.cfg_scale)
         say(self.world, f"synth: {config.num_images} images by the base model")
         sampling = config.sampling or self.sampling
         identity = {**self.identity, "sampling": to_plain(sampling)}
@@ -148,20 +147,7 @@ class Run:
 
     @cached_property
     def yardsticks(self) -> list[Yardstick]:
-        config = self.config.need("report", Report)
-        found = []
-        for name, reference in config.extractors.items():
-            weights = (
-                Path(config.inception) if config.inception is not None and name == "inception-2015-12-05" else None
-            )
-            extractor = open_extractor(name, path=weights, device=self.world.device)
-            statistics = read_reference(Path(reference))
-            if len(statistics.mean) != extractor.dim:
-                raise ValueError(f"{reference}: holds {len(statistics.mean)} features, {name} gives {extractor.dim}")
-            if statistics.extractor not in (None, name):
-                raise ValueError(f"{reference}: made with {statistics.extractor}, the config compares {name} with it")
-            found.append(Yardstick(extractor=extractor, reference=statistics))
-        return found
+        return open_yardsticks(self.config.need("report", Report), self.world.device)
 
     @cached_property
     def grid(self) -> Grid:
@@ -205,7 +191,7 @@ class Run:
         names = [path.stem.removeprefix("snapshot-") for path in snapshots(self.folder / "finetune")]
         chosen = names if config.snapshots == "all" else names[-1:]
         block = Block(labels=config.labels, first_seed=config.first_seed, num_images=config.num_images)
-        metric = self._metric(config.num_images, config.metric)
+        metric = self.metric(config.num_images, config.metric)
         say(self.world, f"select: {metric} on seeds {config.first_seed} .. {config.first_seed + config.num_images - 1}")
         scores = [self.grid.score(point, block) for point in points_to_try(chosen, config.w, config.cfg_scale)]
         winner = best([s for s in scores if s.point.w >= 0], metric)
@@ -217,7 +203,7 @@ class Run:
         """A random direction at the chosen point's step; at w = 0 there is no step, so at w = 1."""
         return Point(w=point.w or 1.0, snapshot=point.snapshot, cfg_scale=point.cfg_scale, direction="random")
 
-    def _metric(self, num_images: int, extractor: str | None) -> str:
+    def metric(self, num_images: int, extractor: str | None) -> str:
         yardstick = next((y for y in self.yardsticks if y.extractor.name == extractor), self.yardsticks[0])
         return metric_name(frechet_kind(yardstick.extractor), num_images, yardstick.extractor.name)
 
@@ -230,7 +216,7 @@ class Run:
             num_images=config.num_images,
             num_shown=min(config.num_shown, config.num_images),
         )
-        metric = self._metric(select.num_images, select.metric)
+        metric = self.metric(select.num_images, select.metric)
         cfg_scale = winner.point.cfg_scale if config.cfg_scale == "selected" else config.cfg_scale
         base_cfg = (
             best([s for s in scores if s.point.w == 0], metric).point.cfg_scale
@@ -282,8 +268,8 @@ class Run:
         """One JSON object with the numbers, the protocol and the reasons why a number is or is not comparable."""
         config, select = self.config.need("report", Report), self.config.need("select", Select)
         metric, select_metric = (
-            self._metric(config.num_images, select.metric),
-            self._metric(select.num_images, select.metric),
+            self.metric(config.num_images, select.metric),
+            self.metric(select.num_images, select.metric),
         )
         yardstick = next(y for y in self.yardsticks if metric.endswith(f"[{y.extractor.name}]"))
         reason = why_not_comparable(yardstick, config.num_images)
@@ -334,35 +320,6 @@ class Run:
             self.folder / "finetune" / f"snapshot-{point.snapshot}.safetensors", weights="any"
         ).tensors
 
-    def evaluate_base(self, repeats: int) -> dict[str, object]:
-        """`neon eval`: the model named by [base] under the [report] protocol, on `repeats` disjoint blocks of seeds."""
-        config = self.config.need("report", Report)
-        if config.cfg_scale == "selected":
-            raise ValueError(
-                "report.cfg_scale = 'selected' means nothing without a search; give a number with --set "
-                "report.cfg_scale=..."
-            )
-        self._check_guidance("report", config.cfg_scale)
-        metric = self._metric(config.num_images, None)
-        runs = []
-        for repeat in range(repeats):
-            first_seed = config.first_seed + repeat * config.num_images
-            partial = self.folder / f"partial-eval-{records.key_of([self.identity, to_plain(config), first_seed])[:16]}"
-            source = self.source(config.labels, first_seed, config.cfg_scale)
-            runs.append(evaluate(source, self.model, config.num_images, self.yardsticks, self.world, partial=partial))
-        reason = why_not_comparable(self.yardsticks[0], config.num_images)
-        return {
-            "metric": metric,
-            "value": min(run.metrics[metric] for run in runs),
-            "comparable": reason is None,
-            "reason": reason,
-            "metrics": [run.metrics for run in runs],
-            "repeats": spread([run.metrics[metric] for run in runs]),
-            "seconds": [run.seconds for run in runs],
-            "checkpoint": {"path": str(self.base.path), "weights": self.base.weights, "sha256": self.base.sha256},
-            "config": to_plain(self.config),
-        }
-
-    def _check_guidance(self, section: str, cfg_scale: float | None) -> None:
+    def check_guidance(self, section: str, cfg_scale: float | None) -> None:
         if self.family.is_guided and cfg_scale is None:
             raise ValueError(f"{section}.cfg_scale: this family is guided, name the scale (there is no hidden default)")

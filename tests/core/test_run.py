@@ -14,6 +14,7 @@ import torch
 
 from neon.checkpoints import checkpoint
 from neon.images.formats import open_images
+from neon.pipeline.evaluate_base import evaluate_base
 from neon.pipeline.experiment import load
 from neon.pipeline.run import Run
 from neon.runtime.distributed import World
@@ -62,19 +63,19 @@ def test_w_0_is_the_base_and_its_own_evaluation(line_config, tmp_path):
     """`neon eval` of the base file gives, bit for bit, what the grid's w = 0 row says."""
     result = run(line_config, tmp_path / "run")
     cfg = result["rows"]["base"]["cfg_scale"]
-    alone = Run(load(line_config, [f"report.cfg_scale={cfg}"]), tmp_path / "eval", World()).evaluate_base(1)
+    alone = evaluate_base(Run(load(line_config, [f"report.cfg_scale={cfg}"]), tmp_path / "eval", World()), 1)
     assert alone["value"] == result["base_value"]
     merged = load(
         line_config, [f"base.checkpoint={tmp_path / 'run/neon.safetensors'}", f"report.cfg_scale={result['cfg_scale']}"]
     )
-    assert Run(merged, tmp_path / "eval2", World()).evaluate_base(1)["value"] == result["value"]
+    assert evaluate_base(Run(merged, tmp_path / "eval2", World()), 1)["value"] == result["value"]
 
 
 def test_eval_repeats_are_disjoint_blocks(line_config, tmp_path):
     config = load(line_config, ["report.cfg_scale=1.0"])
-    several = Run(config, tmp_path / "a", World()).evaluate_base(2)["repeats"]["values"]
+    several = evaluate_base(Run(config, tmp_path / "a", World()), 2)["repeats"]["values"]
     shifted = load(line_config, ["report.cfg_scale=1.0", "report.first_seed=2040"])
-    assert several[1] == Run(shifted, tmp_path / "b", World()).evaluate_base(1)["value"]
+    assert several[1] == evaluate_base(Run(shifted, tmp_path / "b", World()), 1)["value"]
     assert several[0] != several[1]
 
 
@@ -87,11 +88,11 @@ def test_eval_of_another_file_by_the_command(line_config, tmp_path):
     named = ("--checkpoint", tmp_path / "other.safetensors", "--weights", "raw", "--repeats", 2)
     found = started("-m", "neon", "eval", line_config, *named, *options)
     settings = ["report.cfg_scale=1.0", f"base.checkpoint={tmp_path / 'other.safetensors'}", "base.weights=raw"]
-    expected = Run(load(line_config, settings), tmp_path / "by-hand", World()).evaluate_base(2)
+    expected = evaluate_base(Run(load(line_config, settings), tmp_path / "by-hand", World()), 2)
     assert found["repeats"]["values"] == expected["repeats"]["values"]
     assert (
         found["value"]
-        != Run(load(line_config, ["report.cfg_scale=1.0"]), tmp_path / "base", World()).evaluate_base(1)["value"]
+        != evaluate_base(Run(load(line_config, ["report.cfg_scale=1.0"]), tmp_path / "base", World()), 1)["value"]
     )
 
 

@@ -64,7 +64,7 @@ def test_reproduction_script(row, tmp_path):
         ["bash", str(ROOT / "scripts" / "reproduce" / f"{row}.sh"), "2"], env=environment, check=True, cwd=tmp_path
     )
     calls = log.read_text().splitlines()
-    fetched = [call for call in calls if "neon.published.fetch" in call]
+    fetched = [call for call in calls if "neon.cli.download" in call]
     published, base, run = [call for call in calls if call.startswith("torchrun")]
     experiment = load(ROOT / "configs" / f"{row}.toml")
     assert Path(experiment.base.checkpoint).name in fetched[0]
