@@ -24,6 +24,7 @@ SPLIT = {
     "classifier": range(10_000, 35_000),  # training set of the feature network `fashion-cnn`
     "reference": range(35_000, 45_000),  # what generated images are compared with
     "classifier_test": range(45_000, 55_000),
+    "more": range(55_000, 70_000),  # with base and classifier: the training set of configs/small
 }
 
 

@@ -143,7 +143,8 @@ class VAR(Family):
             features = tokeniser.quantize.teacher_input(indices)
         no_class = torch.full((len(codes),), model.num_classes, device=codes.device)
         labels = no_class if labels is None else torch.where(draws["label_dropped"], no_class, labels)
-        kept = draw_paths(model, draws["path_seed"]) if model.training else None
+        drops_paths = model.training and any(block.drop_path for block in model.stack)
+        kept = draw_paths(model, draws["path_seed"]) if drops_paths else None
         logits = model(labels, features, kept)
         return token_loss(logits, torch.cat(indices, dim=1), label_smoothing=how.label_smoothing)
 

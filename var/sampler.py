@@ -29,6 +29,8 @@ class Sampling:
     """Keep the k likeliest tokens (0: all)."""
     top_p: float = 0.95
     """Then keep the likeliest of those with this much probability (0: all)."""
+    temperature: float = 1.0
+    """Divides the guided logits before top_k and top_p. Above 1 the sampler seeks diversity, where the theory has w* < 0."""
     more_smooth: bool = False
     """Average codes by Gumbel-softmax weights instead of drawing one: prettier pictures, no tokens, not for numbers."""
 
@@ -37,6 +39,8 @@ class Sampling:
             raise ValueError(f"cfg_scale must be >= 0 (0 = no guidance), got {self.cfg_scale}")
         if self.top_k < 0:
             raise ValueError(f"top_k must be >= 0 (0 = off), got {self.top_k}")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature must be > 0, got {self.temperature}")
         if not 0 <= self.top_p <= 1:
             raise ValueError(f"top_p must be in [0, 1] (0 = off), got {self.top_p}")
 
@@ -45,7 +49,7 @@ class Sampling:
 class Scale:
     """What the sampler knows after one scale."""
 
-    logits: Tensor  # (B, L, V) float32, guided, before top-k and top-p
+    logits: Tensor  # (B, L, V) float32, guided and tempered, before top-k and top-p
     indices: Tensor  # (B, L) int64
     codes: Tensor  # (B, L, Z)
     f_hat: Tensor  # (B, Z, S, S) with this scale's contribution
@@ -70,6 +74,8 @@ def sample_scales(
         logits = model.logits(tokens, conditioning, memories)
         if how.cfg_scale:
             logits = guide(logits, how.cfg_scale * ratio)
+        if how.temperature != 1:
+            logits = logits / how.temperature
         likely = keep_likely(logits, top_k=how.top_k, top_p=how.top_p)
         indices = rng.categorical(likely.softmax(-1))
         with torch.autocast(labels.device.type, enabled=False):

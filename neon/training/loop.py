@@ -8,48 +8,32 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from neon.family import Draws, Trainable
+from neon.family import Trainable
 from neon.runtime.distributed import World
 from neon.runtime.progress import progress
-from neon.seeds import SharedRng, derived_seed
+from neon.seeds import derived_seed
 from neon.store import files, records
 from neon.store.shards import Corpus
 from neon.training.recipe import Training
 from neon.training.schedules import lr_at
+from neon.training.step_data import OneStepAhead, StepData, step_data
 from neon.training.trainer import Trainer
 
 
-def batch_indices(seed: int, step: int, batch: int, num_images: int) -> Tensor:
-    """Indices of the global batch of a step: epochs are seeded permutations, batches run across their borders."""
-    positions = torch.arange(step * batch, (step + 1) * batch)
-    epochs = positions // num_images
-    indices = torch.empty_like(positions)
-    for epoch in epochs.unique().tolist():
-        order = torch.randperm(num_images, generator=torch.Generator().manual_seed(derived_seed(seed, "epoch", epoch)))
-        chosen = epochs == epoch
-        indices[chosen] = order[positions[chosen] % num_images]
-    return indices
-
-
-def step_draws(family: Trainable, recipe: Training, step: int, codes: Tensor, labels: Tensor | None) -> Draws:
-    """Every random number of a step of the global batch, drawn on the CPU."""
-    generator = torch.Generator().manual_seed(derived_seed(recipe.seed, "draws", step))
-    return family.draw(SharedRng(len(codes), generator), codes, labels, recipe.objective)
-
-
-def train_step(trainer: Trainer, corpus: Corpus) -> float:
-    """One update on the global batch of the trainer's next step; returns its mean loss."""
+def train_step(trainer: Trainer, corpus: Corpus, data: StepData | None = None) -> float:
+    """One update on the global batch of the trainer's next step (data: where it is at hand already); returns its mean
+    loss."""
     recipe, world, device = trainer.recipe, trainer.world, trainer.world.device
     trainer.model.train()
-    indices = batch_indices(recipe.seed, trainer.step, recipe.batch, len(corpus))
-    codes = corpus.read(indices.tolist())
-    labels = None if corpus.labels is None else corpus.labels[indices]
-    draws = step_draws(trainer.family, recipe, trainer.step, codes, labels)
+    if data is None:
+        data = step_data(trainer.family, recipe, trainer.step, corpus)
+    codes, labels, draws = data.codes, data.labels, data.draws
     mine = _share(recipe, world, trainer.family.group(recipe.objective))
     torch.manual_seed(
         derived_seed(recipe.seed, "dropout", trainer.step, world.rank)
@@ -110,22 +94,23 @@ def train(
         _truncate_log(folder, trainer.step)
     world.barrier()
     bar = progress(total=recipe.images, initial=trainer.images_seen, desc="train", unit="img", world=world)
-    while trainer.images_seen < recipe.images:
-        before = trainer.images_seen
-        loss = train_step(trainer, corpus)
-        bar.update(min(trainer.images_seen, recipe.images) - before)
-        bar.set_postfix(loss=f"{loss:.4g}", refresh=False)
-        is_done = trainer.images_seen >= recipe.images
-        is_due = is_done or (
-            recipe.snapshot_images is not None
-            and before // recipe.snapshot_images != trainer.images_seen // recipe.snapshot_images
-        )
-        if world.is_main:
-            _log(folder, trainer, loss, is_due)
-            if is_due:
-                write_snapshot(trainer, folder / f"snapshot-{trainer.images_seen:012d}.safetensors")
-            if is_due or saver.is_due:
-                saver.save({**trainer.state(), "identity": dict(identity)})
+    with closing(OneStepAhead(family, recipe, corpus)) as ahead:
+        while trainer.images_seen < recipe.images:
+            before = trainer.images_seen
+            loss = train_step(trainer, corpus, ahead.take(trainer.step))
+            bar.update(min(trainer.images_seen, recipe.images) - before)
+            bar.set_postfix(loss=f"{loss:.4g}", refresh=False)
+            is_done = trainer.images_seen >= recipe.images
+            is_due = is_done or (
+                recipe.snapshot_images is not None
+                and before // recipe.snapshot_images != trainer.images_seen // recipe.snapshot_images
+            )
+            if world.is_main:
+                _log(folder, trainer, loss, is_due)
+                if is_due:
+                    write_snapshot(trainer, folder / f"snapshot-{trainer.images_seen:012d}.safetensors")
+                if is_due or saver.is_due:
+                    saver.save({**trainer.state(), "identity": dict(identity)})
     bar.close()
     world.barrier()
     return snapshots(folder)
