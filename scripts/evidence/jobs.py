@@ -22,7 +22,9 @@ class Job:
     """Share of the training time that the autoencoder gets."""
     autoencoder_overrides: tuple[str, ...] = ()
     overrides: tuple[str, ...] = ()
-    """Of [train] and [finetune]."""
+    """Of the family's config, for training and measuring."""
+    is_repeat: bool = False
+    """Only what must be repeated is measured."""
 
     @property
     def config(self) -> Path:
@@ -34,12 +36,13 @@ JOBS = {
     for job in (
         Job(name="edm", family="edm"),
         Job(name="flow", family="flow"),
-        Job(name="var", family="var", autoencoder="var_tokeniser", autoencoder_share=0.3),
+        Job(name="var", family="var", autoencoder="var_tokeniser", autoencoder_share=0.28),
         Job(name="xar", family="xar", autoencoder="xar_vae", autoencoder_share=0.2),
         Job(name="imm", family="imm"),
         Job(
             name="edm-again",
             family="edm",
+            is_repeat=True,
             overrides=(
                 "train.seed=1",
                 "finetune.seed=11",
@@ -59,6 +62,7 @@ JOBS = {
     )
 }
 FAMILIES = ("edm", "flow", "var", "xar", "imm")
+"""The first job of each; the others are a repeat with everything seeded anew, and settings of which the better is kept."""
 
 
 def model_path(folder: Path, job: Job) -> Path:

@@ -59,6 +59,8 @@ SAMPLERS: dict[str, dict[str, tuple[str, ...]]] = {
     "imm": {f"{n} steps": (f"sampling.num_steps={n}",) for n in (2, 4, 8)},
 }
 """The samplers of each family; every one is scored with the base, those of AXIS with S, fine-tune and w of their own."""
+BEST_SAMPLER = ("xar", "imm")
+"""Families that are measured with the sampler in which their base is best; the others with their config's."""
 AXIS = {"edm": ("8 steps", "40 steps"), "var": ("top_p 0.8", "full distribution", "temperature 1.15")}
 
 
@@ -120,15 +122,23 @@ class Measurement:
         self.job, self.models, self.folder, self.ranks, self.deadline, self.extra = job, models, folder, ranks, deadline, tuple(extra)
         self.path = out / f"{job.name}.json"
         out.mkdir(parents=True, exist_ok=True)
-        self.found: dict[str, object] = {"job": job.name, "not_measured": []}
+        self.found: dict[str, object] = {}
         self.seconds: dict[str, float] = {}
+        self.sampler: tuple[str, ...] = ()
+        sha256 = self.run("base").identity["base_sha256"]
+        if self.path.is_file() and (known := records.read_json(self.path)).get("base_sha256") == sha256:
+            self.found, self.seconds = known, known["seconds"]
+        self.found |= {"job": job.name, "base_sha256": sha256, "not_measured": []}
 
     def run(self, name: str, *overrides: str, images: Corpus | None = None) -> Measured:
-        config = load(self.job.config, [*base_overrides(self.models, self.job), *self.extra, *overrides])
+        config = load(self.job.config, [*base_overrides(self.models, self.job), *self.sampler, *self.extra, *overrides])
         return Measured(config, self.folder / self.job.name / name, self.ranks, images=images)
 
     def measure(self, name: str, work: Callable[[], object]) -> None:
-        """One measurement; a failure is written down and does not stop the others."""
+        """One measurement, unless an earlier run made it; a failure is written down and does not stop the others."""
+        known = self.found.get(name)
+        if known is not None and not (isinstance(known, dict) and "error" in known):
+            return
         if time.time() > self.deadline:
             self.found["not_measured"].append(name)  # type: ignore[attr-defined]
             return self.write()
@@ -248,11 +258,14 @@ class Measurement:
     def everything(self) -> None:
         family = self.job.family
         self.measure("base", self.base)
+        if family in BEST_SAMPLER:
+            self.sampler = SAMPLERS[family][self.found["base"]["best"]["sampler"]]  # type: ignore[index]
+        self.found["sampler"] = list(self.sampler)
         self.measure("main", self.main_run)
         self.measure("recognised", self.recognised)
         for seed in (1, 2):
             self.measure(f"seed{seed}", lambda seed=seed: self.other_seed(seed))
-        if self.job.name != family:
+        if self.job.is_repeat:
             return
         self.measure("real_data", self.real_data)
         self.measure("synth_1000", lambda: self.other_seed(0, 1_000))

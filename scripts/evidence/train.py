@@ -26,7 +26,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from neon import checkpoint  # noqa: E402
+from neon import checkpoint, files  # noqa: E402
 from neon.config import Autoencoder, Training, load  # noqa: E402
 from scripts.evidence.jobs import CONFIGS, FAMILIES, JOBS, Job, autoencoder_path, model_path, neon  # noqa: E402
 
@@ -112,15 +112,23 @@ def speed(stage: Stage, out: Path, log: Path, deadline: float, environment: dict
     return (n1 - n0) / (t1 - t0), marks[0][0] - begun
 
 
+def forget(log: Path) -> None:
+    """Drop what the measured training left beside its log, so that the planned one begins anew."""
+    for pattern in (log.name, "state.pt", "snapshot-*.safetensors"):
+        for file in log.parent.glob(pattern):
+            file.unlink()
+
+
 def run_stage(stage: Stage, folder: Path, seconds: float, environment: dict[str, str]) -> Path:
     """Measure, plan, train; returns the last snapshot (EMA where there is one)."""
     deadline = time.time() + seconds
     name = stage.verb
     log = folder / "logs" / f"{stage.job.name}.log"
-    rate, start_s = speed(stage, folder / "speed" / stage.job.name / name, log, deadline, environment)
-    left = deadline - time.time() - start_s
-    images = max(int(rate * left * MARGIN) // stage.recipe.batch, 1) * stage.recipe.batch
     out = folder / "runs" / stage.job.name
+    rate, start_s = speed(stage, out, log, deadline, environment)
+    forget(out / stage.log)
+    left = deadline - time.time() - min(start_s, 12.0)  # what was encoded before the first step is kept
+    images = max(int(rate * left * MARGIN) // stage.recipe.batch, 1) * stage.recipe.batch
     begun = time.time()
     print(f"[{stage.job.name}] {name}: {rate:,.0f} images/s, so {images:,} images in {left:.0f} s", flush=True)
     slack = seconds / 2 if stage.verb == "train-autoencoder" else 15.0  # without its last lines an autoencoder is of no use
@@ -174,27 +182,15 @@ def train_job(job: Job, folder: Path, deadline: float, environment: dict[str, st
 
 
 def pack(folder: Path, out: Path, report: dict[str, object]) -> None:
-    """OUT/train.tar.gz: models, logs, the report; OUT/train.json: the report alone."""
+    """OUT/train.json: the report; OUT/train-main.tar.gz and train-others.tar.gz: the models and logs of the families and of the rest."""
     out.mkdir(parents=True, exist_ok=True)
-    (folder / "train.json").write_text(json.dumps(report, indent=1) + "\n")
     (out / "train.json").write_text(json.dumps(report, indent=1) + "\n")
-    temporary = folder / "train.tar.gz"
-    with tarfile.open(temporary, "w:gz") as archive:
-        for pattern in (
-            "*/model.safetensors",
-            "*/autoencoder.safetensors",
-            "logs/*.log",
-            "runs/*/log.jsonl",
-            "runs/*/autoencoder/log.jsonl",
-        ):
-            for file in sorted(folder.glob(pattern)):
-                archive.add(file, file.relative_to(folder))
-        archive.add(folder / "train.json", "train.json")
-    temporary.replace(out / temporary.name) if os.stat(folder).st_dev == os.stat(out).st_dev else _copy(temporary, out / temporary.name)
-
-
-def _copy(source: Path, target: Path) -> None:
-    target.write_bytes(source.read_bytes())
+    for name, jobs in (("main", FAMILIES), ("others", tuple(set(JOBS) - set(FAMILIES)))):
+        with files.replacing(out / f"train-{name}.tar.gz") as stream, tarfile.open(fileobj=stream, mode="w:gz") as archive:
+            for job in jobs:
+                patterns = (f"{job}/*.safetensors", f"logs/{job}.log", f"runs/{job}/log.jsonl", f"runs/{job}/autoencoder/log.jsonl")
+                for file in sorted(file for pattern in patterns for file in folder.glob(pattern)):
+                    archive.add(file, file.relative_to(folder))
 
 
 @click.command(help=__doc__)
