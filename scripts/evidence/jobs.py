@@ -1,4 +1,4 @@
-"""What the small experiments train: one job per base model, with the two that other settings may turn out better for."""
+"""What the small experiments train: one job per base model, and other settings for two of them."""
 
 from __future__ import annotations
 
@@ -62,7 +62,8 @@ JOBS = {
     )
 }
 FAMILIES = ("edm", "flow", "var", "xar", "imm")
-"""The first job of each; the others are a repeat with everything seeded anew, and settings of which the better is kept."""
+"""The first job of each; the others are a repeat with everything seeded anew, and settings of which the better is
+kept."""
 
 
 def model_path(folder: Path, job: Job) -> Path:

@@ -1,10 +1,10 @@
 """Measure what Neon does for one trained base model of configs/small, with controls, and write it all as one JSON file.
 
     python scripts/evidence/measure.py edm --folder runs/small --out results/small
-    python scripts/evidence/measure.py edm --base-only ...      # the base alone: samplers, classes recognised, a picture
+    python scripts/evidence/measure.py edm --base-only ...      # the base: samplers, classes recognised, a picture
 
-The same code on GPU and CPU. What is most important comes first; after every measurement the file is written, and when --seconds are
-over the rest is listed as not measured. A killed measurement goes on where it stopped.
+The same code on GPU and CPU. What is most important comes first; after every measurement the file is written, and when
+--seconds are over the rest is listed as not measured. A killed measurement goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -28,16 +28,18 @@ sys.path.insert(0, str(ROOT))
 
 from fid.frechet import frechet_distance  # noqa: E402
 from fid.moments import Moments  # noqa: E402
-from neon import checkpoint, files, merge, records, shards  # noqa: E402
-from neon.config import Synth, load  # noqa: E402
-from neon.data import open_images  # noqa: E402
-from neon.distributed import World, world  # noqa: E402
-from neon.evaluate import Yardstick, evaluate  # noqa: E402
-from neon.generate import generate, to_images  # noqa: E402
-from neon.grid import Block, Point, Score, best, parabola_minimum  # noqa: E402
-from neon.report import tile  # noqa: E402
-from neon.run import Run  # noqa: E402
-from neon.synthesize import claim_folder  # noqa: E402
+from neon import merge  # noqa: E402
+from neon.checkpoints import checkpoint  # noqa: E402
+from neon.evaluation.evaluate import Yardstick, evaluate  # noqa: E402
+from neon.images.formats import open_images  # noqa: E402
+from neon.pipeline.experiment import load  # noqa: E402
+from neon.pipeline.figures import tile  # noqa: E402
+from neon.pipeline.run import Run  # noqa: E402
+from neon.runtime.distributed import World, world  # noqa: E402
+from neon.sampling.generate import generate, to_images  # noqa: E402
+from neon.sampling.options import Synth  # noqa: E402
+from neon.search.points import Block, Point, Score, best, parabola_minimum  # noqa: E402
+from neon.store import files, records, shards  # noqa: E402
 from scripts.evidence.jobs import JOBS, Job, base_overrides  # noqa: E402
 
 K = 5
@@ -58,14 +60,14 @@ SAMPLERS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "imm": {f"{n} steps": (f"sampling.num_steps={n}",) for n in (2, 4, 8)},
 }
-"""The samplers of each family; every one is scored with the base, those of AXIS with S, fine-tune and w of their own."""
+"""The samplers of each family; each is scored with the base, those of AXIS with S, fine-tune and w of their own."""
 BEST_SAMPLER = ("xar", "imm")
 """Families that are measured with the sampler in which their base is best; the others with their config's."""
 AXIS = {"edm": ("8 steps", "40 steps"), "var": ("top_p 0.8", "full distribution", "temperature 1.15")}
 
 
 class Measured(Run):
-    """A run whose first extractor also gives precision and recall, and whose S may be other images than the model's own."""
+    """A run whose first extractor also gives precision and recall, and whose S may be other images than its own."""
 
     def __init__(self, *arguments: object, images: Corpus | None = None):
         super().__init__(*arguments)  # type: ignore[arg-type]
@@ -85,7 +87,7 @@ class Measured(Run):
             return super().synth()
         images, config = self._images, self.config.need("synth", Synth)
         folder = self.folder / "synth"
-        claim_folder(folder, images.manifest, self.world)
+        records.claim_folder(folder, images.manifest, self.world)
         ranges = shards.shard_ranges(config.num_images, config.shard_images)
         for i, indices in enumerate(ranges):
             if not shards.is_complete(shards.shard_path(folder, i), indices):
@@ -118,8 +120,17 @@ class Corpus:
 class Measurement:
     """Everything about one job, written to OUT/JOB.json as it comes."""
 
-    def __init__(self, job: Job, models: Path, folder: Path, out: Path, ranks: World, deadline: float, extra: Sequence[str]):
-        self.job, self.models, self.folder, self.ranks, self.deadline, self.extra = job, models, folder, ranks, deadline, tuple(extra)
+    def __init__(
+        self, job: Job, models: Path, folder: Path, out: Path, ranks: World, deadline: float, extra: Sequence[str]
+    ):
+        self.job, self.models, self.folder, self.ranks, self.deadline, self.extra = (
+            job,
+            models,
+            folder,
+            ranks,
+            deadline,
+            tuple(extra),
+        )
         self.path = out / f"{job.name}.json"
         out.mkdir(parents=True, exist_ok=True)
         self.found: dict[str, object] = {}
@@ -153,14 +164,22 @@ class Measurement:
         self.write()
 
     def write(self) -> None:
-        device = torch.cuda.get_device_name() if self.ranks.device.type == "cuda" else platform.processor() or platform.machine()
-        about = {"device": device, "versions": {"torch": torch.__version__, "python": platform.python_version()}, "seconds": self.seconds}
+        device = (
+            torch.cuda.get_device_name()
+            if self.ranks.device.type == "cuda"
+            else platform.processor() or platform.machine()
+        )
+        about = {
+            "device": device,
+            "versions": {"torch": torch.__version__, "python": platform.python_version()},
+            "seconds": self.seconds,
+        }
         records.write_json({**self.found, **about}, self.path)
 
     # --- the base ---
 
     def base(self) -> dict[str, object]:
-        """Every sampler and guidance on as many images as the search sees, and the classes that the classifier recognises at the best."""
+        """Every sampler and guidance on as many images as the search sees; the classes recognised at the best."""
         rows: list[dict] = []
         for name, overrides in SAMPLERS[self.job.family].items():
             run = self.run("base", *overrides)
@@ -170,7 +189,13 @@ class Measurement:
         run = self.run("base", *SAMPLERS[self.job.family][chosen["sampler"]])
         shown, recognised = pictures_and_classes(run, chosen["cfg_scale"])
         write_picture(self.path.with_name(f"{self.job.name}_base.png"), shown)
-        return {"rows": rows, "best": chosen, "recognised": recognised, "real_against_real": real_against_real(run), "hashes": hashes(run)}
+        return {
+            "rows": rows,
+            "best": chosen,
+            "recognised": recognised,
+            "real_against_real": real_against_real(run),
+            "hashes": hashes(run),
+        }
 
     # --- Neon ---
 
@@ -178,7 +203,7 @@ class Measurement:
         return self.run("main").all()
 
     def other_seed(self, seed: int, size: int | None = None) -> dict[str, object]:
-        """Another S: w and guidance chosen among the main run's neighbourhood, then base and Neon on the held-out noise."""
+        """Another S: the curve over w at the main run's guidance, then Neon on the held-out noise."""
         overrides = [f"synth.first_seed={20_000 * seed}", f"finetune.seed={seed}"]
         overrides += [] if size is None else [f"synth.num_images={size}"]
         return self.searched(self.run(f"seed{seed}" + ("" if size is None else f"-{size}"), *overrides))
@@ -210,7 +235,9 @@ class Measurement:
         metric = next(iter(scores[0].metrics))
         winner = best(scores, metric)
         rows = {"self-trained": -1.0, "neon": winner.point.w}
-        held_out = {name: run.grid.score(Point(w=w, snapshot=snapshot, cfg_scale=cfg_scale), report) for name, w in rows.items()}
+        held_out = {
+            name: run.grid.score(Point(w=w, snapshot=snapshot, cfg_scale=cfg_scale), report) for name, w in rows.items()
+        }
         return {
             "w": winner.point.w,
             "parabola_w": parabola_minimum(scores, metric),
@@ -229,11 +256,18 @@ class Measurement:
         found = []
         for path in run.finetune():
             snapshot = path.stem.removeprefix("snapshot-")
-            scores = [run.grid.score(Point(w=w, snapshot=snapshot, cfg_scale=cfg_scale), select) for w in (*CURVE[2:], 4.0)]
+            scores = [
+                run.grid.score(Point(w=w, snapshot=snapshot, cfg_scale=cfg_scale), select) for w in (*CURVE[2:], 4.0)
+            ]
             metric = next(iter(scores[0].metrics))
             curve = [plain(score) for score in scores]
             found.append(
-                {"images": int(snapshot), "parabola_w": parabola_minimum(scores, metric), "curve": curve, "step": step(run, snapshot)}
+                {
+                    "images": int(snapshot),
+                    "parabola_w": parabola_minimum(scores, metric),
+                    "curve": curve,
+                    "step": step(run, snapshot),
+                }
             )
         return found
 
@@ -242,7 +276,7 @@ class Measurement:
         return self.searched(self.run(name.replace(" ", "-"), *SAMPLERS[self.job.family][name]))
 
     def recognised(self) -> dict[str, object]:
-        """Share of images that the classifier puts into the class that was asked for: base and Neon at the main run's guidance."""
+        """Share of images that the classifier puts into the class that was asked for: base and Neon."""
         main = self.found["main"]
         run = self.run("main")
         cfg_scale = main["cfg_scale"]  # type: ignore[index]
@@ -288,7 +322,12 @@ def blocks(run: Run) -> tuple[Block, Block]:
 
 
 def plain(score: Score) -> dict[str, object]:
-    return {"w": score.point.w, "cfg_scale": score.point.cfg_scale, "metrics": score.metrics, "seconds": score.seconds["total"]}
+    return {
+        "w": score.point.w,
+        "cfg_scale": score.point.cfg_scale,
+        "metrics": score.metrics,
+        "seconds": score.seconds["total"],
+    }
 
 
 def step(run: Run, snapshot: str) -> dict[str, float]:
@@ -301,7 +340,9 @@ def tensors_of(path: Path) -> dict[str, Tensor]:
 
 
 def hashes(run: Run) -> dict[str, object]:
-    references = {y.extractor.name: {"extractor": y.extractor.sha256, "reference": y.reference.sha256} for y in run.yardsticks}
+    references = {
+        y.extractor.name: {"extractor": y.extractor.sha256, "reference": y.reference.sha256} for y in run.yardsticks
+    }
     return {**{key: value for key, value in run.identity.items() if key.endswith("sha256")}, "references": references}
 
 
@@ -316,7 +357,9 @@ def num_selected(run: Run) -> int:
 
 
 def score_base(run: Measured, cfg_scale: float | None) -> dict[str, object]:
-    found = evaluate(run.source("balanced", 5_000_000, cfg_scale), run.model, num_selected(run), run.yardsticks, run.world)
+    found = evaluate(
+        run.source("balanced", 5_000_000, cfg_scale), run.model, num_selected(run), run.yardsticks, run.world
+    )
     return {"metrics": found.metrics, "seconds": found.seconds["total"]}
 
 
@@ -356,13 +399,27 @@ def write_picture(path: Path, images: Tensor) -> None:
 
 @click.command(help=__doc__)
 @click.argument("job", type=click.Choice(list(JOBS)))
-@click.option("--models", type=click.Path(path_type=Path), default=ROOT / "demo" / "small", help="JOB/model.safetensors lies there.")
-@click.option("--folder", type=click.Path(path_type=Path), default=ROOT / "runs" / "small-neon", help="Folder of the runs.")
-@click.option("--out", type=click.Path(path_type=Path), default=ROOT / "results" / "small", help="Folder of the JSON file and pictures.")
+@click.option(
+    "--models",
+    type=click.Path(path_type=Path),
+    default=ROOT / "demo" / "small",
+    help="JOB/model.safetensors lies there.",
+)
+@click.option(
+    "--folder", type=click.Path(path_type=Path), default=ROOT / "runs" / "small-neon", help="Folder of the runs."
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=ROOT / "results" / "small",
+    help="Folder of the JSON file and pictures.",
+)
 @click.option("--seconds", type=float, default=24 * 3600.0, help="Begin nothing new after so many seconds.")
 @click.option("--set", "extra", multiple=True, help="As for `neon run`.")
 @click.option("--base-only", is_flag=True, help="Measure the base and stop.")
-def main(job: str, models: Path, folder: Path, out: Path, seconds: float, extra: tuple[str, ...], base_only: bool) -> None:
+def main(
+    job: str, models: Path, folder: Path, out: Path, seconds: float, extra: tuple[str, ...], base_only: bool
+) -> None:
     with world() as ranks:
         measurement = Measurement(JOBS[job], models, folder, out, ranks, time.time() + seconds, extra)
         if base_only:

@@ -2,8 +2,8 @@
 
     python scripts/evidence/train.py --folder /tmp/small --seconds 330 --pack OUT
 
-Each job measures its own speed first, with all others running, and sets the length of its recipe (images, warm-up, decay) to what
-fits: the learning rate always comes down to 0. The lengths are in OUT's train.json. Models are written in fp16 as
+Each job measures its own speed first, with all others running, and sets the length of its recipe (images, warm-up,
+decay) to what fits: the learning rate always comes down to 0. The lengths are in OUT's train.json. Models are written in fp16 as
 FOLDER/JOB/model.safetensors; a job that is stopped all the same leaves its last snapshot.
 """
 
@@ -26,8 +26,10 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from neon import checkpoint, files  # noqa: E402
-from neon.config import Autoencoder, Training, load  # noqa: E402
+from neon.checkpoints import checkpoint  # noqa: E402
+from neon.pipeline.experiment import Autoencoder, load  # noqa: E402
+from neon.store import files  # noqa: E402
+from neon.training.recipe import Training  # noqa: E402
 from scripts.evidence.jobs import CONFIGS, FAMILIES, JOBS, Job, autoencoder_path, model_path, neon  # noqa: E402
 
 STEPS_TO_MEASURE = 200
@@ -58,7 +60,9 @@ class Stage:
             "snapshot_images": max(images // 4, 1),
         }
         settings = [*self.overrides, *(f"{self.section}.{key}={value}" for key, value in sizes.items())]
-        self.found = {"command": f"neon {self.verb} {self.config.relative_to(ROOT)} " + " ".join(f"--set {s}" for s in settings)}
+        self.found = {
+            "command": f"neon {self.verb} {self.config.relative_to(ROOT)} " + " ".join(f"--set {s}" for s in settings)
+        }
         flags = [part for setting in settings for part in ("--set", setting)]
         return neon(self.verb, str(self.config), "--out", str(out), *flags)
 
@@ -66,7 +70,9 @@ class Stage:
 def start(command: list[str], log: Path, environment: dict[str, str]) -> subprocess.Popen:
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as stream:
-        return subprocess.Popen(command, cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
+        return subprocess.Popen(
+            command, cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
 
 
 def stop(process: subprocess.Popen) -> None:
@@ -92,7 +98,7 @@ def last_images(log: Path) -> int:
 
 
 def speed(stage: Stage, out: Path, log: Path, deadline: float, environment: dict[str, str]) -> tuple[float, float]:
-    """(images per second, seconds until the first steps were made), measured on the recipe itself, which is then dropped."""
+    """(images per second, seconds until the first steps were made), measured on the recipe itself."""
     begun = time.time()
     process = start(stage.command(out, stage.recipe.images), log, environment)
     marks: list[tuple[float, int]] = []
@@ -105,7 +111,9 @@ def speed(stage: Stage, out: Path, log: Path, deadline: float, environment: dict
                 break
             time.sleep(0.02)
         if len(marks) < 2:
-            raise RuntimeError(f"{stage.job.name}: {stage.verb} made no steps in {time.time() - begun:.0f} s; see {log}")
+            raise RuntimeError(
+                f"{stage.job.name}: {stage.verb} made no steps in {time.time() - begun:.0f} s; see {log}"
+            )
     finally:
         stop(process)
     (t0, n0), (t1, n1) = marks[0], marks[-1]
@@ -131,10 +139,18 @@ def run_stage(stage: Stage, folder: Path, seconds: float, environment: dict[str,
     images = max(int(rate * left * MARGIN) // stage.recipe.batch, 1) * stage.recipe.batch
     begun = time.time()
     print(f"[{stage.job.name}] {name}: {rate:,.0f} images/s, so {images:,} images in {left:.0f} s", flush=True)
-    slack = seconds / 2 if stage.verb == "train-autoencoder" else 15.0  # without its last lines an autoencoder is of no use
+    slack = (
+        seconds / 2 if stage.verb == "train-autoencoder" else 15.0
+    )  # without its last lines an autoencoder is of no use
     code = wait(start(stage.command(out, images), log, environment), deadline + slack)
     done = last_images(out / stage.log)
-    stage.found |= {"images": images, "images_seen": done, "seconds": time.time() - begun, "images_per_second_alone": rate, "exit": code}
+    stage.found |= {
+        "images": images,
+        "images_seen": done,
+        "seconds": time.time() - begun,
+        "images_per_second_alone": rate,
+        "exit": code,
+    }
     shots = sorted((out / stage.log).parent.glob("snapshot-*.safetensors"))
     print(f"[{stage.job.name}] {name}: exit {code}, {done:,} images, {time.time() - begun:.0f} s", flush=True)
     if not shots:
@@ -163,7 +179,15 @@ def train_job(job: Job, folder: Path, deadline: float, environment: dict[str, st
         if target is not None:
             config = CONFIGS / f"{job.autoencoder}.toml"
             recipe = load(config, job.autoencoder_overrides).need("autoencoder", Autoencoder).train
-            stage = Stage(job, "train-autoencoder", config, "autoencoder.train", recipe, job.autoencoder_overrides, "autoencoder/log.jsonl")
+            stage = Stage(
+                job,
+                "train-autoencoder",
+                config,
+                "autoencoder.train",
+                recipe,
+                job.autoencoder_overrides,
+                "autoencoder/log.jsonl",
+            )
             run_stage(stage, folder, job.autoencoder_share * (deadline - time.time()), environment)
             found["autoencoder"] = stage.found
             to_half(folder / "runs" / job.name / "autoencoder.safetensors", target)
@@ -182,22 +206,34 @@ def train_job(job: Job, folder: Path, deadline: float, environment: dict[str, st
 
 
 def pack(folder: Path, out: Path, report: dict[str, object]) -> None:
-    """OUT/train.json: the report; OUT/train-main.tar.gz and train-others.tar.gz: the models and logs of the families and of the rest."""
+    """OUT/train.json: the report; OUT/train-main.tar.gz and train-others.tar.gz: models and logs of the families, of the rest."""
     out.mkdir(parents=True, exist_ok=True)
     (out / "train.json").write_text(json.dumps(report, indent=1) + "\n")
     for name, jobs in (("main", FAMILIES), ("others", tuple(set(JOBS) - set(FAMILIES)))):
-        with files.replacing(out / f"train-{name}.tar.gz") as stream, tarfile.open(fileobj=stream, mode="w:gz") as archive:
+        with (
+            files.replacing(out / f"train-{name}.tar.gz") as stream,
+            tarfile.open(fileobj=stream, mode="w:gz") as archive,
+        ):
             for job in jobs:
-                patterns = (f"{job}/*.safetensors", f"logs/{job}.log", f"runs/{job}/log.jsonl", f"runs/{job}/autoencoder/log.jsonl")
+                patterns = (
+                    f"{job}/*.safetensors",
+                    f"logs/{job}.log",
+                    f"runs/{job}/log.jsonl",
+                    f"runs/{job}/autoencoder/log.jsonl",
+                )
                 for file in sorted(file for pattern in patterns for file in folder.glob(pattern)):
                     archive.add(file, file.relative_to(folder))
 
 
 @click.command(help=__doc__)
-@click.option("--folder", type=click.Path(path_type=Path), default=ROOT / "runs" / "small", help="Where everything is written.")
+@click.option(
+    "--folder", type=click.Path(path_type=Path), default=ROOT / "runs" / "small", help="Where everything is written."
+)
 @click.option("--seconds", type=float, default=6 * 3600.0, help="Time limit.")
 @click.option("--jobs", default=",".join(JOBS), help=f"Comma-separated: {', '.join(JOBS)}.")
-@click.option("--pack", "out", type=click.Path(path_type=Path), help="Folder for the packed results, renewed every minute.")
+@click.option(
+    "--pack", "out", type=click.Path(path_type=Path), help="Folder for the packed results, renewed every minute."
+)
 def main(folder: Path, seconds: float, jobs: str, out: Path | None) -> None:
     chosen = [JOBS[name] for name in jobs.split(",")]
     deadline = time.time() + seconds
@@ -209,7 +245,10 @@ def main(folder: Path, seconds: float, jobs: str, out: Path | None) -> None:
     }
     report: dict[str, object] = {}
     folder.mkdir(parents=True, exist_ok=True)
-    threads = [threading.Thread(target=train_job, args=(job, folder, deadline, environment, report), daemon=True) for job in chosen]
+    threads = [
+        threading.Thread(target=train_job, args=(job, folder, deadline, environment, report), daemon=True)
+        for job in chosen
+    ]
     for thread in threads:
         thread.start()
     packed = time.time()
