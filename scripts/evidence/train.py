@@ -3,8 +3,8 @@
     python scripts/evidence/train.py --folder /tmp/small --seconds 330 --pack OUT
 
 Each job measures its own speed first, with all others running, and sets the length of its recipe (images, warm-up,
-decay) to what fits: the learning rate always comes down to 0. The lengths are in OUT's train.json. Models are written in fp16 as
-FOLDER/JOB/model.safetensors; a job that is stopped all the same leaves its last snapshot.
+decay) to what fits: the learning rate always comes down to 0. The lengths are in OUT's train.json. Models are written
+in fp16 as FOLDER/JOB/model.safetensors; a job that is stopped all the same leaves its last snapshot.
 """
 
 from __future__ import annotations
@@ -206,7 +206,7 @@ def train_job(job: Job, folder: Path, deadline: float, environment: dict[str, st
 
 
 def pack(folder: Path, out: Path, report: dict[str, object]) -> None:
-    """OUT/train.json: the report; OUT/train-main.tar.gz and train-others.tar.gz: models and logs of the families, of the rest."""
+    """OUT/train.json: the report; OUT/train-{main,others}.tar.gz: models and logs of the families, of the rest."""
     out.mkdir(parents=True, exist_ok=True)
     (out / "train.json").write_text(json.dumps(report, indent=1) + "\n")
     for name, jobs in (("main", FAMILIES), ("others", tuple(set(JOBS) - set(FAMILIES)))):
