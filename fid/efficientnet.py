@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fid.features import Extractor, Features, to_rgb
-from fid.weights import read_state_dict, sha256_of
+from fid.files import sha256_of
+from fid.weights import read_state_dict
 
 SIZE = 224
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fid.features import Extractor, Features
-from fid.weights import sha256_of
+from fid.files import sha256_of
 
 WEIGHTS = Path(__file__).parent / "data" / "fashion_cnn.safetensors"
 

@@ -9,9 +9,9 @@ from itertools import pairwise
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
-from fid.atomic import whole_file
+from fid.files import replacing
 from fid.moments import Moments
 
 
@@ -34,8 +34,9 @@ def write_partial(path: Path, partial: Partial) -> None:
         "source": partial.source,
         "images": json.dumps(partial.images),
     }
-    with whole_file(Path(path)) as temporary:
-        save_file({name: value.cpu() for name, value in partial.moments.state().items()}, temporary, metadata=header)
+    sums = {name: value.cpu() for name, value in partial.moments.state().items()}
+    with replacing(Path(path)) as stream:
+        stream.write(save(sums, metadata=header))
 
 
 def read_partial(path: Path) -> Partial:

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fid.features import Extractor, Features
-from fid.weights import sha256_of
+from fid.files import sha256_of
 
 BASIS = Path(__file__).parent / "data" / "fashion_pca64.safetensors"
 

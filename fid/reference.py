@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fid.atomic import whole_file
+from fid.files import replacing
 from fid.frechet import Gaussian
 from fid.moments import Moments
 
@@ -84,5 +84,6 @@ def write_reference(path: Path | str, moments: Moments, provenance: Mapping[str,
         raise ValueError(f"the provenance of {path} is not JSON: {error}") from error
     gaussian = moments.gaussian()
     mu, sigma = gaussian.mean.numpy(), gaussian.covariance.numpy()
-    with whole_file(Path(path)) as temporary, open(temporary, "wb") as stream:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with replacing(Path(path)) as stream:
         np.savez_compressed(stream, mu=mu, sigma=sigma, count=np.int64(moments.count), provenance=np.str_(text))

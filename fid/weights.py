@@ -11,16 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from fid.files import not_what_it_is_called, sha256_of
+
 
 def cache_folder() -> Path:
     """$NEON_CACHE, or ~/.cache/neon."""
     return Path(os.environ.get("NEON_CACHE") or Path.home() / ".cache" / "neon")
-
-
-def sha256_of(file: Path) -> str:
-    """Hex digest of a file's bytes. Raises FileNotFoundError if there is none."""
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def sha256_of_tensors(tensors: dict[str, Tensor]) -> str:
@@ -75,6 +71,8 @@ def read_state_dict(file: Path, *, into: nn.Module) -> None:
 
     Raises ValueError if the file is not a state dict of tensors or its keys or shapes differ from the network's.
     """
+    if (instead := not_what_it_is_called(file)) is not None:
+        raise ValueError(f"{file}: {instead}")
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except (

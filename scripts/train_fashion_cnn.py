@@ -26,7 +26,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from fid.fashion import WEIGHTS, FashionCNN  # noqa: E402
-from fid.weights import cache_folder, sha256_of  # noqa: E402
+from fid.files import sha256_of  # noqa: E402
+from fid.weights import cache_folder  # noqa: E402
 from scripts.fashion_mnist import fetch, load_split  # noqa: E402
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fid.files import read_array_header
 from neon.checkpoints import weight_sets
 from neon.checkpoints.checkpoint import content_hash, open_checked
 from neon.checkpoints.lazy import Source, StoredTensors
@@ -62,12 +63,8 @@ def npz_arrays(path: Path) -> dict[str, dict[str, object]]:
     with zipfile.ZipFile(path) as archive:
         for name in archive.namelist():
             with archive.open(name) as member:
-                version = np.lib.format.read_magic(member)
-                header = (
-                    np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-                )
-                shape, _, dtype = header(member)
-            arrays[name.removesuffix(".npy")] = {"shape": list(shape), "dtype": str(dtype)}
+                header = read_array_header(member)
+            arrays[name.removesuffix(".npy")] = {"shape": list(header.shape), "dtype": str(header.dtype)}
     with np.load(path, allow_pickle=False) as data:
         for key, about in arrays.items():
             if about["shape"] == [] and about["dtype"] != "object":

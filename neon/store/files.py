@@ -3,65 +3,28 @@
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import os
 import socket
 import sys
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+
+from fid.files import check_writable, replacing, sha256_of, sync_folder
+
+__all__ = [
+    "FolderInUseError", "check_writable", "folder_lock", "replacing", "sha256_of", "sync_folder", "write_text",
+]  # fmt: skip
 
 
 class FolderInUseError(OSError):
     """Another process owns a folder; the message names it."""
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A binary file that takes the place of `path` when the block ends without an error; until then `path` is
-    untouched.
-
-    The temporary file lies in the same folder (a rename is atomic only within one file system), is on the disk before
-    the rename, and is removed if the block raises. Raises FileNotFoundError if there is no such folder; an OSError of
-    the
-    writing itself (a full disk, a quota) names the path and says that what was there still is.
-    """
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"cannot write {path}: there is no folder {path.parent}")
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        with open(temporary, "xb+") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    except OSError as error:
-        if error.filename is not None:
-            raise
-        kept = "the old file is untouched" if path.exists() else "no half of it is left"
-        advice = "Make room or choose another folder, then run the same command again"
-        message = f"{error.strerror} while it was written; {kept}. {advice}"
-        raise OSError(error.errno, message, str(path)) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def write_text(path: Path, content: str) -> None:
     """Replace the content of `path` in one step (UTF-8)."""
     with replacing(path) as file:
         file.write(content.encode())
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames inside `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager
@@ -93,9 +56,3 @@ def _remove_leftovers(folder: Path) -> None:
     for pattern in (".*.????????.tmp", "*/.*.????????.tmp"):
         for leftover in folder.glob(pattern):
             leftover.unlink()
-
-
-def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file's content, 64 hexadecimal digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

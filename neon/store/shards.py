@@ -3,7 +3,6 @@ pages."""
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fid.files import map_member
 from neon.store import files
 
 
@@ -85,23 +85,3 @@ def open_shards(folder: Path, num_images: int, shard_images: int) -> Shards:
     paths = [shard_path(folder, i) for i in range(len(ranges))]
     tags = np.concatenate([map_member(path, "labels") for path in paths])
     return Shards([map_member(path, "codes") for path in paths], None if (tags < 0).any() else torch.from_numpy(tags))
-
-
-def map_member(path: Path, key: str) -> np.ndarray:
-    """An array of an uncompressed npz as a read-only memory map (numpy itself would read it whole)."""
-    with zipfile.ZipFile(path) as archive:
-        info = archive.getinfo(f"{key}.npy")
-        if info.compress_type != zipfile.ZIP_STORED:
-            raise ValueError(f"{path}: {key} is compressed, expected a shard as `neon synth` writes it")
-        with archive.open(info) as member:
-            version = np.lib.format.read_magic(member)
-            header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape, is_fortran, dtype = header(member)
-            header_bytes = member.tell()
-    with path.open(
-        "rb"
-    ) as stream:  # the local header repeats the name and may carry another extra field than the directory
-        stream.seek(info.header_offset + 26)
-        name_length, extra_length = np.frombuffer(stream.read(4), "<u2")
-    offset = info.header_offset + 30 + int(name_length) + int(extra_length) + header_bytes
-    return np.memmap(path, dtype, mode="r", offset=offset, shape=shape, order="F" if is_fortran else "C")

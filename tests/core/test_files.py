@@ -63,7 +63,7 @@ def test_replacing_keeps_the_permissions_that_the_umask_gives(tmp_path):
 def test_the_lock_names_its_holder_and_dies_with_it(tmp_path):
     code = """
 import sys, pathlib
-from neon.files import folder_lock
+from neon.store.files import folder_lock
 with folder_lock(pathlib.Path(sys.argv[1])):
     print("mine", flush=True)
     sys.stdin.read()
@@ -164,7 +164,7 @@ def test_the_next_owner_of_a_folder_removes_the_halves_that_a_kill_left(tmp_path
     """Only files that `replacing` itself names so; a killed writer cannot remove its own."""
     code = """
 import os, pathlib, signal, sys
-from neon.files import replacing
+from neon.store.files import replacing
 with replacing(pathlib.Path(sys.argv[1])) as stream:
     stream.write(b"half")
     stream.flush()

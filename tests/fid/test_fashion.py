@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from fid.features import open_extractor
+from fid.files import sha256_of
 from fid.frechet import frechet_distance
 from fid.moments import Moments
 from fid.reference import read_reference
-from fid.weights import sha256_of
 from scripts import fashion_mnist
 
 ROOT = Path(__file__).parents[2]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from fid import features, weights
+from fid import features, files, weights
 from fid.features import SHIPPED, Extractor, Features, open_extractor, to_rgb
 from fid.inception import WEIGHTS, InceptionV3
 from fid.pixel_pca import PixelPCA, principal_components
@@ -138,7 +138,7 @@ def test_unknown_weights_are_named_as_such(tmp_path):
     with pytest.raises(ValueError, match="is no FID"):
         open_extractor("inception-2015-12-05", path=file)
     extractor = open_extractor("inception-2015-12-05", path=file, allow_unknown_weights=True)
-    sha256 = weights.sha256_of(file)
+    sha256 = files.sha256_of(file)
     assert (extractor.name, extractor.sha256) == (f"inception-unknown-{sha256[:8]}", sha256)
     assert sha256[:8] in extractor.comparable
     rgb = images(3, channels=3, size=32)

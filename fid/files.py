@@ -1,0 +1,140 @@
+"""Files: written whole or not at all, hashed, and the arrays inside .npy and .npz files found without loading them.
+
+The one place for this. The evaluator stands below everything else here, so that neon's writers use it too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import uuid
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, BinaryIO
+
+import numpy as np
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A binary file that takes the place of `path` when the block ends without an error; until then `path` is
+    untouched.
+
+    The temporary file lies in the same folder (a rename is atomic only within one file system), is on the disk before
+    the rename, and is removed if the block raises. Raises FileNotFoundError if there is no such folder; an OSError of
+    the writing itself (a full disk, a quota) names the path and says that what was there still is.
+    """
+    check_writable(path)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        with open(temporary, "xb+") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        kept = "the old file is untouched" if path.exists() else "no half of it is left"
+        advice = "Make room or choose another folder, then run the same command again"
+        message = f"{error.strerror} while it was written; {kept}. {advice}"
+        raise OSError(error.errno, message, str(path)) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_writable(path: Path) -> None:
+    """Raise, before any work, what writing `path` would raise after it: no such folder, no permission, a folder there.
+
+    Raises FileNotFoundError, PermissionError, IsADirectoryError or FileExistsError (a device or pipe).
+    """
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"cannot write {path}: there is no folder {path.parent}")
+    if path.is_dir():
+        raise IsADirectoryError(f"cannot write {path}: it is a folder; name a file")
+    if path.exists() and not path.is_file():
+        raise FileExistsError(f"cannot write {path}: it is a device or a pipe, which would be replaced; name a file")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise PermissionError(f"cannot write {path}: no permission to write into {path.parent}")
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file's content, 64 hexadecimal digits. Raises FileNotFoundError if there is none."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def not_what_it_is_called(path: Path) -> str | None:
+    """What was saved under this name instead of the file, if its first bytes tell: an empty file, a Git LFS pointer or
+    an HTML page. None: none of them."""
+    with open(path, "rb") as file:
+        head = file.read(256).lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if not head:
+        return "an empty file (an interrupted download or copy?)"
+    if head.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer, not the file itself: run `git lfs pull`, or download the file"
+    if head.startswith((b"<!doctype", b"<html", b"<head", b"<?xml")):
+        return "a web page, not the file: the download was answered with an error or login page"
+    return None
+
+
+@dataclass(frozen=True)
+class ArrayHeader:
+    """What the first bytes of a .npy file say: shape, order and dtype of the array, and the bytes before its data."""
+
+    shape: tuple[int, ...]
+    is_fortran: bool
+    dtype: np.dtype
+    num_bytes: int
+
+
+def read_array_header(stream: IO[bytes]) -> ArrayHeader:
+    """The header of a .npy file, which is left at the first byte of its data. Raises ValueError for anything else."""
+    version = np.lib.format.read_magic(stream)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, is_fortran, dtype = read(stream)
+    return ArrayHeader(shape, is_fortran, dtype, stream.tell())
+
+
+def data_offset(path: Path, member: zipfile.ZipInfo) -> int:
+    """Where the bytes of a member of the zip file `path` begin."""
+    with path.open("rb") as stream:
+        stream.seek(member.header_offset + 26)  # the local header's extra field may differ from the directory's
+        name_length, extra_length = np.frombuffer(stream.read(4), "<u2")
+    return member.header_offset + 30 + int(name_length) + int(extra_length)
+
+
+def map_array(path: Path, header: ArrayHeader, offset: int = 0) -> np.ndarray:
+    """The array of a .npy file that begins at `offset` of `path`, as a read-only memory map."""
+    start = offset + header.num_bytes
+    if header.dtype.hasobject:
+        raise ValueError(f"{path}: the array holds Python objects (a pickle), which are never read")
+    size = int(np.prod(header.shape, dtype=np.int64)) * header.dtype.itemsize
+    if start + size > path.stat().st_size:
+        raise ValueError(f"{path}: the array {header.shape} needs {size} bytes, the file ends before (truncated?)")
+    order = "F" if header.is_fortran else "C"
+    return np.memmap(path, header.dtype, mode="r", offset=start, shape=header.shape, order=order)
+
+
+def map_member(path: Path, key: str) -> np.ndarray:
+    """An array of an uncompressed .npz as a read-only memory map (numpy itself would read it whole)."""
+    with zipfile.ZipFile(path) as archive:
+        member = archive.getinfo(f"{key}.npy")
+        if member.compress_type != zipfile.ZIP_STORED:
+            raise ValueError(f"{path}: {key} is compressed, expected an uncompressed .npz")
+        with archive.open(member) as stream:
+            header = read_array_header(stream)
+    return map_array(path, header, data_offset(path, member))
