@@ -55,6 +55,10 @@ class Trainable(ABC):
         """Whether weight decay applies to a parameter (where the recipe has any)."""
         return True
 
+    def trains(self, name: str, parameter: nn.Parameter) -> bool:
+        """Whether training changes a parameter; the others stay what they are."""
+        return True
+
 
 class TrainableAutoencoder(Trainable):
     """A family's autoencoder as something to train (`neon train-autoencoder`). Its codes are uint8 images (B, C, H,

@@ -59,8 +59,14 @@ class ImageRng:
     def __init__(self, seeds: Sequence[int], device: torch.device | str = "cpu", *, draw_on_device: bool = False):
         self.device = torch.device(device)
         self.batch = len(seeds)
+        self.seeds = [int(seed) for seed in seeds]
         where = self.device if draw_on_device else torch.device("cpu")
-        self._generators = [torch.Generator(where).manual_seed(int(seed) % (1 << 32)) for seed in seeds]
+        self._generators = [torch.Generator(where).manual_seed(seed % (1 << 32)) for seed in self.seeds]
+
+    @property
+    def generators(self) -> list[torch.Generator]:
+        """One per image, for a sampler that draws by itself (diffusers' pipelines take such a list)."""
+        return self._generators
 
     def normal(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
         return self._stack(

@@ -225,7 +225,7 @@ def _result(
         "sampling": binding.to_plain(sampling),
         "checkpoint": {"path": str(request.checkpoint), "weights": found.weights, "sha256": found.sha256},
         "autoencoder_sha256": None if request.autoencoder is None else files.sha256_of(request.autoencoder),
-        "reference_sha256": yardstick.reference.sha256,
+        "reference_sha256": yardstick.identity["reference_sha256"],
         "extractor_sha256": yardstick.extractor.sha256,
         "versions": {"neon": neon.__version__, "torch": torch.__version__},
         "device": str(ranks.device),

@@ -30,6 +30,10 @@ class Wanted:
     extractor: Extractor
     metrics: Sequence[Metric] = ("fid",)
 
+    def collector(self, num_images: int, folder: Path | None) -> Collector:
+        """What takes in the images, empty. folder: where it keeps what must survive a kill; None: nothing does."""
+        return Collector(self.extractor, num_images, self.metrics, folder=folder)
+
 
 @dataclass(frozen=True)
 class Collected:
@@ -97,7 +101,7 @@ def _collector(wanted: Wanted, num_images: int, mine: Path | None, number: int) 
     if mine is not None:
         folder = mine / f"features-{number}"
         folder.mkdir(parents=True, exist_ok=True)
-    return Collector(wanted.extractor, num_images, wanted.metrics, folder=folder)
+    return wanted.collector(num_images, folder)
 
 
 def _restore(path: Path, collectors: list[Collector], shown: dict[int, Tensor]) -> int:

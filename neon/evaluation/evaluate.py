@@ -11,7 +11,8 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from fid.evaluator import measure
+from fid.evaluator import Collector, measure
+from fid.metrics import frechet_kind, metric_name
 from fid.reference import Reference
 from neon.evaluation.collect import Wanted, collect
 from neon.runtime.distributed import World
@@ -22,11 +23,35 @@ from neon.sampling.generate import Source, generate, to_images
 class Yardstick(Wanted):
     """An extractor, what its features are compared with, and the metrics that are wanted of it."""
 
-    reference: Reference
+    reference: Reference | None = None
+    """Statistics by the same extractor; the Frechet distance needs them."""
     reference_features: Tensor | None = None
     """(M, dim) features of reference images; kid, precision, recall, density and coverage need them."""
     k: int = 3
     """Nearest neighbours of precision, recall, density and coverage."""
+
+    def headline(self, num_images: int) -> str:
+        """Name of the metric that chooses w; smaller is better."""
+        return metric_name(frechet_kind(self.extractor), num_images, self.extractor.name)
+
+    def values(self, collector: Collector) -> dict[str, float]:
+        """Every metric of a set that was collected completely."""
+        return measure(
+            self.metrics,
+            generated=collector,
+            reference=self.reference,
+            reference_features=self.reference_features,
+            k=self.k,
+        )
+
+    @property
+    def identity(self) -> dict[str, str | None]:
+        """What a value depends on besides the images."""
+        return {
+            "extractor": self.extractor.name,
+            "extractor_sha256": self.extractor.sha256,
+            "reference_sha256": None if self.reference is None else self.reference.sha256,
+        }
 
 
 @dataclass(frozen=True)
@@ -73,13 +98,7 @@ def evaluate(
     )
     metrics: dict[str, float] = {}
     for yardstick, collector in zip(yardsticks, found.collectors, strict=True):
-        metrics |= measure(
-            yardstick.metrics,
-            generated=collector,
-            reference=yardstick.reference,
-            reference_features=yardstick.reference_features,
-            k=yardstick.k,
-        )
+        metrics |= yardstick.values(collector)
     total_s = time.perf_counter() - started
     seconds = {
         "sampling": found.source_s,

@@ -84,12 +84,12 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Experiment:
         raise ValueError(f"{path}: {error}") from error
 
 
-def parse(table: Mapping[str, object]) -> Experiment:
-    """The checked experiment of a parsed TOML table."""
+def parse(table: Mapping[str, object], family: Family | None = None) -> Experiment:
+    """The checked experiment of a parsed TOML table. family: in place of the one that the table names."""
     name = table.get("family")
     if not isinstance(name, str):
         raise ValueError("family: expected the name of a family (edm, var, ... or 'module:Class'), found " + repr(name))
-    family = resolve(name)
+    family = resolve(name) if family is None else family
     known = {
         "base": Base,
         "data": Data,

@@ -35,7 +35,7 @@ def summary_figure(result: Mapping, pictures: Mapping[str, Tensor]) -> Figure:
     happened."""
     figure = _blank(15, 3.9, dpi=120)
     names = [name for name in ("self-trained", "base", "neon") if name in pictures]
-    axes = figure.subplots(1, 1 + len(names), width_ratios=[1.25, *(1 for _ in names)])
+    axes = figure.subplots(1, 1 + len(names), width_ratios=[1.25, *(1 for _ in names)], squeeze=False)[0]
     draw_curve(axes[0], result)
     for axis, name in zip(axes[1:], names, strict=True):
         axis.imshow(tile(pictures[name]), cmap="gray", vmin=0, vmax=255, interpolation="nearest")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 import neon
-from fid.metrics import frechet_kind, metric_name
 from neon import merge
 from neon.binding import to_plain
 from neon.checkpoints import checkpoint
 from neon.evaluation.evaluate import Yardstick, why_not_comparable
 from neon.evaluation.options import Report
 from neon.evaluation.yardsticks import open_yardsticks
+from neon.family import Family
 from neon.pipeline import page
 from neon.pipeline.experiment import Base, Experiment
 from neon.runtime.distributed import World
@@ -39,11 +39,23 @@ from neon.training.trainer import Trainer
 
 class Run:
     """One experiment in one folder. Its stages may be called one by one (`neon synth`, `neon finetune`, `neon grid`) or
-    all."""
+    all.
 
-    def __init__(self, config: Experiment, folder: Path, world: World):
+    family, yardsticks: in place of those that the config names (neon/library/improve.py makes both from functions).
+    """
+
+    def __init__(
+        self,
+        config: Experiment,
+        folder: Path,
+        world: World,
+        *,
+        family: Family | None = None,
+        yardsticks: Sequence[Yardstick] | None = None,
+    ):
         self.config, self.folder, self.world = config, folder, world
-        self.family = config.family()
+        self.family = config.family() if family is None else family
+        self._yardsticks = yardsticks
         self.sampling = config.need("sampling", Sampling)
         self.base_config = config.need("base", Base)
 
@@ -146,7 +158,9 @@ class Run:
         }
 
     @cached_property
-    def yardsticks(self) -> list[Yardstick]:
+    def yardsticks(self) -> Sequence[Yardstick]:
+        if self._yardsticks is not None:
+            return self._yardsticks
         return open_yardsticks(self.config.need("report", Report), self.world.device)
 
     @cached_property
@@ -156,14 +170,7 @@ class Run:
             raise ValueError(f"{self.folder / 'finetune'}: no snapshots; run `neon finetune` first")
         protocol = {
             **self.identity,
-            "metrics": [
-                {
-                    "extractor": y.extractor.name,
-                    "extractor_sha256": y.extractor.sha256,
-                    "reference_sha256": y.reference.sha256,
-                }
-                for y in self.yardsticks
-            ],
+            "metrics": [y.identity for y in self.yardsticks],
         }
         readers = {
             name: (files.sha256_of(path), lambda path=path: dict(checkpoint.read(path, weights="any").tensors))
@@ -205,7 +212,7 @@ class Run:
 
     def metric(self, num_images: int, extractor: str | None) -> str:
         yardstick = next((y for y in self.yardsticks if y.extractor.name == extractor), self.yardsticks[0])
-        return metric_name(frechet_kind(yardstick.extractor), num_images, yardstick.extractor.name)
+        return yardstick.headline(num_images)
 
     def report(self, winner: Score, scores: list[Score]) -> dict[str, Score]:
         """Stage 4: base, self-trained, random and Neon on held-out noise."""
@@ -300,7 +307,10 @@ class Run:
                 "neon_sha256": files.sha256_of(merged),
             },
             "references": {
-                y.extractor.name: {"sha256": y.reference.sha256, "extractor_sha256": y.extractor.sha256}
+                y.extractor.name: {
+                    "sha256": y.identity["reference_sha256"],
+                    "extractor_sha256": y.identity["extractor_sha256"],
+                }
                 for y in self.yardsticks
             },
             "step": merge.step_size(

@@ -73,7 +73,7 @@ def _generate(
 
 @torch.inference_mode()
 def to_images(source: Source, codes: Tensor) -> Tensor:
-    """uint8 images (B, C, H, W) of the codes, by the config's rounding rule."""
+    """uint8 images (B, C, H, W) of the codes by the config's rounding rule; with "none", what the family decodes."""
     with arithmetic(codes.device, source.sampling.precision):
         images = source.family.decode(codes)
-    return to_uint8(images, source.sampling.uint8)
+    return images if source.sampling.uint8 == "none" else to_uint8(images, source.sampling.uint8)

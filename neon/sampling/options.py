@@ -14,8 +14,9 @@ from neon.runtime.precision import Precision
 class Sampling:
     """How images are drawn, shared by synth, select and report. The family's own options stand beside these keys."""
 
-    uint8: quantize.Rule
-    """Rounding rule of neon/quantize.py."""
+    uint8: quantize.Rule | Literal["none"]
+    """Rounding rule of neon/quantize.py. "none": what the family decodes is no picture in [-1, 1], or bytes already;
+    it goes to the extractor as it is."""
     batch: int = 256
     """Images per network call and rank; changes nothing but speed and memory."""
     draw_on: Literal["cpu", "device"] = "cpu"

@@ -81,7 +81,9 @@ def train(
     if len(corpus) < 1:
         raise ValueError("there is nothing to train on: the set holds no images")
     folder.mkdir(parents=True, exist_ok=True)
-    model.to(world.device).requires_grad_(True)
+    model.to(world.device)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(family.trains(name, parameter))
     if recipe.channels_last:
         model.to(memory_format=torch.channels_last)
     trainer = Trainer(family, model, recipe, world)

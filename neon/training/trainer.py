@@ -33,7 +33,8 @@ class Trainer:
         decay: list[nn.Parameter] = []
         constant: list[nn.Parameter] = []
         for name, parameter in self.model.named_parameters():
-            (decay if self.family.decays(name, parameter) else constant).append(parameter)
+            if parameter.requires_grad:
+                (decay if self.family.decays(name, parameter) else constant).append(parameter)
         groups = [
             {"params": constant, "weight_decay": 0.0},
             {"params": decay, "weight_decay": self.recipe.weight_decay},

@@ -1,0 +1,199 @@
+"""A family and a yardstick made of functions: what `neon.improve` puts in place of a config's names."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fid.evaluator import Collector
+from fid.features import Extractor, Features
+from fid.metrics import metric_name
+from fid.store import FeatureStore
+from neon.evaluation.evaluate import Yardstick
+from neon.family import Draws, Family
+from neon.quantize import Rule, to_uint8
+from neon.seeds import ImageRng, Rng, SharedRng
+
+Sample = Callable[[nn.Module, Sequence[int]], Tensor | tuple[Tensor, Tensor]]
+"""(model, seeds) -> images (B, ...), or (images, labels (B,) int64). Image b depends on the weights and on seeds[b]
+alone: draw its noise from a generator with that seed, for example `neon.ImageRng(seeds, device).normal(shape)`."""
+Loss = Callable[[nn.Module, Tensor, Tensor | None, torch.Generator], Tensor]
+"""(model, images, labels, generator) -> the loss of every image, (B,). images: as `sample` made them. Every random
+number comes from the generator, which lives on the CPU."""
+Score = Callable[[Tensor], float]
+"""images (N, ...), as `sample` made them, on the CPU -> a number; smaller is better."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampler:
+    """[sampling] of a run on functions."""
+
+    function: str
+    """Fingerprint of `sample`: a folder that was begun with another function is refused."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """[finetune.objective] of a run on functions."""
+
+    function: str
+    """Fingerprint of `loss`."""
+    batch: int
+    """The loss sees the whole batch at once: it has one generator."""
+
+
+class Functions(Family):
+    """A network in memory with its `sample` and `loss`. The network itself is only ever copied."""
+
+    name = "functions"
+    sampling = Sampler
+    objective = Objective
+
+    def __init__(self, model: nn.Module, sample: Sample, loss: Loss, rule: Rule | None):
+        """rule: how float images in [-1, 1] become bytes; None: whatever `sample` makes is left as it is."""
+        self._model, self._sample, self._loss, self._rule = model, sample, loss, rule
+        self._trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        if not self._trained:
+            raise ValueError("no parameter of the model requires a gradient, so there is nothing to fine-tune")
+
+    def build(self, arch: Mapping[str, object]) -> nn.Module:
+        return copy.deepcopy(self._model)
+
+    def trains(self, name: str, parameter: nn.Parameter) -> bool:
+        return name in self._trained
+
+    def sample(self, model: nn.Module, rng: Rng, labels: Tensor | None, how: object) -> tuple[Tensor, Tensor | None]:
+        assert isinstance(rng, ImageRng)
+        return images_and_labels(self._sample(model, rng.seeds), len(rng.seeds))
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """uint8 images under a rule (bytes stay what they are), else the codes themselves."""
+        return codes if self._rule is None or codes.dtype == torch.uint8 else to_uint8(codes, self._rule)
+
+    def draw(self, rng: Rng, codes: Tensor, labels: Tensor | None, how: object) -> Draws:
+        """The seed of the step's generator, for every image the same: the loss function draws by itself."""
+        assert isinstance(rng, SharedRng)
+        assert rng.generator is not None
+        return {"seed": torch.full((len(codes),), rng.generator.initial_seed())}
+
+    def loss(self, model: nn.Module, codes: Tensor, labels: Tensor | None, draws: Draws, how: object) -> Tensor:
+        losses = self._loss(model, codes, labels, torch.Generator().manual_seed(int(draws["seed"][0])))
+        if losses.shape != (len(codes),):
+            raise ValueError(
+                f"loss: expected one number per image, shape ({len(codes)},), got {tuple(losses.shape)}; "
+                "take the mean over the other dimensions only"
+            )
+        return losses
+
+    def group(self, how: object) -> int:
+        assert isinstance(how, Objective)
+        return how.batch
+
+
+def images_and_labels(found: object, count: int) -> tuple[Tensor, Tensor | None]:
+    """What a `sample` function returned, checked."""
+    images, labels = found if isinstance(found, tuple) and len(found) == 2 else (found, None)
+    if not isinstance(images, Tensor) or images.ndim < 2 or len(images) != count:
+        what = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+        raise ValueError(f"sample: expected a tensor of {count} images, shape ({count}, ...), got {what}")
+    if labels is not None and (
+        not isinstance(labels, Tensor) or labels.shape != (count,) or labels.is_floating_point()
+    ):
+        what = tuple(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
+        raise ValueError(f"sample: expected integer labels of shape ({count},) beside the images, got {what}")
+    return images, labels
+
+
+def check_per_image(sample: Sample, model: nn.Module, seeds: Sequence[int]) -> Tensor:
+    """The images of two seeds, if the second one is the same when it is drawn alone; ValueError if it is not."""
+    was_training = model.training
+    model.eval()
+    with torch.inference_mode():
+        together, _ = images_and_labels(sample(model, seeds), 2)
+        alone, _ = images_and_labels(sample(model, seeds[1:]), 1)
+    model.train(was_training)
+    moved = (alone[0].double() - together[1].double()).abs().mean()
+    apart = (together[0].double() - together[1].double()).abs().mean()
+    if not together.double().isfinite().all():
+        raise ValueError("sample: the model's images hold numbers that are not finite")
+    if moved > 0.1 * apart:  # rounding moves an image by far less than another seed does
+        raise ValueError(
+            f"sample: the image of seed {seeds[1]} is another one when it is drawn alone than when it is drawn with "
+            f"seed {seeds[0]}. Give every image a generator of its own, seeded with its seed: "
+            "neon.ImageRng(seeds, device).normal(shape)"
+        )
+    return together
+
+
+class Whole(Extractor):
+    """The images themselves in place of features, for a score that is a function."""
+
+    comparable = "the score is a function of your own"
+
+    def __init__(self, name: str, sha256: str, shape: Sequence[int]):
+        super().__init__("cpu")
+        self.name, self.sha256, self.dim = name, sha256, math.prod(shape)
+
+    def extract(self, images: Tensor) -> Features:
+        return Features(images.flatten(1).float(), None)
+
+
+class Kept(Collector):
+    """Keeps every image and no sums: a covariance of all pixels would not fit anywhere."""
+
+    def __init__(self, extractor: Whole, num_images: int, folder: Path | None):
+        super().__init__(extractor, num_images, ())
+        self.stores["features"] = FeatureStore(num_images, extractor.dim, file=folder and folder / "images.f32")
+
+    def update(self, images: Tensor, indices: Sequence[int]) -> None:
+        self.stores["features"].put(indices, self.extractor.extract(images).pool)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FunctionScore(Yardstick):
+    """A `Score` as a yardstick: it sees the images of a whole block at once."""
+
+    function: Score
+    example: Tensor
+    """(B, ...) images of the block's shape and dtype."""
+
+    def collector(self, num_images: int, folder: Path | None) -> Collector:
+        assert isinstance(self.extractor, Whole)
+        return Kept(self.extractor, num_images, folder)
+
+    def headline(self, num_images: int) -> str:
+        return metric_name("score", num_images, self.extractor.name)
+
+    def values(self, collector: Collector) -> dict[str, float]:
+        images = collector.features.view(-1, *self.example.shape[1:]).to(self.example.dtype)
+        value = float(self.function(images))
+        if not math.isfinite(value):
+            raise ValueError(f"score: {self.extractor.name} gave {value} for {len(images)} images")
+        return {self.headline(len(images)): value}
+
+
+def function_score(function: Score, example: Tensor) -> FunctionScore:
+    name = getattr(function, "__name__", type(function).__name__)
+    name = "score" if name == "<lambda>" else name
+    return FunctionScore(
+        extractor=Whole(name, fingerprint(function), example.shape[1:]), function=function, example=example.cpu()
+    )
+
+
+def fingerprint(function: Callable) -> str:
+    """SHA-256 of a function's source text, or of its byte code where there is no file; what it closes over is not
+    seen."""
+    try:
+        text = inspect.getsource(function)
+    except (OSError, TypeError):
+        code = getattr(function, "__code__", None)
+        text = type(function).__qualname__ if code is None else f"{code.co_code.hex()} {code.co_names}"
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,161 @@
+"""`neon.improve`: the whole of Neon on a network in memory, given by functions. It is `neon run` without a config."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from neon.checkpoints import checkpoint
+from neon.library.evaluate import references
+from neon.library.functions import Functions, Loss, Sample, Score, check_per_image, fingerprint, function_score
+from neon.pipeline.experiment import parse
+from neon.pipeline.run import Run
+from neon.quantize import Rule
+from neon.runtime.distributed import World
+from neon.store.files import folder_lock
+
+FAMILY = "neon.improve"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Improved:
+    """What `neon.improve` found."""
+
+    weights: dict[str, Tensor]
+    """The improved state dict, on the CPU: base - w (self-trained - base)."""
+    w: float
+    """The step that scored best on the selection seeds; 0 if none was better than the base."""
+    curve: list[tuple[float, float]]
+    """(w, score) on the selection seeds in the order of w: w = -1 is the self-trained model, w = 0 the base."""
+    scores: dict[str, float]
+    """On held-out seeds: "base", "self-trained", "random direction" (a control: as far, anywhere) and "neon"."""
+    details: dict
+    """Everything else, as `neon run` writes it into result.json."""
+
+
+def improve(
+    model: nn.Module,
+    *,
+    sample: Sample,
+    loss: Loss,
+    score: Score | str | Path | Mapping[str, str],
+    num_synth: int,
+    updates: int,
+    lr: float,
+    batch: int = 64,
+    w: Sequence[float] = (0.5, 1.0, 1.5, 2.0),
+    num_select: int | None = None,
+    num_report: int | None = None,
+    synth_seed: int = 0,
+    select_seed: int = 1_000_000,
+    report_seed: int = 2_000_000,
+    sample_batch: int = 64,
+    uint8: Rule = "round",
+    finetune: Mapping[str, object] | None = None,
+    folder: str | Path | None = None,
+) -> Improved:
+    """Improve a trained generator by a step away from its own samples (arXiv 2510.03597, Algorithm 1).
+
+    Samples `num_synth` images, fine-tunes a copy for `updates` updates on them, searches w on fresh seeds and reports
+    the result, the base and two controls on held-out ones. The model itself is not changed.
+
+    model: any module; parameters that do not require a gradient stay what they are (a LoRA's base).
+    sample: (model, seeds) -> images (B, ...), or (images, labels). Image b depends on seeds[b] alone.
+    loss: (model, images, labels, generator) -> (B,), the loss that the model was trained with. images are what `sample`
+        returned; all randomness comes from the generator (on the CPU).
+    score: images (N, ...) -> float, smaller is better; or a reference file made by `neon fid ref`, for the Frechet
+        distance to it; or several, {extractor: file}, the first of which chooses.
+    lr: constant; a tenth of the last rate of training is a beginning. batch: images per update.
+    w: the steps to try; w = 0 (the base), w = -1 (the self-trained model) and a random direction are always there.
+    num_select, num_report: images that every w, and the final rows, are scored on; None: as many as num_synth.
+    synth_seed, select_seed, report_seed: first seed of each block; they must not overlap.
+    uint8: how float images in [-1, 1] are rounded for a reference file's extractor (neon/quantize.py). Bytes stay.
+    finetune: further keys of a config's [finetune], for example {"ema_power": 6.94, "optimizer": "adamw"}.
+    folder: keeps everything that was computed, the page report.html included; the same call goes on where it was
+        interrupted. None: a temporary folder.
+
+    Raises ValueError, before anything is computed, for arguments that do not fit together, a `sample` whose images
+    depend on their batch, or a folder that was begun with another model, function or setting.
+    """
+    device = next(model.parameters(), torch.empty(0)).device
+    check_names(model)
+    example = check_per_image(sample, model, [synth_seed, synth_seed + 1])
+    is_function = callable(score)
+    yardstick = function_score(score, example) if callable(score) else None
+    family = Functions(model, sample, loss, None if is_function else uint8)
+    has_pictures = (
+        example.ndim == 4 and example.shape[1] in (1, 3) and (not is_function or example.dtype == torch.uint8)
+    )
+    with ExitStack() as stack:
+        if folder is None:
+            place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="neon-improve-")))
+        else:
+            place = Path(folder)
+            stack.enter_context(folder_lock(place))
+        table: dict[str, object] = {
+            "family": FAMILY,
+            "base": {"checkpoint": str(place / "base.safetensors"), "weights": "raw"},
+            "sampling": {"uint8": "none", "batch": sample_batch, "function": fingerprint(sample)},
+            "synth": {"num_images": num_synth, "first_seed": synth_seed, "store": "codes"},
+            "finetune": {
+                "images": updates * batch,
+                "batch": batch,
+                "lr": lr,
+                **(finetune or {}),
+                "objective": {"function": fingerprint(loss), "batch": batch},
+            },
+            "select": {"w": list(w), "num_images": num_select or num_synth, "first_seed": select_seed},
+            "report": {
+                "num_images": num_report or num_synth,
+                "first_seed": report_seed,
+                "extractors": {yardstick.extractor.name: "a function"} if yardstick else references(score),
+                "num_shown": 64 if has_pictures else 0,
+            },
+        }
+        config = parse(table, family)
+        keep_base(model, place / "base.safetensors")
+        stack.enter_context(torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]))
+        run = Run(
+            config, place, World(device=device), family=family, yardsticks=None if yardstick is None else [yardstick]
+        )
+        details = run.all()
+        merged = checkpoint.read(place / "neon.safetensors", weights="any").tensors
+        weights = {name: value.clone() for name, value in merged.items()}
+    return improved(details, weights)
+
+
+def improved(details: dict, weights: dict[str, Tensor]) -> Improved:
+    """The numbers of a run's result that one asks for first."""
+    select = details["select"]
+    curve = sorted((p["w"], p["metrics"][select["metric"]]) for p in select["points"] if p["direction"] == "synth")
+    scores = {name: row["metrics"][details["metric"]] for name, row in details["rows"].items()}
+    return Improved(weights=weights, w=details["w"], curve=curve, scores=scores, details=details)
+
+
+def check_names(model: nn.Module) -> None:
+    for prefix in ("module.", "_orig_mod."):
+        if all(name.startswith(prefix) for name in model.state_dict()):
+            inner = prefix.removesuffix(".")
+            raise ValueError(f"the model is wrapped (DataParallel or torch.compile): give the inner one, model.{inner}")
+
+
+def keep_base(model: nn.Module, path: Path) -> None:
+    """Write the model's weights, or check that those of a folder that was begun are the same."""
+    weights = model.state_dict()
+    if not path.is_file():
+        checkpoint.write(path, weights, metadata={"family": FAMILY, "arch": {}, "weights": "raw"})
+        return
+    kept = checkpoint.read(path, weights="raw").tensors
+    for name in {**weights, **kept}:
+        is_same = name in weights and name in kept and torch.equal(weights[name].cpu(), kept[name])
+        if not is_same:
+            raise ValueError(
+                f"{path.parent} was begun with another model: {name} differs. Give back that model (result.weights is "
+                "another one) or choose another folder"
+            )

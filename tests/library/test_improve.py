@@ -1,0 +1,259 @@
+"""neon.improve gives the numbers of `neon run`, on the notebook's toy and on the demo's EDM, and refuses what would not
+be Neon."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import neon
+from edm.family import EDM, Objective, Sampling
+from neon.checkpoints import checkpoint
+from neon.library import functions
+from neon.pipeline.experiment import load
+from neon.pipeline.run import Run
+from neon.quantize import to_uint8
+from neon.runtime.distributed import World
+from neon.seeds import SharedRng
+from neon.toy.diffusion import LAST_TIME, signal
+from neon.toy.target import COVARIANCE, distance
+from tests.commands import ROOT
+from tests.library.plane import TOY, Plane, trained
+
+TOY_CONFIG = """
+family = "tests.library.plane:PlaneFamily"
+[base]
+checkpoint = "{folder}/base.safetensors"
+weights = "raw"
+[sampling]
+uint8 = "none"
+batch = 64
+[synth]
+num_images = 1000
+store = "codes"
+[finetune]
+images = 12500
+batch = 250
+lr = 2e-5
+[select]
+w = [0.5, 1.0, 1.5, 2.0]
+num_images = 2000
+first_seed = 1000000
+[report]
+num_images = 2000
+first_seed = 2000000
+extractors = {{ "tests.library.plane:open_coordinates" = "{folder}/truth.npz" }}
+num_shown = 0
+"""
+
+
+def sample(model: Plane, seeds):
+    return TOY.sample(model.weights, neon.ImageRng(seeds).normal((2,))[None])[0]
+
+
+def loss(model, points, labels, generator):
+    time = LAST_TIME * torch.rand(len(points), 1, generator=generator)
+    noise = torch.randn(points.shape, generator=generator)
+    noisy = signal(time).sqrt() * points + (1 - signal(time)).sqrt() * noise
+    return (TOY.predict_noise(model.weights, noisy[None], time[None])[0] - noise).square().mean(1)
+
+
+def score(points):
+    return distance(points[None]).item()
+
+
+SMALL = {"num_synth": 40, "updates": 4, "num_select": 40, "num_report": 40, "w": [1.0]}
+
+
+def improve_toy(model, **changes):
+    settings = {"num_synth": 1000, "updates": 50, "lr": 2e-5, "batch": 250, "num_select": 2000, "num_report": 2000}
+    settings |= {"sample": sample, "loss": loss, "score": score}
+    return neon.improve(model, **{**settings, **changes})
+
+
+@pytest.fixture(scope="module")
+def toy() -> Plane:
+    return trained(steps=600)
+
+
+@pytest.fixture(scope="module")
+def found(toy):
+    return improve_toy(toy)
+
+
+def test_the_toy_gets_the_numbers_of_neon_run(toy, found, tmp_path):
+    metadata = {"family": "tests.library.plane:PlaneFamily", "arch": {}, "weights": "raw"}
+    checkpoint.write(tmp_path / "base.safetensors", toy.state_dict(), metadata=metadata)
+    np.savez(tmp_path / "truth.npz", mu=np.zeros(2), sigma=COVARIANCE.numpy())
+    (tmp_path / "toy.toml").write_text(TOY_CONFIG.format(folder=tmp_path))
+    result = Run(load(tmp_path / "toy.toml"), tmp_path / "run", World()).all()
+    assert found.w == result["w"]
+    metric = result["select"]["metric"]
+    points = {p["w"]: p["metrics"][metric] for p in result["select"]["points"] if p["direction"] == "synth"}
+    assert dict(found.curve) == pytest.approx(points, rel=1e-4)  # float32 sums of features against float64
+    rows = {name: row["metrics"][result["metric"]] for name, row in result["rows"].items()}
+    assert found.scores == pytest.approx(rows, rel=1e-4)
+    merged = checkpoint.read(tmp_path / "run/neon.safetensors", weights="any").tensors
+    for name, value in found.weights.items():
+        assert torch.equal(value, merged[name]), name
+
+
+def test_the_toy_improves_on_held_out_noise_and_a_random_direction_does_not(found):
+    scores = found.scores
+    assert found.w > 0
+    assert scores["neon"] < 0.8 * scores["base"] < scores["self-trained"]
+    assert scores["random direction"] > 0.9 * scores["base"]
+
+
+def test_the_weights_are_the_papers_line_and_score_what_is_said(toy, found):
+    model = Plane()
+    model.load_state_dict(found.weights)
+    assert score(sample(model, range(2_000_000, 2_002_000))) == pytest.approx(found.scores["neon"], rel=1e-5)
+    assert [w for w, _ in found.curve] == [-1.0, 0.0, 0.5, 1.0, 1.5, 2.0]
+    at_base = score(sample(toy, range(1_000_000, 1_002_000)))
+    assert dict(found.curve)[0.0] == pytest.approx(at_base, rel=1e-5)
+
+
+def test_the_fine_tune_is_adam_on_the_documented_batches(toy, found):
+    """An independent loop: the same S, order and draws, torch's Adam, then the difference form."""
+    from neon.seeds import derived_seed
+
+    model = Plane()
+    model.load_state_dict(toy.state_dict())
+    with torch.inference_mode():
+        points = torch.cat([sample(model, range(start, min(start + 64, 1000))) for start in range(0, 1000, 64)])
+    order = []
+    for epoch in range(13):
+        generator = torch.Generator().manual_seed(derived_seed(0, "epoch", epoch))
+        order.append(torch.randperm(1000, generator=generator))
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-5)
+    for step, batch in enumerate(torch.cat(order)[: 50 * 250].split(250)):
+        generator = torch.Generator().manual_seed(derived_seed(0, "draws", step))
+        optimizer.zero_grad()
+        loss(model, points[batch].clone(), None, generator).mean().backward()
+        optimizer.step()
+    for name, base in toy.state_dict().items():
+        expected = base - found.w * (model.state_dict()[name] - base)
+        torch.testing.assert_close(found.weights[name], expected, rtol=0, atol=2e-6)
+
+
+def test_the_callers_model_and_random_state_are_left_alone(toy):
+    before = {name: value.clone() for name, value in toy.state_dict().items()}
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    improve_toy(toy, **SMALL)
+    assert torch.equal(torch.rand(3), expected)
+    assert all(torch.equal(value, before[name]) for name, value in toy.state_dict().items())
+    assert all(parameter.requires_grad for parameter in toy.parameters())
+
+
+def test_a_folder_resumes_and_refuses_another_setting(toy, tmp_path):
+    small = {**SMALL, "folder": tmp_path / "run"}
+    first = improve_toy(toy, **small)
+    ledger = (tmp_path / "run/ledger.jsonl").read_text()
+    assert (tmp_path / "run/report.html").is_file()
+    shutil.rmtree(tmp_path / "run/shown", ignore_errors=True)
+    again = improve_toy(toy, **small)
+    assert (tmp_path / "run/ledger.jsonl").read_text() == ledger
+    assert again.scores == first.scores
+    assert all(torch.equal(value, first.weights[name]) for name, value in again.weights.items())
+    with pytest.raises(ValueError, match=r"begun with another setting: .*recipe\.lr"):
+        improve_toy(toy, **{**small, "lr": 1e-4})
+    with pytest.raises(ValueError, match=r"begun with another setting: .*function"):
+        improve_toy(toy, **small, sample=lambda model, seeds: sample(model, seeds))
+    other = trained(steps=2)
+    with pytest.raises(ValueError, match=r"begun with another model: layers\.0_bias differs"):
+        improve_toy(other, **small)
+
+
+def test_frozen_parameters_stay(toy):
+    model = Plane()
+    model.load_state_dict(toy.state_dict())
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith("layers.5"))
+    found = improve_toy(
+        model, num_synth=40, updates=4, num_select=40, num_report=40, w=[1.0], finetune={"ema_decay": 0.5}
+    )
+    moved = {name for name, value in found.weights.items() if not torch.equal(value, model.state_dict()[name])}
+    assert moved <= {"layers.5_weight", "layers.5_bias"}
+    assert found.details["step"]["relative_step"] > 0
+
+
+def shared_noise(model, seeds):
+    return TOY.sample(model.weights, neon.ImageRng([seeds[0]]).normal((len(seeds), 2)))[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sample": shared_noise}, "sample: the image of seed 1 is another one when it is drawn alone"),
+        ({"sample": lambda model, seeds: sample(model, seeds)[:1]}, r"sample: expected a tensor of 2 images"),
+        ({"sample": lambda model, seeds: sample(model, seeds) * torch.nan}, "sample: .*not finite"),
+        ({"sample": lambda model, seeds: (sample(model, seeds), torch.zeros(2))}, "sample: expected integer labels"),
+        ({"loss": lambda *a: loss(*a).mean()}, r"loss: expected one number per image, shape \(250,\), got \(\)"),
+        ({"score": lambda points: float("nan")}, "score: score gave nan for 2000 images"),
+        ({"score": 3}, "expected a reference file or {extractor: file}, found 3"),
+        ({"updates": 0}, r"\[finetune\] images must be >= 1"),
+        ({"finetune": {"momentum": 0.9}}, r"\[finetune\] has no key 'momentum'"),
+        ({"select_seed": 500}, "the seeds of synth .* and select .* overlap"),
+        ({"w": []}, r"\[select\] w must name at least one value"),
+    ],
+)
+def test_what_would_not_be_neon_is_refused_in_one_line(toy, changes, message):
+    with pytest.raises(ValueError, match=message):
+        improve_toy(toy, **changes)
+
+
+def test_a_wrapped_or_frozen_model_is_refused(toy):
+    with pytest.raises(ValueError, match=r"the model is wrapped .* give the inner one, model\.module"):
+        improve_toy(nn.DataParallel(toy))
+    with pytest.raises(ValueError, match="no parameter of the model requires a gradient"):
+        improve_toy(trained(steps=1).requires_grad_(False))
+
+
+def test_a_lambdas_fingerprint_without_source_is_its_code():
+    space = {}
+    exec("f = lambda x: x + 1\ng = lambda x: x - 1\nh = lambda x: x + 1", space)
+    assert functions.fingerprint(space["f"]) == functions.fingerprint(space["h"])
+    assert functions.fingerprint(space["f"]) != functions.fingerprint(space["g"])
+
+
+def test_the_demos_edm_gets_the_numbers_of_neon_run(tmp_path):
+    """The demo's model and recipe at a smaller size, once by the config and once by functions."""
+    settings = ["synth.num_images=24", "finetune.images=64", "finetune.batch=16", "finetune.lr_ramp_images=32"]
+    settings += ["select.num_images=20", "select.w=[1.0, 2.0]", "report.num_images=20", "sampling.num_steps=3"]
+    settings += [f'base.checkpoint="{ROOT}/demo/base.safetensors"', "finetune.lr=1e-3"]
+    references = {name: str(ROOT / f"demo/reference_{name}.npz") for name in ("fashion-cnn", "pixel-pca64")}
+    settings += ["report.extractors={" + ", ".join(f'"{k}"="{v}"' for k, v in references.items()) + "}"]
+    result = Run(load(ROOT / "configs/demo.toml", settings), tmp_path / "run", World()).all()
+
+    family, how = EDM(), Objective()
+    model = family.load(checkpoint.read(ROOT / "demo/base.safetensors"))
+
+    def draw(model, seeds):
+        labels = torch.tensor([seed % 10 for seed in seeds])
+        codes, labels = family.sample(model, neon.ImageRng(seeds), labels, Sampling(num_steps=3))
+        return to_uint8(codes, "round"), labels
+
+    def edm_loss(model, images, labels, generator):
+        draws = family.draw(SharedRng(len(images), generator), images, labels, how)
+        return family.loss(model, images, labels, draws, how)
+
+    found = neon.improve(
+        model, sample=draw, loss=edm_loss, score=references, num_synth=24, updates=4, batch=16, lr=1e-3, w=[1.0, 2.0],
+        num_select=20, num_report=20, select_seed=100_000, report_seed=1_000_000,
+        finetune={"lr_ramp_images": 32, "ema_power": 6.94}, folder=tmp_path / "improved",
+    )  # fmt: skip
+    assert found.w == result["w"]
+    for mine, theirs in zip(found.details["select"]["points"], result["select"]["points"], strict=True):
+        assert mine["metrics"] == theirs["metrics"]
+    for name, row in result["rows"].items():
+        assert found.details["rows"][name]["metrics"] == row["metrics"]
+    merged = checkpoint.read(tmp_path / "run/neon.safetensors", weights="any").tensors
+    assert all(torch.equal(value, merged[name]) for name, value in found.weights.items())
+    assert json.loads(Path(tmp_path / "improved/result.json").read_text())["value"] == result["value"]
