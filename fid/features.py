@@ -87,6 +87,12 @@ def to_rgb(images: Tensor) -> Tensor:
     return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
 
 
+def name_with_weights(name: str, sha256: str, *, is_known: bool) -> str:
+    """An extractor's name: with other weights it is another extractor, whose values must not be taken for the first
+    one's."""
+    return name if is_known else f"{name}-unknown-{sha256[:8]}"
+
+
 class Opener(Protocol):
     """Makes an extractor. path: weights, None = where they usually lie; a network whose weights are shipped ignores the
     rest."""

@@ -9,13 +9,18 @@ import hashlib
 import os
 import uuid
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from lzma import LZMAError
 from pathlib import Path
 from typing import IO, BinaryIO
 
 import numpy as np
+
+UNREADABLE = (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error, LZMAError, RuntimeError, KeyError)
+"""What zipfile and numpy raise for a file that is damaged, encrypted or packed in a way that they do not know."""
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fid.features import Extractor, Features, to_rgb
+from fid.features import Extractor, Features, name_with_weights, to_rgb
 from fid.resize import resize_tf1
 from fid.weights import PublishedWeights, read_state_dict
 
@@ -83,7 +83,7 @@ class InceptionExtractor(Extractor):
         self.network = network.to(self.device).eval().requires_grad_(False)
         self.sha256 = sha256
         published = sha256.startswith(WEIGHTS.sha256_prefix)
-        self.name = NAME if published else f"inception-unknown-{sha256[:8]}"
+        self.name = NAME if published else name_with_weights("inception", sha256, is_known=False)
         self.comparable = (
             None if published else f"the Inception weights (sha256 {sha256[:8]}...) are not the published ones"
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -23,44 +22,38 @@ class Extrapolated(NamedTuple):
 
 
 PARTS = (1, 2, 3, 4)
+GROUPS = 10
+
+
+def check_size(num_images: int, groups: int = GROUPS) -> None:
+    """Raise ValueError if there are too few images for the extrapolation."""
+    if num_images // groups < 2 or num_images * (groups - 1) // groups < 2 * PARTS[-1]:
+        raise ValueError(f"extrapolation with {groups} groups needs more than {num_images} images")
 
 
 def frechet_infinity(
     *,
     generated: Tensor,
     reference: Gaussian,
-    groups: int = 10,
+    groups: int = GROUPS,
     seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
 ) -> Extrapolated:
     """Frechet distance at N = infinity: the intercept of a straight line through (1/n, FD_n)  (Chong and Forsyth 2020).
 
     generated: features (N, D) in any order. The bias of FD_n is c/n to first order; n runs over N/1, N/2, N/3, N/4,
     and FD_n is the mean over that many disjoint parts, so every point uses every image. The error bar repeats the fit
-    with each of
-    `groups` random tenths left out (delete-a-group jackknife). The bias of a finite reference set stays in. n should be
-    well
-    above D.
-
-    progress(done, total) is called after each of the 10 * (groups + 1) distances. Raises ValueError if a part would
-    have fewer than 2 images.
+    with each of `groups` random tenths left out (delete-a-group jackknife). The bias of a finite reference set stays
+    in. n should be well above D. Raises ValueError if a part would have fewer than 2 images.
     """
-    if len(generated) // groups < 2 or len(generated) * (groups - 1) // groups < 2 * PARTS[-1]:
-        raise ValueError(f"extrapolation with {groups} groups needs more than {len(generated)} images")
+    check_size(len(generated), groups)
     order = torch.randperm(len(generated), generator=torch.Generator().manual_seed(seed))
     chunks = order.chunk(groups)
-    total, done = sum(PARTS) * (len(chunks) + 1), 0
 
     def distance(index: Tensor) -> float:
-        nonlocal done
         moments = Moments(generated.shape[1])
         for part in index.split(4096):
             moments.update(generated[part])
-        done += 1
-        value = frechet_distance(generated=moments.gaussian(), reference=reference)
-        if progress is not None:
-            progress(done, total)
-        return value
+        return frechet_distance(generated=moments.gaussian(), reference=reference)
 
     def curve(index: Tensor) -> Tensor:
         return torch.tensor([sum(map(distance, index.chunk(parts))) / parts for parts in PARTS], dtype=torch.float64)

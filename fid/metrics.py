@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -11,20 +12,28 @@ from torch import Tensor
 from fid.features import Extractor
 
 NEIGHBOUR_METRICS = ("precision", "recall", "density", "coverage")
+SPLITS = 10
+"""Parts of the Inception Score, as published."""
+MIN_PER_SPLIT = 5
+"""Images in every part of an Inception Score, at least: in a part of one image the score is 1 whatever the image."""
+SUBSET = 1000
+"""Images in every subset of a KID, as published."""
 
 
-def metric_name(metric: str, num_images: int, extractor: str, k: int | None = None) -> str:
+def metric_name(metric: str, num_images: int, extractor: str, k: int | None = None, subset: int | None = None) -> str:
     """A name that says what a value may be compared with: "fid50k[inception-2015-12-05]",
-    "precision10k[fashion-cnn,k=5]".
+    "precision10k[fashion-cnn,k=5]", "kid500[fashion-cnn,subset=100]".
 
     num_images: of the generated set; whole thousands are written as "50k". k: neighbours, for the metrics that have
-        them.
+        them. subset: of a KID, in the name unless it is the usual 1000.
     Raises ValueError if a neighbour metric comes without k, or another one with it.
     """
     if (k is not None) != (metric in NEIGHBOUR_METRICS):
         raise ValueError(f"{metric} {'has no k' if k is not None else 'needs its k in the name'}")
     count = f"{num_images // 1000}k" if num_images >= 1000 and num_images % 1000 == 0 else str(num_images)
-    return f"{metric}{count}[{extractor}{'' if k is None else f',k={k}'}]"
+    options = "" if k is None else f",k={k}"
+    options += "" if subset in (None, SUBSET) else f",subset={subset}"
+    return f"{metric}{count}[{extractor}{options}]"
 
 
 def frechet_kind(extractor: Extractor) -> str:
@@ -32,15 +41,26 @@ def frechet_kind(extractor: Extractor) -> str:
     return "fid" if extractor.comparable is None else "fd"
 
 
-def cautions(distance: float, *, num_images: int, dim: int) -> list[str]:
-    """What a reader of a Frechet distance should be told: one sentence each, none if there is nothing to say."""
+def cautions(values: Mapping[str, float], *, num_images: int, extractor: Extractor) -> list[str]:
+    """What a reader of these values should be told: one sentence each, none if there is nothing to say.
+
+    values: {metric's name: value} of `num_images` images, as `fid.evaluator.measure` gives them.
+    """
+    kind = frechet_kind(extractor)
+    distance = values.get(metric_name(kind, num_images, extractor.name))
+    limit = values.get(metric_name(f"{kind}_inf", num_images, extractor.name))
     notes = []
-    if num_images <= dim:
+    if distance is not None and num_images <= extractor.dim:
         notes.append(
-            f"{num_images} images for {dim} features: the covariance is singular and the bias large; use many times "
-            "more images"
+            f"{num_images} images for {extractor.dim} features: the covariance is singular and the bias large; use "
+            "many times more images"
         )
-    if distance < 1e-3:
+    if limit is not None and num_images // 4 <= extractor.dim:
+        notes.append(
+            f"{kind}_inf extrapolates from parts of {num_images // 4} images, which is not more than the "
+            f"{extractor.dim} features: the bias is no straight line in 1/n there; use many times more images"
+        )
+    if distance is not None and distance < 1e-3:
         notes.append(
             f"a distance of {distance:.2g} is what identical sets give: is the reference made of the evaluated images?"
         )
@@ -54,16 +74,14 @@ class Spread(NamedTuple):
     std: float
 
 
-def inception_score(logits: Tensor, *, splits: int = 10, seed: int = 2020) -> Spread:
+def inception_score(logits: Tensor, *, splits: int = SPLITS, seed: int = 2020) -> Spread:
     """exp of the mean KL(p(y|x) || p(y)) over `splits` parts of the shuffled images (Salimans et al. 2016).
 
     logits: (N, K), for the published score those without the last layer's bias. The shuffle matters: in class order
     every part would see few classes. numpy's RandomState(2020) is torch-fidelity's choice. Raises ValueError for fewer
-    images than
-    splits.
+    than MIN_PER_SPLIT images per part.
     """
-    if len(logits) < splits:
-        raise ValueError(f"the Inception Score over {splits} splits needs at least {splits} images, got {len(logits)}")
+    check_score_size(len(logits), splits)
     order = torch.from_numpy(np.random.RandomState(seed).permutation(len(logits)))
     log_p = logits.cpu().double()[order].log_softmax(1)
     scores = []
@@ -74,17 +92,33 @@ def inception_score(logits: Tensor, *, splits: int = 10, seed: int = 2020) -> Sp
     return _spread(torch.stack(scores))
 
 
+def check_score_size(num_images: int, splits: int = SPLITS) -> None:
+    """Raise ValueError if there are too few images for an Inception Score."""
+    if num_images < splits * MIN_PER_SPLIT:
+        raise ValueError(
+            f"the Inception Score over {splits} splits needs at least {splits * MIN_PER_SPLIT} images "
+            f"({MIN_PER_SPLIT} in each: with one it is always 1), got {num_images}"
+        )
+
+
+def check_subset_size(num_images: int, subset: int) -> None:
+    """Raise ValueError if the smaller of the two sets has too few images for a KID over subsets."""
+    if num_images < subset:
+        raise ValueError(
+            f"KID over subsets of {subset} needs that many images in both sets, got {num_images}: give a smaller "
+            "subset (it becomes part of the metric's name) or ask for kid_unbiased, the value on the full sets"
+        )
+
+
 def kernel_distance(
-    *, generated: Tensor, reference: Tensor, subsets: int = 100, subset_size: int = 1000, seed: int = 2020
+    *, generated: Tensor, reference: Tensor, subsets: int = 100, subset_size: int = SUBSET, seed: int = 2020
 ) -> Spread:
     """KID (Binkowski et al. 2018): mean and std of `kernel_distance_unbiased` over random subsets of both sets.
 
     generated: (N, D), reference: (M, D). Subsets are drawn without replacement by numpy's RandomState(seed),
     generated first, as torch-fidelity draws them. Raises ValueError if a set is smaller than a subset.
     """
-    smallest = min(len(generated), len(reference))
-    if smallest < subset_size:
-        raise ValueError(f"KID over subsets of {subset_size} needs that many images in both sets, got {smallest}")
+    check_subset_size(min(len(generated), len(reference)), subset_size)
     rng = np.random.RandomState(seed)
     values = []
     for _ in range(subsets):

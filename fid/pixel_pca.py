@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-from fid.features import Extractor, Features
+from fid.features import Extractor, Features, name_with_weights
 from fid.files import sha256_of
+from fid.weights import read_safetensors
 
 BASIS = Path(__file__).parent / "data" / "fashion_pca64.safetensors"
 
@@ -56,5 +56,8 @@ def open_pixel_pca64(*, path: Path | None, device: torch.device | str, allow_unk
     sha256 = sha256_of(file)
     if sha256 != sha256_of(BASIS) and not allow_unknown_weights:
         raise ValueError(f"{file}: not the shipped basis {BASIS}; pass --allow-unknown-weights to use it")
-    tensors = load_file(file)
-    return PixelPCA("pixel-pca64", mean=tensors["mean"], basis=tensors["basis"], sha256=sha256, device=device)
+    tensors = read_safetensors(file)
+    if set(tensors) != {"mean", "basis"}:
+        raise ValueError(f"{file}: expected the tensors mean and basis, found {', '.join(sorted(tensors)) or 'none'}")
+    name = name_with_weights("pixel-pca64", sha256, is_known=sha256 == sha256_of(BASIS))
+    return PixelPCA(name, mean=tensors["mean"], basis=tensors["basis"], sha256=sha256, device=device)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fid.files import replacing
+from fid.features import Extractor
+from fid.files import UNREADABLE, not_what_it_is_called, replacing, sha256_of
 from fid.frechet import Gaussian
 from fid.moments import Moments
 
@@ -26,6 +24,7 @@ class Reference(Gaussian):
     extractor: str | None  # name of the feature network; None: the file does not say
     provenance: dict[str, object]  # what the writer recorded; empty for published files
     sha256: str  # of the file's bytes
+    path: Path | None = None
 
 
 def read_reference(path: Path | str) -> Reference:
@@ -35,41 +34,78 @@ def read_reference(path: Path | str) -> Reference:
     Raises FileNotFoundError, or ValueError naming the keys found if there are no such arrays. Pickles are never opened.
     """
     path = Path(path)
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"no reference statistics at {path}")
-    data = path.read_bytes()
+    if path.is_dir():
+        raise ValueError(f"{path}: is a folder, expected an .npz with mu and sigma. {_IMAGES}")
+    if (instead := not_what_it_is_called(path)) is not None:
+        raise ValueError(f"{path}: {instead}")
     try:
-        with np.load(io.BytesIO(data), allow_pickle=False) as file:
+        with np.load(path, allow_pickle=False) as file:
             keys = file.files if isinstance(file, np.lib.npyio.NpzFile) else []
             arrays = {key: file[key] for key in ("mu", "sigma", "count", "provenance") if key in keys}
-    except (ValueError, zipfile.BadZipFile) as error:
+    except UNREADABLE as error:
         raise ValueError(
             f"{path}: not an .npz of plain arrays ({error}). Pickled statistics are never opened: {_ADVICE}"
         ) from error
     if "mu" not in arrays or "sigma" not in arrays:
-        images = (
-            " It holds images; `neon fid ref --data FILE --out ref.npz` makes statistics of them."
-            if "arr_0" in keys
-            else ""
-        )
+        images = f" {_IMAGES}" if "arr_0" in keys or "images" in keys or not keys else ""
         raise ValueError(
             f"{path}: expected the arrays mu and sigma, found {', '.join(keys) or 'a bare array'}.{images}"
         )
-    provenance = json.loads(str(arrays["provenance"])) if "provenance" in arrays else {}
     try:
-        return Reference(
+        for key in ("mu", "sigma"):
+            if arrays[key].dtype not in (np.float32, np.float64):
+                raise ValueError(f"{key} is {arrays[key].dtype}, expected float32 or float64")
+        provenance = json.loads(str(arrays["provenance"])) if "provenance" in arrays else {}
+        if not isinstance(provenance, dict):
+            raise ValueError(f"the provenance is {type(provenance).__name__}, expected a JSON object")
+        found = Reference(
             torch.from_numpy(arrays["mu"]),
             torch.from_numpy(arrays["sigma"]),
-            count=int(arrays["count"]) if "count" in arrays else None,
+            count=_count(arrays["count"]) if "count" in arrays else None,
             extractor=provenance.get("extractor"),
             provenance=provenance,
-            sha256=hashlib.sha256(data).hexdigest(),
+            sha256=sha256_of(path),
+            path=path,
         )
+        found.check_semidefinite()
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+    return found
 
 
 _ADVICE = "convert them where you trust them, with numpy.savez(FILE, mu=mean, sigma=covariance)"
+_IMAGES = "If these are images, `neon fid ref --data IMAGES --out ref.npz` makes statistics of them."
+
+
+def _count(array: np.ndarray) -> int:
+    if array.shape != () or not np.issubdtype(array.dtype, np.integer) or array < 2:
+        raise ValueError(f"count is {array.dtype} {array.tolist()}, expected one whole number of at least 2 images")
+    return int(array)
+
+
+def check_made_with(reference: Reference, extractor: Extractor) -> None:
+    """Raise ValueError unless the statistics are of the extractor's features: the same name and the same weights where
+    the file records them (published files do not), the same number in any case."""
+    where = reference.path or "the reference"
+    advice = f"make it again with `neon fid ref --extractor`, or name its own extractor for {extractor.name}"
+    if reference.extractor not in (None, extractor.name):
+        raise ValueError(
+            f"{where}: holds features of {reference.extractor}, the images get those of {extractor.name}: their "
+            f"distance means nothing; {advice}"
+        )
+    made_with = reference.provenance.get("extractor_sha256")
+    if made_with not in (None, extractor.sha256):
+        raise ValueError(
+            f"{where}: was made with other weights of {extractor.name} (sha256 {str(made_with)[:16]}..., here "
+            f"{extractor.sha256[:16]}...): their distance means nothing; {advice}"
+        )
+    if len(reference.mean) != extractor.dim:
+        raise ValueError(
+            f"{where}: holds statistics of {len(reference.mean)} features, {extractor.name} gives {extractor.dim}: "
+            f"another extractor made it; {advice}"
+        )
 
 
 def write_reference(path: Path | str, moments: Moments, provenance: Mapping[str, object]) -> None:

@@ -45,12 +45,6 @@ class FeatureStore:
         self._rows[index] = features.detach().to("cpu", torch.float32)
         self.has_row[index] = True
 
-    def merge(self, other: FeatureStore) -> None:
-        """Take over the rows of another part of the same images."""
-        index = other.has_row.nonzero()[:, 0]
-        for part in index.split(4096):
-            self.put(part.tolist(), other._rows[part])
-
     def taken(self) -> tuple[Tensor, Tensor]:
         """Indices (n,) of the images that are there, and their rows (n, dim)."""
         index = self.has_row.nonzero()[:, 0]

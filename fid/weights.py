@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 import os
 import pickle
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fid.files import not_what_it_is_called, sha256_of
@@ -66,6 +69,16 @@ class PublishedWeights:
         return sha256
 
 
+def read_safetensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file. Raises ValueError naming the file if it is none."""
+    if (instead := not_what_it_is_called(file)) is not None:
+        raise ValueError(f"{file}: {instead}")
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file}: not a .safetensors file ({error})") from error
+
+
 def read_state_dict(file: Path, *, into: nn.Module) -> None:
     """Load a plain state dict (.pth) strictly; nothing in the file is executed.
 
@@ -87,6 +100,11 @@ def read_state_dict(file: Path, *, into: nn.Module) -> None:
         ) from error
     if not isinstance(state, dict):
         raise ValueError(f"{file}: expected a state dict, found {type(state).__name__}")
+    check_and_load(file, state, into=into)
+
+
+def check_and_load(file: Path, state: Mapping[str, Tensor], *, into: nn.Module) -> None:
+    """Load tensors strictly. Raises ValueError naming the file if names or shapes differ from the network's."""
     expected = into.state_dict()
     missing, unexpected = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
     if missing or unexpected:

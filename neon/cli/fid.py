@@ -17,7 +17,7 @@ from fid.features import Extractor, open_extractor
 from fid.frechet import frechet_distance
 from fid.metrics import cautions
 from fid.partial import Partial, merge_partials, read_partial, write_partial
-from fid.reference import read_reference, write_reference
+from fid.reference import Reference, check_made_with, read_reference, write_reference
 from neon.checkpoints.describe import describe
 from neon.cli.options import gathered
 from neon.evaluation.collect import Collected, Wanted, collect
@@ -266,6 +266,7 @@ def calc(
     with world(how.device) as ranks:
         statistics = read_reference(reference)
         network = how.open(ranks)
+        check_made_with(statistics, network)
         started = time.perf_counter()
         real = None
         if ref_data is not None:
@@ -279,14 +280,15 @@ def calc(
     total_s = time.perf_counter() - started
     seconds = {"reference": reference_s, "reading": found.source_s, "features": found.feature_s, "total": total_s}
     reason = why_not_comparable(Wanted(extractor=network), len(images))
-    distance = next((value for name, value in values.items() if name.startswith(("fid", "fd"))), None)
-    for note in cautions(distance, num_images=len(images), dim=network.dim) if distance is not None else []:
+    notes = cautions(values, num_images=len(images), extractor=network)
+    for note in notes:
         click.echo(f"warning: {note}", err=True)
     result = {
         "metrics": values,
         "num_images": len(images),
         "comparable": reason is None,
         "reason": reason,
+        "cautions": notes,
         "k": k,
         "seconds": seconds,
     }
@@ -309,9 +311,11 @@ def calc(
 def compare(a: Path, b: Path) -> None:
     """Frechet distance of two statistics files."""
     first, second = read_reference(a), read_reference(b)
-    if first.extractor and second.extractor and first.extractor != second.extractor:
+    one, other = made_with(first), made_with(second)
+    if any(x and y and x != y for x, y in zip(one, other, strict=True)):
         raise ValueError(
-            f"{a} was made with {first.extractor}, {b} with {second.extractor}: their distance means nothing"
+            f"{a} was made with {' '.join(filter(None, one))}, {b} with {' '.join(filter(None, other))}: their "
+            "distance means nothing"
         )
     value = frechet_distance(generated=first, reference=second)
     click.echo(
@@ -324,6 +328,12 @@ def compare(a: Path, b: Path) -> None:
             }
         )
     )
+
+
+def made_with(reference: Reference) -> tuple[str | None, str | None]:
+    """Name and weights' hash of the extractor, as far as the file records them."""
+    sha256 = reference.provenance.get("extractor_sha256")
+    return reference.extractor, None if sha256 is None else str(sha256)[:16]
 
 
 @fid.command("info")

@@ -16,8 +16,8 @@ import torch
 import neon
 from fid.evaluator import Metric
 from fid.features import open_extractor
-from fid.metrics import frechet_kind, metric_name
-from fid.reference import read_reference
+from fid.metrics import MIN_PER_SPLIT, SPLITS, cautions, frechet_kind, metric_name
+from fid.reference import check_made_with, read_reference
 from neon import binding, quantize
 from neon.checkpoints import checkpoint
 from neon.cli.options import Command, gathered
@@ -181,12 +181,8 @@ def _yardstick(request: Request, ranks: World) -> Yardstick:
     """First of all, so that a missing reference or extractor is said before anything slow starts."""
     reference = read_reference(request.images.fid_stats)
     extractor = open_extractor(request.common.extractor, path=request.common.inception, device=ranks.device)
-    if len(reference.mean) != extractor.dim:
-        raise ValueError(
-            f"{request.images.fid_stats} holds statistics of {len(reference.mean)} features, {extractor.name} gives "
-            f"{extractor.dim}"
-        )
-    has_score = extractor.num_classes and request.images.num_images >= 10  # its ten splits need an image each
+    check_made_with(reference, extractor)
+    has_score = extractor.num_classes and request.images.num_images >= SPLITS * MIN_PER_SPLIT
     metrics: tuple[Metric, ...] = ("fid", "is") if has_score else ("fid",)
     return Yardstick(extractor=extractor, reference=reference, metrics=metrics)
 
@@ -212,12 +208,20 @@ def _result(
     metric = metric_name(frechet_kind(yardstick.extractor), request.images.num_images, yardstick.extractor.name)
     values = [run.metrics[metric] for run in runs]
     reason = why_not_comparable(yardstick, request.images.num_images)
+    notes = cautions(
+        runs[values.index(min(values))].metrics,
+        num_images=request.images.num_images,
+        extractor=yardstick.extractor,
+    )
+    for note in notes:
+        say(ranks, f"warning: {note}")
     seconds = {phase: math.fsum(run.seconds[phase] for run in runs) for phase in runs[0].seconds}
     result: dict[str, object] = {
         "metric": metric,
         "value": min(values),
         "comparable": reason is None,
         "reason": reason,
+        "cautions": notes,
         "metrics": runs[values.index(min(values))].metrics,
         "num_images": request.images.num_images,
         "first_seed": request.images.first_seed,

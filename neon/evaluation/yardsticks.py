@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from fid.features import open_extractor
-from fid.reference import read_reference
+from fid.reference import check_made_with, read_reference
 from neon.evaluation.evaluate import Yardstick
 from neon.evaluation.options import Report
 
@@ -22,9 +22,6 @@ def open_yardsticks(config: Report, device: torch.device) -> list[Yardstick]:
         weights = Path(config.inception) if config.inception is not None and name == "inception-2015-12-05" else None
         extractor = open_extractor(name, path=weights, device=device)
         statistics = read_reference(Path(reference))
-        if len(statistics.mean) != extractor.dim:
-            raise ValueError(f"{reference}: holds {len(statistics.mean)} features, {name} gives {extractor.dim}")
-        if statistics.extractor not in (None, name):
-            raise ValueError(f"{reference}: made with {statistics.extractor}, the config compares {name} with it")
+        check_made_with(statistics, extractor)
         found.append(Yardstick(extractor=extractor, reference=statistics))
     return found

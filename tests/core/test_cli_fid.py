@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 
+from fid import fashion
 from fid.frechet import frechet_distance
 from fid.partial import read_partial
 from fid.reference import read_reference
@@ -81,6 +83,27 @@ def test_metrics_of_two_ranks(tmp_path, tiny):
     assert {"seconds", "images_per_second", "reference_sha256", "extractor_sha256", "source_sha256", "versions"} <= set(
         alone
     )
+
+
+def test_a_reference_of_another_extractor_is_an_error_before_any_image_is_read(clothes, tmp_path, monkeypatch):
+    """Exited 0 with 1402.09; the extractor's own reference gives the same value as ever."""
+    own = neon("calc", "--data", clothes, "--ref", ROOT / "demo/reference_fashion-cnn.npz", *NETWORK)
+    assert own["metrics"]["fd101[fashion-cnn]"] > 0
+    monkeypatch.setattr("neon.cli.fid.pass_over", lambda *_: pytest.fail("images were read"))
+    other = ROOT / "demo/reference_pixel-pca64.npz"
+    message = refused("calc", "--data", clothes, "--ref", other, *NETWORK)
+    assert "holds features of pixel-pca64, the images get those of fashion-cnn" in message
+
+
+def test_statistics_of_unknown_weights_are_not_compared_with_the_shipped_one_s(clothes, tmp_path):
+    tensors = load_file(fashion.WEIGHTS)
+    save_file({**tensors, "hidden.bias": tensors["hidden.bias"] + 1}, tmp_path / "w.safetensors")
+    unknown = ("--inception", tmp_path / "w.safetensors", "--allow-unknown-weights")
+    neon("ref", "--data", clothes, "--out", tmp_path / "a.npz", *NETWORK)
+    made = neon("ref", "--data", clothes, "--out", tmp_path / "b.npz", *NETWORK, *unknown)
+    assert made["extractor"].startswith("fashion-cnn-unknown-")
+    assert "their distance means nothing" in refused("compare", tmp_path / "a.npz", tmp_path / "b.npz")
+    assert neon("compare", tmp_path / "b.npz", tmp_path / "b.npz")["frechet_distance"] < 1e-6
 
 
 @pytest.mark.parametrize("command", ["ref", "calc"])

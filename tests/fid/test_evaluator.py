@@ -82,14 +82,6 @@ def test_any_batch_and_order(whole, batch):
     check_quick(collect(shuffled, batch), whole)
 
 
-@pytest.mark.parametrize("world", [2, 3])
-def test_ranks_merge_to_the_same(whole, world):
-    ranks = [collect(range(rank, N, world), 64) for rank in range(world)]
-    for other in ranks[1:]:
-        ranks[0].merge(other)
-    check_quick(ranks[0], whole)
-
-
 def test_a_killed_evaluation_goes_on(whole, tmp_path):
     """Killed after 600 images, 400 of which the saved state knows; with the rows in files and with all in the state."""
     for folder in (None, tmp_path):

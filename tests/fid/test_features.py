@@ -5,9 +5,10 @@ import types
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from fid import features, files, weights
+from fid import fashion, features, files, pixel_pca, weights
 from fid.features import SHIPPED, Extractor, Features, open_extractor, to_rgb
 from fid.inception import WEIGHTS, InceptionV3
 from fid.pixel_pca import PixelPCA, principal_components
@@ -209,3 +210,22 @@ def test_only_the_inception_calls_itself_comparable():
         assert extractor.name == name
         assert "2015-12-05" in extractor.comparable
     assert features.SHIPPED["fashion-cnn"] == "fid.fashion:open_fashion_cnn"
+
+
+def test_other_weights_make_another_extractor(tmp_path):
+    """Its name stands in every metric and reference: two files of different weights must not look alike."""
+    for name, shipped in (("fashion-cnn", fashion.WEIGHTS), ("pixel-pca64", pixel_pca.BASIS)):
+        tensors = load_file(shipped)
+        first = sorted(tensors)[0]
+        save_file({**tensors, first: tensors[first] + 1}, tmp_path / "w.safetensors")
+        with pytest.raises(ValueError, match="--allow-unknown-weights"):
+            open_extractor(name, path=tmp_path / "w.safetensors")
+        other = open_extractor(name, path=tmp_path / "w.safetensors", allow_unknown_weights=True)
+        assert other.name == f"{name}-unknown-{files.sha256_of(tmp_path / 'w.safetensors')[:8]}"
+        assert open_extractor(name, path=shipped).name == name
+        (tmp_path / "x.safetensors").write_bytes(b"<html>")
+        with pytest.raises(ValueError, match=r"x\.safetensors: a web page"):
+            open_extractor(name, path=tmp_path / "x.safetensors", allow_unknown_weights=True)
+        (tmp_path / "y.safetensors").write_bytes(b"abc")
+        with pytest.raises(ValueError, match=r"y\.safetensors: not a .safetensors"):
+            open_extractor(name, path=tmp_path / "y.safetensors", allow_unknown_weights=True)

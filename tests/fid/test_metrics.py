@@ -9,6 +9,7 @@ from fid.frechet import Gaussian, frechet_distance
 from fid.infinity import frechet_infinity
 from fid.metrics import cautions, inception_score, kernel_distance, kernel_distance_unbiased, metric_name
 from fid.moments import Moments
+from tests.quarters import Quarters
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -22,6 +23,8 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
         (("fd", 2_000, "fashion-cnn"), "fd2k[fashion-cnn]"),
         (("is", 1_500, "x"), "is1500[x]"),
         (("fid", 999, "x"), "fid999[x]"),
+        (("kid", 500, "x", None, 100), "kid500[x,subset=100]"),
+        (("kid", 5_000, "x", None, 1000), "kid5k[x]"),
         (("precision", 10_000, "inception-2015-12-05", 5), "precision10k[inception-2015-12-05,k=5]"),
     ],
 )
@@ -37,9 +40,20 @@ def test_names_say_k_where_there_is_one():
 
 
 def test_cautions():
-    assert cautions(2.0, num_images=50_000, dim=2048) == []
-    assert "singular" in cautions(40.0, num_images=2048, dim=2048)[0]
-    assert "identical" in cautions(1e-5, num_images=50_000, dim=2048)[0]
+    stub = Quarters()
+    assert cautions({"fd1k[quarters]": 2.0}, num_images=1000, extractor=stub) == []
+    assert cautions({"fd1k[quarters]": 2.0, "is1k[quarters]": 1e-9}, num_images=1000, extractor=stub) == []
+    assert "singular" in cautions({"fd8[quarters]": 40.0}, num_images=8, extractor=stub)[0]
+    assert "identical" in cautions({"fd1k[quarters]": 1e-5}, num_images=1000, extractor=stub)[0]
+
+
+def test_a_small_extrapolated_distance_is_not_taken_for_the_distance():
+    """fd_inf of two equal sets is about 0, and may be negative: that says nothing of identical images."""
+    assert cautions({"fd_inf1k[quarters]": -0.1}, num_images=1000, extractor=Quarters()) == []
+    assert (
+        "parts of 8 images, which is not more than the 12 features"
+        in cautions({"fd_inf35[quarters]": 2.0}, num_images=35, extractor=Quarters())[0]
+    )
 
 
 def test_inception_score_of_certain_and_balanced_predictions():
@@ -61,9 +75,12 @@ def test_inception_score_does_not_depend_on_class_order():
     assert inception_score(logits).mean > 9
 
 
-def test_inception_score_needs_as_many_images_as_splits():
-    with pytest.raises(ValueError, match="at least 10 images, got 9"):
-        inception_score(torch.zeros(9, 3))
+@pytest.mark.parametrize("count", [9, 10, 49])
+def test_inception_score_needs_images_in_every_split(count):
+    """In a split of one image p(y) = p(y|x): the score would be 1 for any images."""
+    with pytest.raises(ValueError, match=f"at least 50 images .* got {count}"):
+        inception_score(100 * torch.eye(count))
+    assert inception_score(100 * torch.eye(50)).mean == pytest.approx(5)
 
 
 def test_kernel_distance_by_hand():
@@ -96,7 +113,7 @@ def test_kernel_distance_over_subsets():
     subsets = kernel_distance(generated=x, reference=y, subsets=50, subset_size=100)
     full = kernel_distance_unbiased(generated=x, reference=y)
     assert subsets.mean == pytest.approx(full, abs=4 * subsets.std / math.sqrt(50))
-    with pytest.raises(ValueError, match="that many images in both sets, got 400"):
+    with pytest.raises(ValueError, match="that many images in both sets, got 400: give a smaller subset"):
         kernel_distance(generated=x, reference=y)
 
 

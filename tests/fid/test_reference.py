@@ -10,7 +10,8 @@ import torch
 from fid.frechet import frechet_distance
 from fid.moments import Moments
 from fid.partial import Partial, merge_partials, read_partial, write_partial
-from fid.reference import read_reference, write_reference
+from fid.reference import check_made_with, read_reference, write_reference
+from tests.quarters import Quarters
 
 MU, SIGMA = np.arange(4.0), np.diag([1.0, 2.0, 3.0, 0.5])
 
@@ -69,6 +70,85 @@ def test_errors_say_what_was_found(tmp_path):
     np.savez(tmp_path / "shape.npz", mu=MU, sigma=SIGMA[:3, :3])
     with pytest.raises(ValueError, match=r"shape\.npz: expected mean"):
         read_reference(tmp_path / "shape.npz")
+
+
+@pytest.mark.parametrize(
+    ("sigma", "what"),
+    [
+        (-np.eye(4), "negative variance"),
+        (np.array([[1.0, 2, 0, 0], [2, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]), "not positive semi-definite"),
+        (np.eye(4) * 1j, "sigma is complex128"),
+        (np.eye(4, dtype=int), "sigma is int64"),
+    ],
+)
+def test_what_is_no_covariance_is_refused(tmp_path, sigma, what):
+    np.savez(tmp_path / "ref.npz", mu=MU, sigma=sigma)
+    with pytest.raises(ValueError, match=rf"ref\.npz: .*{what}"):
+        read_reference(tmp_path / "ref.npz")
+
+
+def test_a_singular_covariance_is_one(tmp_path):
+    """Rank 1, in float32, so that rounding makes some eigenvalues negative; and all zeros."""
+    row = np.random.default_rng(0).normal(size=(1, 64)).astype(np.float32)
+    for name, sigma in (("rank1.npz", row.T @ row), ("zero.npz", np.zeros((64, 64)))):
+        np.savez(tmp_path / name, mu=np.zeros(64), sigma=sigma)
+        assert len(read_reference(tmp_path / name).mean) == 64
+
+
+@pytest.mark.parametrize(
+    ("data", "what"),
+    [
+        (b"", "an empty file"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "a Git LFS pointer"),
+        (b"\n<!DOCTYPE html><html>404", "a web page"),
+        (b"PK\x03\x04 cut", "not an .npz of plain arrays"),
+        (b"hello", "not an .npz of plain arrays"),
+    ],
+)
+def test_other_things_under_the_name_of_statistics(tmp_path, data, what):
+    (tmp_path / "ref.npz").write_bytes(data)
+    with pytest.raises(ValueError, match=rf"ref\.npz: {what}") as error:
+        read_reference(tmp_path / "ref.npz")
+    assert "BytesIO" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("extra", "what"),
+    [
+        ({"provenance": np.str_("{")}, "Expecting property name"),
+        ({"provenance": np.str_("[1]")}, "the provenance is list"),
+        ({"count": np.float64(3.5)}, "count is float64 3.5"),
+        ({"count": np.int64(-1)}, "count is int64 -1"),
+    ],
+)
+def test_damaged_records_beside_the_statistics_name_the_file(tmp_path, extra, what):
+    np.savez(tmp_path / "ref.npz", mu=MU, sigma=SIGMA, **extra)
+    with pytest.raises(ValueError, match=rf"ref\.npz: {what}"):
+        read_reference(tmp_path / "ref.npz")
+
+
+@pytest.mark.parametrize(
+    ("provenance", "dim", "what"),
+    [
+        ({"extractor": "others"}, 12, "holds features of others, the images get those of quarters"),
+        ({"extractor": "quarters", "extractor_sha256": "1" * 64}, 12, "made with other weights of quarters"),
+        ({}, 4, "holds statistics of 4 features, quarters gives 12"),
+    ],
+)
+def test_a_reference_of_another_extractor_is_refused(tmp_path, provenance, dim, what):
+    moments = Moments(dim)
+    moments.update(torch.eye(dim))
+    write_reference(tmp_path / "ref.npz", moments, provenance)
+    with pytest.raises(ValueError, match=rf"ref\.npz: .*{what}"):
+        check_made_with(read_reference(tmp_path / "ref.npz"), Quarters())
+
+
+@pytest.mark.parametrize("provenance", [{}, {"extractor": "quarters"}, {"extractor_sha256": "0" * 64}])
+def test_a_reference_that_says_nothing_else_is_taken(tmp_path, provenance):
+    moments = Moments(12)
+    moments.update(torch.eye(12))
+    write_reference(tmp_path / "ref.npz", moments, provenance)
+    check_made_with(read_reference(tmp_path / "ref.npz"), Quarters())
 
 
 class Bomb:
