@@ -26,6 +26,7 @@ start_mps() {
     say "no MPS"
     command -v nvidia-cuda-mps-control >/dev/null && echo quit | timeout 10 nvidia-cuda-mps-control
     unset CUDA_MPS_PIPE_DIRECTORY CUDA_MPS_LOG_DIRECTORY
+    JOBS="${JOBS:-edm,flow,var,xar,imm}" # the processes take turns then: no room for repeats
 }
 
 stop_mps() { [[ -n "${CUDA_MPS_PIPE_DIRECTORY:-}" ]] && echo quit | timeout 10 nvidia-cuda-mps-control; }
