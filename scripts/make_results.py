@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import click
@@ -28,9 +29,9 @@ INTRODUCTION = """# Results
 Made by `python scripts/make_results.py` from `results/`; do not edit.
 
 Every value here is a Frechet distance on the features of a small Fashion-MNIST classifier (`fashion-cnn`) or on 64
-principal components of pixels (`pixel-pca64`). They can be compared with each other, not with published FIDs. The number
-in a metric's name is the number of generated images; less is better. Precision and recall: k = 5, on `fashion-cnn`.
-Base models, S, the search and the held-out noise use disjoint seeds; the 10,000 reference images were in no training set.
+principal components of pixels (`pixel-pca64`). They can be compared with each other, not with published FIDs. The
+number in a metric's name is the number of generated images; less is better. Precision and recall: k = 5, on
+`fashion-cnn`. S, the search and the held-out noise use disjoint seeds; no reference image was in a training set.
 """
 
 
@@ -71,8 +72,8 @@ def base_section(found: Mapping, family: str) -> str:
         [row["sampler"], number(row["cfg_scale"]), *(number(v) for v in row["metrics"].values())]
         for row in base["rows"]
     ]
-    return f"""Base at its best sampler ({best["sampler"]}, guidance {number(best["cfg_scale"])}): {name} = {number(value)}; real
-against real {number(floor[name])}. Ratio {ratio:.1f}, gate {GATES[family]}: {gate}. Recognised by the classifier:
+    return f"""Base at its best sampler ({best["sampler"]}, guidance {number(best["cfg_scale"])}): {name} = {number(value)};
+real against real {number(floor[name])}. Ratio {ratio:.1f}, gate {GATES[family]}: {gate}. Recognised by the classifier:
 {100 * share:.1f} % (gate {100 * RECOGNISED:.0f} %: {"passed" if share >= RECOGNISED else "MISSED"}).
 
 {table(["sampler", "guidance", *base["rows"][0]["metrics"]], rows)}
@@ -132,7 +133,8 @@ def main_section(found: Mapping, out: Path) -> str:
 
 ![distance against w](results/{job}_w.svg)
 
-The fine-tune moves the weights by {100 * step:.2f} % of their norm. {recognised(found)}Time on {found["device"]}: {seconds}.
+The fine-tune moves the weights by {100 * step:.2f} % of their norm. {recognised(found)}
+Time on {found["device"]}: {seconds}.
 {missing(found)}"""
 
 
@@ -174,8 +176,8 @@ def laws(found: Mapping) -> str:
     ordered = sorted(points, key=lambda p: p["w"])
     values = [fd(p["metrics"]) for p in ordered]
     lowest = values.index(min(values))
-    falls = all(a >= b for a, b in zip(values[:lowest], values[1 : lowest + 1], strict=True))
-    rises = all(a <= b for a, b in zip(values[lowest:], values[lowest + 1 :], strict=False))
+    falls = all(a >= b for a, b in pairwise(values[: lowest + 1]))
+    rises = all(a <= b for a, b in pairwise(values[lowest:]))
     inside = 0 < lowest < len(values) - 1
     parts.append(
         f"- U-shape in w: {'yes' if falls and rises and inside else 'no'}; least at w = {ordered[lowest]['w']:g}."

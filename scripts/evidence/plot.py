@@ -32,13 +32,16 @@ def plot(lines: Sequence[Line], *, x: str, y: str, marked: float | None = None) 
     low, high = min(xs), max(xs)
 
     def at(px: float, py: float) -> str:
-        return f"{LEFT + (px - low) / (high - low) * (WIDTH - LEFT - RIGHT):.1f},{HEIGHT - BOTTOM - py / top * (HEIGHT - BOTTOM - TOP):.1f}"
+        across = LEFT + (px - low) / (high - low) * (WIDTH - LEFT - RIGHT)
+        down = HEIGHT - BOTTOM - py / top * (HEIGHT - BOTTOM - TOP)
+        return f"{across:.1f},{down:.1f}"
 
     def text(px: float, py: float, content: str, anchor: str = "middle", colour: str = "#1b1b1f") -> str:
         return f'<text x="{px:.1f}" y="{py:.1f}" text-anchor="{anchor}" fill="{colour}">{escape(content)}</text>'
 
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" font-size="12">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif"',
+        ' font-size="12">',
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
     ]
     for value in ticks(low, high):
