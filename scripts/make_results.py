@@ -72,8 +72,9 @@ def base_section(found: Mapping, family: str) -> str:
         [row["sampler"], number(row["cfg_scale"]), *(number(v) for v in row["metrics"].values())]
         for row in base["rows"]
     ]
-    return f"""Base at its best sampler ({best["sampler"]}, guidance {number(best["cfg_scale"])}): {name} = {number(value)};
-real against real {number(floor[name])}. Ratio {ratio:.1f}, gate {GATES[family]}: {gate}. Recognised by the classifier:
+    sampler = f"{best['sampler']}, guidance {number(best['cfg_scale'])}"
+    return f"""Base at its best sampler ({sampler}): {name} = {number(value)}; real
+against real {number(floor[name])}. Ratio {ratio:.1f}, gate {GATES[family]}: {gate}. Recognised by the classifier:
 {100 * share:.1f} % (gate {100 * RECOGNISED:.0f} %: {"passed" if share >= RECOGNISED else "MISSED"}).
 
 {table(["sampler", "guidance", *base["rows"][0]["metrics"]], rows)}
