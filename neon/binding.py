@@ -10,29 +10,86 @@ import math
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, fields, is_dataclass, replace
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Literal, TypeVar, Union
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar, Union
 
-Section = TypeVar("Section")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Section = TypeVar("Section", bound="DataclassInstance")
+LARGEST = 2**63 - 1
+"""Of a whole number: what fits into the 64 bits of a tensor's size or a seed."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """What a number may be, written into the annotation of its field: `lr: Annotated[float, Range(above=0)]`.
+
+    Numbers are finite unless `finite` says otherwise; NaN lies in no range.
+    """
+
+    least: float | None = None
+    above: float | None = None
+    most: float | None = None
+    below: float | None = None
+    finite: bool = True
+
+    def holds(self, value: float) -> bool:
+        return (
+            (self.least is None or value >= self.least)
+            and (self.above is None or value > self.above)
+            and (self.most is None or value <= self.most)
+            and (self.below is None or value < self.below)
+        )
+
+    def __str__(self) -> str:
+        bounds = ((">=", self.least), (">", self.above), ("<=", self.most), ("<", self.below))
+        return " and ".join(f"{sign} {bound}" for sign, bound in bounds if bound is not None)
+
+
+Count = Annotated[int, Range(least=1)]
+Seed = Annotated[int, Range(least=0)]
+Positive = Annotated[float, Range(above=0)]
+NotNegative = Annotated[float, Range(least=0)]
+Fraction = Annotated[float, Range(least=0, most=1)]
 
 
 def build(kind: type[Section], table: Mapping[str, object], where: str) -> Section:
-    """An instance of the dataclass `kind`; an unknown key, a missing key or a wrong value is an error that names the
-    key."""
-    hints = typing.get_type_hints(kind)
-    known = {f.name: f for f in fields(kind)}  # type: ignore[arg-type]
+    """An instance of the dataclass `kind`. An unknown key, a wrong value, then a missing key is an error that names
+    the key."""
+    return _complete(kind, _given(kind, table, where), where)
+
+
+def _given(kind: type[DataclassInstance], table: Mapping[str, object], where: str) -> dict[str, object]:
+    """The values of a table, each checked by itself."""
+    hints = typing.get_type_hints(kind, include_extras=True)
+    known = [f.name for f in fields(kind)]
     for key in table:
         if key not in known:
             raise ValueError(f"[{where}] has no key {key!r}; known keys: {', '.join(known) or 'none'}")
-    for key, f in known.items():
-        if key not in table and f.default is MISSING and f.default_factory is MISSING:
-            raise ValueError(f"[{where}] needs the key {key!r} ({_type_name(hints[key])})")
-    values = {key: _checked(value, hints[key], f"{where}.{key}") for key, value in table.items()}
+    return {key: _checked(value, hints[key], f"{where}.{key}") for key, value in table.items()}
+
+
+def _complete(kind: type[Section], values: Mapping[str, object], where: str) -> Section:
+    hints = typing.get_type_hints(kind, include_extras=True)
+    for f in fields(kind):
+        if f.name not in values and f.default is MISSING and f.default_factory is MISSING:
+            raise ValueError(f"[{where}] needs the key {f.name!r} ({_type_name(hints[f.name])})")
     try:
         return kind(**values)
     except ValueError as error:
         raise ValueError(f"[{where}] {error}") from error
+
+
+def check_fields(options: DataclassInstance) -> None:
+    """What `build` checks of every value, for options that a command or a program makes itself: called by
+    `__post_init__`. Raises ValueError naming the field."""
+    hints = typing.get_type_hints(type(options), include_extras=True)
+    for f in fields(options):
+        value = getattr(options, f.name)
+        if value is not f.default:
+            _checked(value, hints[f.name], f.name)
 
 
 def to_plain(value: object) -> object:
@@ -48,22 +105,30 @@ def to_plain(value: object) -> object:
 
 
 def with_family_options(
-    kind: type[Section], table: Mapping[str, object], where: str, attribute: str, options: type
+    kind: type[Section], table: Mapping[str, object], where: str, attribute: str, options: type[DataclassInstance]
 ) -> Section:
     """Keys of `kind` and of the family's `options` stand side by side in one table."""
-    own_names = {f.name for f in fields(kind)} - {attribute}  # type: ignore[arg-type]
+    own_names = {f.name for f in fields(kind)} - {attribute}
     family_names = {f.name for f in fields(options)}
     for key in table:
         if key not in own_names | family_names:
             raise ValueError(f"[{where}] has no key {key!r}; known keys: {', '.join(sorted(own_names | family_names))}")
-    own = build(kind, {k: v for k, v in table.items() if k in own_names}, where)
-    family_part: object = build(options, {k: v for k, v in table.items() if k not in own_names}, where)
-    return replace(own, **{attribute: family_part})  # type: ignore[type-var]
+    own = _given(kind, {k: v for k, v in table.items() if k in own_names}, where)
+    family_part = _given(options, {k: v for k, v in table.items() if k not in own_names}, where)
+    built: object = _complete(options, family_part, where)
+    return replace(_complete(kind, own, where), **{attribute: built})
 
 
-def _checked(value: object, hint: object, where: str) -> object:
+def _checked(value: object, hint: object, where: str, *, is_finite: bool = True) -> object:
     """`value` if it fits the annotation (whole numbers serve as floats, lists as tuples)."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        inner, *ranges = arguments
+        found = _checked(value, inner, where, is_finite=all(r.finite for r in ranges))
+        for allowed in ranges:
+            if isinstance(found, (int, float)) and not allowed.holds(found):
+                raise ValueError(f"{where} must be {allowed}, got {value!r}")
+        return found
     if origin in (Union, types.UnionType):
         for option in arguments:
             if _fits(value, option):
@@ -77,15 +142,38 @@ def _checked(value: object, hint: object, where: str) -> object:
             return tuple(
                 _checked(item, kind, f"{where}[{i}]") for i, (item, kind) in enumerate(zip(value, kinds, strict=True))
             )
+    elif origin is not None and isinstance(value, Mapping):
+        return {_checked(k, arguments[0], where): _checked(v, arguments[1], f"{where}.{k}") for k, v in value.items()}
     elif _fits(value, hint):
-        return float(value) if hint is float else value  # type: ignore[arg-type]
-    raise ValueError(f"{where}: expected {_type_name(hint)}, found {value!r}")
+        _check_plain(value, where, is_finite)
+        return float(value) if hint is float and isinstance(value, int) else value
+    raise ValueError(f"{where}: expected {_type_name(hint)}, found {_shortened(value)}")
+
+
+def _check_plain(value: object, where: str, is_finite: bool) -> None:
+    """What no value of a config may be, whatever it stands for."""
+    if isinstance(value, int) and abs(value) > LARGEST:
+        raise ValueError(f"{where}: expected a number of at most {LARGEST}, found {_shortened(value)}")
+    if isinstance(value, float) and (math.isnan(value) or (is_finite and math.isinf(value))):
+        raise ValueError(f"{where}: expected a finite number, found {value}")
+    if isinstance(value, str) and (not value.strip() or "\0" in value):
+        raise ValueError(f"{where}: expected a text that is not empty and holds no NUL, found {_shortened(value)}")
+
+
+def _shortened(value: object) -> str:
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # nested too deep; an integer of more digits than Python prints
+        return f"a {type(value).__name__} too large to print"
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _fits(value: object, hint: object) -> bool:
     origin = typing.get_origin(hint)
+    if origin is Annotated:
+        return _fits(value, typing.get_args(hint)[0])
     if origin is Literal:
-        return value in typing.get_args(hint)
+        return isinstance(value, (str, int)) and value in typing.get_args(hint)
     if origin is tuple:
         return isinstance(value, (list, tuple))
     if hint is object:
@@ -100,6 +188,8 @@ def _fits(value: object, hint: object) -> bool:
 
 def _type_name(hint: object) -> str:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        return _type_name(arguments[0])
     if origin in (Union, types.UnionType):
         return " or ".join(_type_name(a) for a in arguments if a is not type(None))
     if origin is Literal:
@@ -114,9 +204,3 @@ def table_of(value: object, where: str) -> Mapping[str, object]:
     if not isinstance(value, Mapping):
         raise ValueError(f"[{where}]: expected a table, found {value!r}")
     return value
-
-
-def at_least(least: int, **values: int) -> None:
-    for name, value in values.items():
-        if value < least:
-            raise ValueError(f"{name} must be >= {least}, got {value}")

@@ -148,7 +148,9 @@ def resolve(name: str) -> Family:
 
     Raises ValueError if there is no such module or attribute, or if it is not a Family class.
     """
-    module_name, _, attribute = name.partition(":")
+    module_name, colon, attribute = name.partition(":")
+    if not all(part.isidentifier() for part in [*module_name.split("."), attribute if colon else "_"]):
+        raise ValueError(f"family {name!r}: expected a shipped name ({', '.join(shipped())}) or 'module:ClassName'")
     target = (module_name, attribute) if attribute else (f"{name}.family", "FAMILY")
     try:
         module = importlib.import_module(target[0])

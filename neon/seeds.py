@@ -13,6 +13,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+NUM_SEEDS = 1 << 32
+"""Seeds of images count modulo this number, as in the published scripts."""
+
 
 class Rng(Protocol):
     """Draws for a batch of B images; every result has B as its first dimension and lies on the images' device."""
@@ -50,7 +53,7 @@ class Rng(Protocol):
 
 
 class ImageRng:
-    """One torch.Generator per image, seeded with its seed mod 2^32.
+    """One torch.Generator per image, seeded with its seed mod 2^32 (`NUM_SEEDS`).
 
     The generators live on the CPU and the draws are moved to `device`, so CPU and GPU see the same noise. With
     `draw_on_device=True` they live on the device, which is how NVIDIA's EDM images were published.
@@ -61,7 +64,7 @@ class ImageRng:
         self.batch = len(seeds)
         self.seeds = [int(seed) for seed in seeds]
         where = self.device if draw_on_device else torch.device("cpu")
-        self._generators = [torch.Generator(where).manual_seed(seed % (1 << 32)) for seed in self.seeds]
+        self._generators = [torch.Generator(where).manual_seed(seed % NUM_SEEDS) for seed in self.seeds]
 
     @property
     def generators(self) -> list[torch.Generator]:
@@ -158,6 +161,11 @@ def image_rng(
 ) -> ImageRng:
     """The generators of images `indices` of a run: image i has seed first_seed + i."""
     return ImageRng([first_seed + int(i) for i in indices], device, draw_on_device=draw_on_device)
+
+
+def overlap(a: range, b: range) -> bool:
+    """Whether two blocks of seeds share one, counted modulo NUM_SEEDS."""
+    return (b.start - a.start) % NUM_SEEDS < len(a) or (a.start - b.start) % NUM_SEEDS < len(b)
 
 
 def derived_seed(*parts: int | str) -> int:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 from pathlib import Path
+from typing import Annotated
 
-from neon.binding import Section, build, table_of, with_family_options
+from neon.binding import Count, Range, Section, build, table_of, with_family_options
 from neon.evaluation.options import Report
 from neon.family import Family, resolve
 from neon.sampling.options import Sampling, Synth
 from neon.search.options import Select
+from neon.seeds import overlap
 from neon.training.recipe import Autoencoder, Training
 
 
@@ -34,9 +37,9 @@ class Data:
     path: str
     """A folder, zip, npz or IDX file (neon/images/)."""
     use_labels: bool = True
-    size: int | None = None
+    size: Count | None = None
     """Crop image files to size x size RGB, as ImageNet is prepared (neon/images/crop.py)."""
-    pad: int = 0
+    pad: Annotated[int, Range(least=0)] = 0
     """Black pixels added on every side, for networks that halve the image more often than its side allows."""
 
 
@@ -73,9 +76,11 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Experiment:
     if not path.is_file():
         raise FileNotFoundError(f"no config file {path}")
     try:
-        table = tomllib.loads(path.read_text())
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{path}: not valid TOML: {error}") from error
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not valid TOML in UTF-8: {error}") from error
+    except RecursionError as error:
+        raise ValueError(f"{path}: its arrays or tables are nested too deep to be read") from error
     for override in overrides:
         _override(table, override)
     try:
@@ -112,6 +117,7 @@ def parse(table: Mapping[str, object], family: Family | None = None) -> Experime
         if key == "model":
             sections[key] = value
         elif key == "sampling":
+            _refuse_guidance(value, family, key)
             sections[key] = with_family_options(Sampling, value, key, "options", family.sampling)
         elif key in ("train", "finetune"):
             sections[key] = _training(value, family.objective, key)
@@ -119,6 +125,7 @@ def parse(table: Mapping[str, object], family: Family | None = None) -> Experime
             sections[key] = _autoencoder(value, family)
         elif key == "synth" and "sampling" in value:
             own = {k: v for k, v in value.items() if k != "sampling"}
+            _refuse_guidance(table_of(value["sampling"], "synth.sampling"), family, "synth.sampling")
             changed = {
                 **table_of(table.get("sampling", {}), "sampling"),
                 **table_of(value["sampling"], "synth.sampling"),
@@ -130,6 +137,15 @@ def parse(table: Mapping[str, object], family: Family | None = None) -> Experime
     result = Experiment(family_name=name, **sections)  # type: ignore[arg-type]
     _check_together(result, family)
     return result
+
+
+def _refuse_guidance(table: Mapping[str, object], family: Family, where: str) -> None:
+    """A scale here would change no image: every block of images names its own."""
+    if family.is_guided and "cfg_scale" in table:
+        raise ValueError(
+            f"[{where}] cfg_scale changes nothing here; name it where images are made: synth.cfg_scale, "
+            "select.cfg_scale, report.cfg_scale"
+        )
 
 
 def _training(table: Mapping[str, object], objective: type, where: str) -> Training:
@@ -168,18 +184,17 @@ def _check_together(config: Experiment, family: Family) -> None:
             f"select.metric: {config.select.metric!r} is not among report.extractors "
             f"({', '.join(config.report.extractors)})"
         )
-    blocks = [
-        (name, section) for name in ("synth", "select", "report") if (section := getattr(config, name)) is not None
-    ]
-    for i, (name, a) in enumerate(blocks):
-        for other, b in blocks[i + 1 :]:
-            if a.first_seed < b.first_seed + b.num_images and b.first_seed < a.first_seed + a.num_images:
-                raise ValueError(
-                    f"the seeds of {name} ({a.first_seed} .. {a.first_seed + a.num_images - 1}) and {other} "
-                    f"({b.first_seed} .. "
-                    f"{b.first_seed + b.num_images - 1}) overlap; they must be disjoint, or the reported number is "
-                    "optimistic"
-                )
+    blocks = {
+        name: range(section.first_seed, section.first_seed + section.num_images)
+        for name in ("synth", "select", "report")
+        if (section := getattr(config, name)) is not None
+    }
+    for (name, a), (other, b) in combinations(blocks.items(), 2):
+        if overlap(a, b):
+            raise ValueError(
+                f"the seeds of {name} ({a.start} .. {a.stop - 1}) and {other} ({b.start} .. {b.stop - 1}) overlap; "
+                "they must be disjoint (seeds count modulo 2^32), or the reported number is optimistic"
+            )
 
 
 def _override(table: dict[str, object], override: str) -> None:
@@ -191,6 +206,8 @@ def _override(table: dict[str, object], override: str) -> None:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text
+    except RecursionError as error:
+        raise ValueError(f"--set {name}: nested too deep to be read") from error
     inner = table
     for key in keys[:-1]:
         step = inner.setdefault(key, {})

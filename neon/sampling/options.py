@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from neon import quantize
-from neon.binding import at_least
+from neon.binding import Count, Range, Seed, check_fields
 from neon.runtime.precision import Precision
+from neon.seeds import NUM_SEEDS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -17,7 +18,7 @@ class Sampling:
     uint8: quantize.Rule | Literal["none"]
     """Rounding rule of neon/quantize.py. "none": what the family decodes is no picture in [-1, 1], or bytes already;
     it goes to the extractor as it is."""
-    batch: int = 256
+    batch: Count = 256
     """Images per network call and rank; changes nothing but speed and memory."""
     draw_on: Literal["cpu", "device"] = "cpu"
     """Where noise is drawn: "cpu" is the same on every machine, "device" is NVIDIA's published stream on CUDA."""
@@ -29,15 +30,15 @@ class Sampling:
     """The family's own sampling options (a `Family.sampling`)."""
 
     def __post_init__(self) -> None:
-        at_least(1, batch=self.batch)
+        check_fields(self)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Synth:
     """The synthetic set S."""
 
-    num_images: int
-    first_seed: int = 0
+    num_images: Annotated[int, Range(least=1, most=NUM_SEEDS)]
+    first_seed: Seed = 0
     """Image i has seed first_seed + i on any number of GPUs."""
     labels: Literal["balanced", "drawn"] = "balanced"
     """balanced: image i has class i mod num_classes. drawn: from the image's own stream, as the family's published
@@ -45,12 +46,11 @@ class Synth:
     store: Literal["images", "codes"] = "images"
     """images: decoded uint8, encoded again for training (published). codes: what the sampler made, nothing
     recomputed."""
-    shard_images: int = 1024
+    shard_images: Count = 1024
     cfg_scale: float | None = None
     sampling: Sampling | None = None
     """[synth.sampling] holds the keys of [sampling] in which S differs, for example num_steps; None: S is drawn as
     [sampling] says."""
 
     def __post_init__(self) -> None:
-        at_least(1, num_images=self.num_images, shard_images=self.shard_images)
-        at_least(0, first_seed=self.first_seed)
+        check_fields(self)

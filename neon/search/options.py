@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from neon.binding import at_least
+from neon.binding import Range, Seed, check_fields
+from neon.seeds import NUM_SEEDS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -13,8 +14,8 @@ class Select:
     """The search for w (and cfg_scale) on one block of seeds. w = 0, w = -1 and a random direction are always there."""
 
     w: tuple[float, ...]
-    num_images: int
-    first_seed: int
+    num_images: Annotated[int, Range(least=2, most=NUM_SEEDS)]
+    first_seed: Seed
     snapshots: Literal["all", "last"] = "last"
     cfg_scale: tuple[float, ...] | None = None
     labels: Literal["balanced", "drawn"] = "balanced"
@@ -22,7 +23,11 @@ class Select:
     """Extractor whose Frechet distance chooses; None: the first of report.extractors."""
 
     def __post_init__(self) -> None:
-        at_least(2, num_images=self.num_images)
-        at_least(0, first_seed=self.first_seed)
-        if not self.w:
-            raise ValueError("w must name at least one value to try")
+        check_fields(self)
+        for name, values in (("w", self.w), ("cfg_scale", self.cfg_scale)):
+            if values is None:
+                continue
+            if not values:
+                raise ValueError(f"{name} must name at least one value to try")
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name} must name every value once, got {list(values)}")

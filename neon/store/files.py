@@ -6,6 +6,7 @@ import fcntl
 import os
 import socket
 import sys
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,3 +57,19 @@ def _remove_leftovers(folder: Path) -> None:
     for pattern in (".*.????????.tmp", "*/.*.????????.tmp"):
         for leftover in folder.glob(pattern):
             leftover.unlink()
+
+
+def check_zip(path: Path) -> None:
+    """Compare every byte of a zip's members (npz, torch) with the checksum (CRC-32) that was stored beside them.
+
+    Raises ValueError if one differs or if the file is no zip.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # zipfile raises a dozen kinds of errors at a damaged directory
+        raise ValueError(f"no whole zip file: {error}") from error
+    if damaged is not None:
+        raise ValueError(f"the checksum of {damaged!r} is wrong")

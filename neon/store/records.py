@@ -6,8 +6,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -15,35 +16,78 @@ import torch
 from neon.runtime.distributed import World
 from neon.store import files
 
+SEAL = "seal"
+"""Key of a record's own SHA-256: a flipped byte in a manifest or a ledger line is found when it is read."""
+
 
 def write_json(value: object, path: Path) -> None:
     files.write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def read_json(path: Path) -> dict:
-    return json.loads(path.read_text())
+    """The object of a JSON file. Raises ValueError naming the file if it holds none."""
+    return _parsed(path.read_bytes(), str(path))
+
+
+def _parsed(content: bytes, where: str) -> dict:
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
+        raise ValueError(f"{where}: damaged, expected a JSON object ({error})") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: damaged, expected a JSON object, found a {type(value).__name__}")
+    return value
+
+
+def sealed(value: Mapping[str, object]) -> dict[str, object]:
+    """A record with its own hash under `seal`."""
+    plain = json.loads(json.dumps(value))
+    return {**plain, SEAL: key_of(plain)}
+
+
+def _unsealed(value: dict, where: str) -> dict:
+    """The record without its seal, if it is intact. Records of earlier versions have none."""
+    seal = value.pop(SEAL, None)
+    if seal is not None and seal != key_of(value):
+        raise ValueError(f"{where}: damaged, its content is not what was written")
+    return value
 
 
 def append_line(path: Path, value: Mapping[str, object]) -> None:
-    """Add one JSON line and flush it to the disk."""
+    """Add one sealed JSON line and flush it to the disk."""
     with path.open("a") as stream:
-        stream.write(json.dumps(value) + "\n")
+        stream.write(json.dumps(sealed(value)) + "\n")
         stream.flush()
         os.fsync(stream.fileno())
 
 
+def write_lines(path: Path, values: Iterable[Mapping[str, object]]) -> None:
+    """Replace all lines in one step."""
+    files.write_text(path, "".join(json.dumps(sealed(value)) + "\n" for value in values))
+
+
 def read_lines(path: Path) -> list[dict]:
-    """All whole lines; a last line that a kill cut short is left out."""
+    """All whole lines; a last line that a kill cut short is left out. Raises ValueError naming a damaged line."""
     if not path.is_file():
         return []
-    text = path.read_text()
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    found = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+        where = f"{path}, line {number}"
+        try:
+            found.append(_unsealed(_parsed(line, where), where))
+        except ValueError as error:
+            raise ValueError(
+                f"{error}. Delete this line and run the same command again: what it says is computed again, the "
+                "other lines are kept"
+            ) from error
+    return found
 
 
 def repair_lines(path: Path) -> None:
     """Cut off a half-written last line, so that the next append starts a line of its own."""
-    if path.is_file() and not (text := path.read_text()).endswith("\n"):
-        files.write_text(path, text[: text.rfind("\n") + 1])
+    if path.is_file() and not (content := path.read_bytes()).endswith(b"\n"):
+        with files.replacing(path) as stream:
+            stream.write(content[: content.rfind(b"\n") + 1])
 
 
 def save_state(state: object, path: Path) -> None:
@@ -55,6 +99,25 @@ def save_state(state: object, path: Path) -> None:
             if isinstance(error.__context__, OSError):  # torch hides a full disk behind a message about positions
                 raise error.__context__ from None
             raise
+
+
+def read_state(path: Path, device: torch.device | str = "cpu") -> dict:
+    """What `save_state` wrote. Every byte is checked first (torch itself does not look at a file's checksums).
+
+    Raises ValueError naming the file if it is damaged.
+    """
+    try:
+        files.check_zip(path)
+        state = torch.load(path, map_location=device, weights_only=True)
+    except (ValueError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path}: damaged, cannot be read as a saved state ({_first_line(error)})") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{path}: damaged, expected a saved state, found a {type(state).__name__}")
+    return state
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 class Saver:
@@ -83,9 +146,29 @@ def key_of(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
+LAYOUT = frozenset({"micro_batch", "shard_images", "channels_last", "num_shown"})
+"""Keys that change memory, speed and the cutting of files, but nothing that a result depends on. With another value
+of them a run goes on. `batch` is one too, in a table called `sampling` (in a recipe it is the batch of an update)."""
+FREE = frozenset({"options", "objective", "arch", "model"})
+"""Tables with names of a family's own; no key inside them is one of LAYOUT."""
+ADDED = frozenset({"family_source", "data_sha256", "autoencoder_sha256"})
+"""Keys that manifests of earlier versions lack. Where they are absent, nothing is known about them."""
+
+
+def identity_of(value: object, inside: str = "") -> object:
+    """A manifest, a recipe or a ledger entry without its keys of layout."""
+    if isinstance(value, Mapping) and inside not in FREE:
+        return {
+            key: identity_of(item, key)
+            for key, item in value.items()
+            if key not in LAYOUT and not (key == "batch" and inside == "sampling")
+        }
+    return value
+
+
 def check_same(found: object, expected: object, where: Path) -> None:
     """Raise ValueError naming the first key in which a half-done folder differs from what this command would do."""
-    found, expected = json.loads(json.dumps(found)), json.loads(json.dumps(expected))
+    found, expected = identity_of(json.loads(json.dumps(found))), identity_of(json.loads(json.dumps(expected)))
     difference = _difference(found, expected, "")
     if difference is not None:
         key, old, new = difference
@@ -98,6 +181,8 @@ def check_same(found: object, expected: object, where: Path) -> None:
 def _difference(found: object, expected: object, key: str) -> tuple[str, object, object] | None:
     if isinstance(found, dict) and isinstance(expected, dict):
         for name in [*found, *(n for n in expected if n not in found)]:
+            if name in ADDED and name not in found:
+                continue
             inner = _difference(found.get(name), expected.get(name), f"{key}.{name}" if key else name)
             if inner is not None:
                 return inner
@@ -105,13 +190,26 @@ def _difference(found: object, expected: object, key: str) -> tuple[str, object,
     return None if found == expected else (key, found, expected)
 
 
-def claim_folder(folder: Path, manifest: Mapping[str, object], world: World) -> None:
-    """Write the folder's manifest, or check that the one that is there says the same."""
+def read_manifest(folder: Path) -> dict:
+    """What `claim_folder` wrote. Raises ValueError naming the file if it is damaged."""
+    path = folder / "manifest.json"
+    try:
+        return _unsealed(read_json(path), str(path))
+    except ValueError as error:
+        raise ValueError(
+            f"{error}. It cannot be told what {folder} holds: delete this folder and run the same command again; it is "
+            "made again, the others are kept"
+        ) from error
+
+
+def claim_folder(folder: Path, manifest: Mapping[str, object], world: World) -> dict:
+    """Write the folder's manifest, or check that the one that is there says the same. Returns the folder's own, whose
+    keys of layout count."""
     if world.is_main:
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "manifest.json"
-        if path.is_file():
-            check_same(read_json(path), manifest, folder)
+        if (folder / "manifest.json").is_file():
+            check_same(read_manifest(folder), manifest, folder)
         else:
-            write_json(manifest, path)
+            write_json(sealed(manifest), folder / "manifest.json")
     world.barrier()
+    return read_manifest(folder)

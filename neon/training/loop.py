@@ -76,7 +76,7 @@ def train(
 
     folder: receives state.pt (exact resume), snapshot-IMAGES.safetensors and log.jsonl.
     identity: what must not change under a half-done run; a difference is an error that names the key.
-    Raises FloatingPointError at the first non-finite loss.
+    Raises FloatingPointError at the first loss, gradient or snapshot that is not finite.
     """
     if len(corpus) < 1:
         raise ValueError("there is nothing to train on: the set holds no images")
@@ -110,6 +110,7 @@ def train(
             if world.is_main:
                 _log(folder, trainer, loss, is_due)
                 if is_due:
+                    trainer.check_finite()
                     write_snapshot(trainer, folder / f"snapshot-{trainer.images_seen:012d}.safetensors")
                 if is_due or saver.is_due:
                     saver.save({**trainer.state(), "identity": dict(identity)})

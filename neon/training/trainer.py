@@ -80,12 +80,16 @@ class Trainer:
             for gradient in gradients:
                 torch.nan_to_num(gradient, nan=0.0, posinf=1e5, neginf=-1e5, out=gradient)
         if recipe.max_grad_norm is not None:
-            self.last_grad_norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), recipe.max_grad_norm))
-        if not math.isfinite(loss):
-            norm = torch.stack([g.double().norm() for g in gradients]).norm().item() if gradients else math.nan
+            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), recipe.max_grad_norm)
+        else:
+            norm = torch.stack(torch._foreach_norm(gradients)).norm()
+        self.last_grad_norm = float(norm)
+        # fp16's scaler leaves out an update with infinite gradients by itself, and lowers its scale
+        is_lost = not (self.scaler.is_enabled() or math.isfinite(self.last_grad_norm))
+        if not math.isfinite(loss) or is_lost:
             raise FloatingPointError(
                 f"the loss is {loss} at step {self.step} ({self.images_seen} images seen; lr {lr:.3g}, gradient norm "
-                f"{norm:.3g}). "
+                f"{self.last_grad_norm:.3g}). "
                 "Nothing after the last snapshot is used; lower lr, set max_grad_norm, or use precision = 'fp32' "
                 "or 'bf16'"
             )
@@ -102,6 +106,17 @@ class Trainer:
         """The state dict that is published: the moving average where there is one, buffers from the model."""
         state = self.model.state_dict()
         return state if self.ema is None else {name: self.ema.get(name, value) for name, value in state.items()}
+
+    def check_finite(self) -> None:
+        """Raise FloatingPointError naming the first parameter that may not be published. (Infinities of buffers are
+        masks.)"""
+        weights = self.weights()
+        for name, _ in self.model.named_parameters():
+            if not torch.isfinite(weights[name]).all():
+                raise FloatingPointError(
+                    f"{name} holds NaN or infinities after step {self.step} ({self.images_seen} images seen): no "
+                    "snapshot is written. Lower lr, or set max_grad_norm"
+                )
 
     def state(self) -> dict[str, object]:
         """Exactly what resume needs."""

@@ -30,11 +30,11 @@ def test_values_arrive(line_config):
     [
         ("synth.num_image=5", r"[synth] has no key 'num_image'"),
         ("sampling.steps=5", r"[sampling] has no key 'steps'"),
-        ("synth.num_images=0", "[synth] num_images must be >= 1, got 0"),
+        ("synth.num_images=0", "synth.num_images must be >= 1 and <= 4294967296, got 0"),
         ("synth.num_images=many", "synth.num_images: expected a whole number, found 'many'"),
         ("synth.num_images=2.5", "synth.num_images: expected a whole number, found 2.5"),
         ("sampling.uint8=floor", "sampling.uint8: expected one of 'edm', 'truncate', 'round', found 'floor'"),
-        ("finetune.lr=0", "[finetune] lr must be > 0"),
+        ("finetune.lr=0", "finetune.lr must be > 0 and <= 1000000.0, got 0"),
         ("finetune.ema_power=6.9", "choose one moving average"),
         ("finetune.objective.nois=1", "[finetune.objective] has no key 'nois'"),
         ("select.w=[]", "w must name at least one value"),
@@ -44,6 +44,46 @@ def test_values_arrive(line_config):
         ("family=nothing", "no family 'nothing'"),
         ("select.metric=other", "select.metric: 'other' is not among report.extractors"),
         ("synth", "expected section.key=value"),
+        ("finetune.max_grad_norm=-1", "finetune.max_grad_norm must be > 0, got -1"),
+        ("finetune.loss_scale=-1", "finetune.loss_scale must be > 0, got -1"),
+        ("finetune.loss_scale=0", "finetune.loss_scale must be > 0, got 0"),
+        ("finetune.lr_ramp_images=-1000", "finetune.lr_ramp_images must be >= 0, got -1000"),
+        ("finetune.lr_cosine_images=-1", "finetune.lr_cosine_images must be >= 0, got -1"),
+        ("finetune.ema_decay=1.5", "finetune.ema_decay must be >= 0 and < 1, got 1.5"),
+        ("finetune.weight_decay=-1", "finetune.weight_decay must be >= 0, got -1"),
+        ("finetune.betas=[1, 1]", "finetune.betas[0] must be >= 0 and < 1, got 1"),
+        ("finetune.betas=[0.9]", "finetune.betas: expected a list of a number, found [0.9]"),
+        ("finetune.eps=-1", "finetune.eps must be > 0, got -1"),
+        ("finetune.eps=inf", "finetune.eps: expected a finite number, found inf"),
+        ("finetune.lr=inf", "finetune.lr: expected a finite number, found inf"),
+        ("finetune.lr=nan", "finetune.lr: expected a finite number, found nan"),
+        ("finetune.seed=-1", "finetune.seed must be >= 0, got -1"),
+        ("finetune.images=9223372036854775808", "expected a number of at most 9223372036854775807"),
+        ("synth.cfg_scale=inf", "synth.cfg_scale: expected a finite number, found inf"),
+        ("select.w=[nan]", "select.w[0]: expected a finite number, found nan"),
+        ("select.w=[1, inf]", "select.w[1]: expected a finite number, found inf"),
+        ("select.w=[1, 1.0]", "w must name every value once, got [1.0, 1.0]"),
+        ("select.cfg_scale=[]", "cfg_scale must name at least one value"),
+        ("select.cfg_scale=[2, 2]", "cfg_scale must name every value once"),
+        ("report.num_shown=-1", "report.num_shown must be >= 0, got -1"),
+        ("report.num_images=9223372036854775807", "report.num_images must be >= 2 and <= 4294967296"),
+        ("select.first_seed=4294967301", "seeds of synth (0 .. 49) and select (4294967301 .. 4294967330) overlap"),
+        ("report.first_seed=4294967290", "seeds of synth (0 .. 49) and report (4294967290 .. 4294967329) overlap"),
+        ('base.checkpoint=""', "base.checkpoint: expected a text that is not empty and holds no NUL, found ''"),
+        ('base.weights=" "', "base.weights: expected a text that is not empty"),
+        ('base.autoencoder=""', "base.autoencoder: expected a text that is not empty"),
+        ('base.checkpoint="\\u0000"', r"holds no NUL, found '\x00'"),
+        ('report.extractors={"" = "a"}', "report.extractors: expected a text that is not empty"),
+        ('report.extractors={a = ""}', "report.extractors.a: expected a text that is not empty"),
+        ("report.extractors={a = 3}", "report.extractors.a: expected a string, found 3"),
+        ("data.size=0", "data.size must be >= 1, got 0"),
+        ("data.pad=-1", "data.pad must be >= 0, got -1"),
+        ("sampling.cfg_scale=2", "[sampling] cfg_scale changes nothing here; name it where images are made: synth."),
+        ("synth.sampling.cfg_scale=2", "[synth.sampling] cfg_scale changes nothing here"),
+        ("family=.", "family '.': expected a shipped name"),
+        ("family=tests..line:Line", "family 'tests..line:Line': expected a shipped name"),
+        ("family=tests.core.line:", "family 'tests.core.line:': expected a shipped name"),
+        ("select.w=" + "[" * 5000 + "]" * 5000, "nested too deep"),
     ],
 )
 def test_mistakes_are_named(line_config, override, message):
@@ -57,6 +97,36 @@ def test_a_missing_key_and_a_missing_file(line_config, tmp_path):
         load(tmp_path / "nowhere.toml")
     with pytest.raises(ValueError, match=r"no \[train\] section"):
         load(line_config, ["sampling.uint8=round"]).need("train", Training)
+
+
+def test_a_wrong_value_is_named_before_a_missing_key(line_config):
+    """As --set gives a section in part."""
+    assert "train.lr must be > 0 and <= 1000000.0, got -1" in refused(line_config, "train.lr=-1")
+    assert "[train] needs the key 'images'" in refused(line_config, "train.lr=1")
+    assert "synth.sampling.spread: expected a number" in refused(line_config, "synth.sampling.spread=wide")
+
+
+def test_ranges_hold_for_options_that_a_program_makes(line_config):
+    with pytest.raises(ValueError, match="loss_scale must be > 0, got -1"):
+        Training(images=1, batch=1, lr=1, loss_scale=-1)
+    with pytest.raises(ValueError, match="first_seed must be >= 0"):
+        dataclasses.replace(load(line_config).synth, first_seed=-1)
+
+
+def test_seeds_that_only_touch_across_the_border_are_disjoint(line_config):
+    """Blocks end at 2^32 - 1 and begin at 2^32, which is seed 0 again."""
+    assert load(line_config, ["select.first_seed=4294967266"]).select.first_seed == 2**32 - 30
+    assert "overlap" in refused(line_config, "select.first_seed=4294967267")
+    assert load(line_config, ["report.first_seed=4294967346"]).report.first_seed == 2**32 + 50
+    assert "overlap" in refused(line_config, "report.first_seed=4294967345")
+
+
+def test_a_file_that_is_no_utf_8_and_one_nested_too_deep_are_named(tmp_path):
+    path = tmp_path / "latin.toml"
+    path.write_bytes('family = "caf\xe9"'.encode("latin-1"))
+    assert f"{path}: not valid TOML in UTF-8" in refused(path)
+    path.write_text("family = " + "[" * 5000 + "]" * 5000)
+    assert f"{path}: its arrays or tables are nested too deep" in refused(path)
 
 
 def test_rates_at_their_corners():

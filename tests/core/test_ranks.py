@@ -51,7 +51,7 @@ def test_no_image_is_padded_or_twice():
 
 SUMS = """
 import torch
-from neon.distributed import world
+from neon.runtime.distributed import world
 with world("cpu") as w:
     a, b = torch.full((3,), float(w.rank + 1), dtype=torch.float64), torch.tensor([w.rank + 1])
     w.sum([a, b])
@@ -70,7 +70,7 @@ def test_sums_gathers_broadcasts(tmp_path):
 
 DIES = """
 import os, signal
-from neon.distributed import world
+from neon.runtime.distributed import world
 with world("cpu", timeout_s=10) as w:
     if w.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)

@@ -1,0 +1,61 @@
+"""A training that diverges stops by name and publishes nothing."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from neon.pipeline.experiment import load
+from neon.pipeline.train_base import train_base
+from neon.runtime.distributed import World
+from tests.core.line import Line
+
+FAMILY = "tests.core.test_divergence"
+
+
+class InfiniteGradients(torch.autograd.Function):
+    """The loss stays as it is, every gradient is infinite."""
+
+    @staticmethod
+    def forward(ctx: object, value: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: object, gradient: Tensor) -> Tensor:
+        return gradient * float("inf")
+
+
+class Exploding(Line):
+    def loss(self, model, codes, labels, draws, how):
+        return InfiniteGradients.apply(super().loss(model, codes, labels, draws, how))
+
+
+class Exact(Line):
+    """As the line, under a name of this module."""
+
+
+def config(line_config: Path, tmp_path: Path, family: str) -> Path:
+    images = np.random.default_rng(0).integers(0, 256, (40, 4, 4), np.uint8)
+    np.savez(tmp_path / "real.npz", images=images, labels=np.arange(40) % 3)
+    text = line_config.read_text().replace("tests.core.line:Line", f"{FAMILY}:{family}")
+    real = '[model]\nnum_classes = 3\n[data]\npath = "{}"\npad = 0\n'.format(tmp_path / "real.npz")
+    line_config.write_text(text + real + "[train]\nimages = 16\nbatch = 16\nlr = 1e6\n")
+    return line_config
+
+
+@pytest.mark.parametrize("extra", [[], ["train.max_grad_norm=1.0"]])
+def test_infinite_gradients_of_the_last_update_write_no_snapshot(line_config, tmp_path, extra):
+    path = config(line_config, tmp_path, "Exploding")
+    with pytest.raises(FloatingPointError, match=r"gradient norm (inf|nan)"):
+        train_base(load(path, extra), tmp_path / "base", World())
+    assert not list((tmp_path / "base").rglob("*.safetensors"))
+
+
+def test_weights_that_overflow_in_the_last_update_write_no_snapshot(line_config, tmp_path):
+    path = config(line_config, tmp_path, "Exact")
+    overflow = ["train.optimizer=adamw", "train.weight_decay=1e37"]  # weights times 1 - 1e6 * 1e37
+    with pytest.raises(FloatingPointError, match="mean holds NaN or infinities after step 1"):
+        train_base(load(path, overflow), tmp_path / "base", World())
+    assert not list((tmp_path / "base").rglob("*.safetensors"))
