@@ -1,0 +1,80 @@
+"""The dense grid that the search is judged by: features of the same noise at every (w, cfg_scale), kept in files.
+
+python scripts/search/dense.py configs/demo.toml --seeds 5 --ws=-1,-0.5,0,0.5,1,1.5,2,2.5,3 --num-images 600 \
+    --out runs/search-study/demo
+S and the fine-tune of every seed are the config's own (`synth.first_seed` and `finetune.seed` differ); the images come
+from held-out seeds, not from those that the search sees.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from neon.checkpoints import checkpoint  # noqa: E402
+from neon.merge import LiveMerge  # noqa: E402
+from neon.pipeline.experiment import load  # noqa: E402
+from neon.pipeline.run import Run  # noqa: E402
+from neon.runtime.distributed import World  # noqa: E402
+from neon.sampling.generate import generate, to_images  # noqa: E402
+from neon.store import files  # noqa: E402
+
+FIRST_SEED = 3_000_000
+"""Of the dense grid's noise: apart from synth, select and report in every config."""
+
+
+def seeded(config: Path, seed: int, folder: Path, overrides: tuple[str, ...] = ()) -> Run:
+    """The config with another synthetic set and fine-tune."""
+    changed = [f"synth.first_seed={seed * 10_000}", f"finetune.seed={seed}", *overrides]
+    return Run(load(config, changed), folder / f"seed-{seed}", World())
+
+
+def features(run: Run, snapshot: Path, w: float, cfg_scale: float | None, num_images: int) -> np.ndarray:
+    """(num_images, D) float32 of the first extractor, at one point of the grid."""
+    tensors = checkpoint.read(snapshot, weights="any").tensors
+    LiveMerge(run.model, run.base_tensors, tensors).set_w(w)
+    source = run.source("balanced", FIRST_SEED, cfg_scale)
+    batches = World().batches(num_images, run.sampling.batch)
+    extract = run.yardsticks[0].extractor
+    parts = [extract(to_images(source, b.codes)).pool for b in generate(source, run.model, batches, World().device)]
+    return torch.cat(parts).numpy()
+
+
+@click.command(help=__doc__)
+@click.argument("config", type=click.Path(path_type=Path))
+@click.option("--seeds", default="0,1,2,3,4", show_default=True, help="Synthetic sets.")
+@click.option("--ws", required=True, help="Values of w, with commas.")
+@click.option("--cfg-scales", default="", help="Values of cfg_scale, with commas; none for a family without guidance.")
+@click.option("--num-images", type=int, required=True, help="Images of every point.")
+@click.option("--out", type=click.Path(path_type=Path), required=True)
+@click.option("--set", "overrides", multiple=True, help="Another value of the config, as in `neon run`.")
+def main(
+    config: Path, seeds: str, ws: str, cfg_scales: str, num_images: int, out: Path, overrides: tuple[str, ...]
+) -> None:
+    scales: list[float | None] = [float(c) for c in cfg_scales.split(",")] if cfg_scales else [None]
+    for seed in map(int, seeds.split(",")):
+        run = seeded(config, seed, out, overrides)
+        snapshot = run.finetune()[-1]
+        for cfg_scale, w in itertools.product(scales, map(float, ws.split(","))):
+            # the base is the same whatever S is: one file for all seeds
+            folder = out / ("dense-base" if w == 0 else f"seed-{seed}/dense")
+            folder.mkdir(parents=True, exist_ok=True)
+            path = folder / f"w{w:g}-cfg{cfg_scale}.npy"
+            if path.is_file() and len(np.load(path, mmap_mode="r")) >= num_images:
+                continue
+            found = features(run, snapshot, w, cfg_scale, num_images)
+            with files.replacing(path) as stream:
+                np.save(stream, found)
+            print(path, flush=True)
+
+
+if __name__ == "__main__":
+    main()
