@@ -1,0 +1,258 @@
+"""Where the search looks next: few images everywhere, more where the decision needs them, and why it stops.
+
+A pure function of the features that it is given: the same features lead to the same points and the same choice, so a
+killed search, started again on the ledger of its points, goes the same way.
+"""
+
+# N images, D features, P points
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fid.frechet import Gaussian
+from neon.search.surface import Place, Surface, surface
+
+Reason = Literal["gain", "budget", "flat", "edge"]
+NEAR = 0.08
+"""Two places closer than this share of the range count as one, until the fit has been found wrong there."""
+EDGE_STEPS = 3
+"""How often an optimum at the edge extends the range on that side, by half its width each time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is searched and what it may cost."""
+
+    w: tuple[float, float]
+    """Range to begin with; it extends where the optimum lies at its edge."""
+    cfg_scale: tuple[float, float] | None
+    """Range, not extended; None: the family has no guidance."""
+    start_images: int
+    """Images of every point at first; doubled where the decision needs it. A multiple of num_classes."""
+    budget_images: int
+    report_images: int
+    """What the choice is reported with: a gain that so many images could not show is not searched for."""
+    num_classes: int = 1
+    """Period of the labels: image i has the label i % num_classes. 1: labels are drawn, or there are none."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """The choice and how it came about."""
+
+    place: Place
+    reason: Reason
+    surface: Surface
+    """Around the choice, from the last fit."""
+    points: Sequence[Place]
+    """All evaluated places, in the order in which they came."""
+    failed: Sequence[Place]
+    """Those among them whose images were not finite."""
+    num_images: int
+    """Of every point in the last fit."""
+    images_spent: int
+    gain: float
+    """Expected gain of knowing the curve exactly."""
+    noise: float
+    """What the report's images can tell apart."""
+
+
+Evaluate = Callable[[Place, range], Tensor | None]
+"""Features (len(images), D) of the images of the selection block at a place; None: some were not finite."""
+
+
+@dataclass
+class Search:
+    """One search; `run` asks `evaluate` for features until it can choose."""
+
+    plan: Plan
+    reference: Gaussian
+    evaluate: Evaluate
+    _features: dict[Place, Tensor] = field(default_factory=dict)
+    _failed: list[Place] = field(default_factory=list)
+    _order: list[Place] = field(default_factory=list)
+    _spent: int = 0
+
+    def run(self) -> Found:
+        low, high = self.plan.w
+        count, near, edge_steps = self.plan.start_images, NEAR, {-1: 0, 1: 0}
+        wanted, predicted, is_verified = first_places(self.plan), math.nan, False
+        while True:
+            for place in wanted:
+                self._measure(place, count)
+            low, high = self._inside(low, high)
+            fit, fine = self._fitted(low, high, count)
+            best, noise = fine.places[fine.best], self._report_noise(fine, count)
+            if not math.isnan(predicted) and wanted[0] in self._features:
+                is_verified = abs(self._value(wanted[0], count) - predicted) <= fine.noise
+                near = near if is_verified else near / 2
+            predicted, next_count, side = math.nan, count, self._edge(best, low, high)
+            if _is_flat(fit):
+                return self._found(fit, "flat", count)
+            if side and edge_steps[side] < EDGE_STEPS:
+                edge_steps[side] += 1
+                width = (high - low) / 2
+                low, high = (low - width, high) if side < 0 else (low, high + width)
+                wanted = [Place(low if side < 0 else high, best.cfg_scale)]
+            elif (unseen := self._unseen(fine, fit, low, high, near, is_verified)) is not None:
+                wanted, predicted, is_verified = [unseen[0]], unseen[1], False
+            elif fine.expected_gain > noise:
+                next_count, wanted = 2 * count, self._best_points(count)
+            else:
+                return self._found(fine, "edge" if side else "gain", count)
+            if self._spent + self._cost(wanted, next_count) > self.plan.budget_images:
+                return self._found(fine, "budget", count)
+            count = next_count
+
+    def _measure(self, place: Place, count: int) -> None:
+        """Bring a place to `count` images."""
+        have = self._features.get(place)
+        start = 0 if have is None else len(have)
+        if place in self._failed or start >= count:
+            return
+        if place not in self._order:
+            self._order.append(place)
+        self._spent += count - start
+        more = self.evaluate(place, range(start, count))
+        if more is None:
+            self._failed.append(place)
+            self._features.pop(place, None)
+        else:
+            self._features[place] = more if have is None else torch.cat([have, more])
+
+    def _cost(self, wanted: Sequence[Place], count: int) -> int:
+        return sum(count - len(self._features.get(place, ())) for place in wanted)
+
+    def _inside(self, low: float, high: float) -> tuple[float, float]:
+        """The range without what lies beyond places whose images were not finite."""
+        good = [place.w for place in self._features]
+        for bad in (place.w for place in self._failed):
+            if bad > max(good, default=0.0):
+                high = min(high, (bad + max(good, default=0.0)) / 2)
+            elif bad < min(good, default=0.0):
+                low = max(low, (bad + min(good, default=0.0)) / 2)
+        return low, high
+
+    def _points(self, count: int) -> list[Place]:
+        return sorted(place for place, rows in self._features.items() if len(rows) >= count)
+
+    def _surface(self, points: Sequence[Place], places: Sequence[Place], count: int, trust: Tensor | None) -> Surface:
+        features = torch.stack([self._features[p][:count] for p in points])
+        return surface(points, features, self.reference, places, num_classes=self.plan.num_classes, trust=trust)
+
+    def _value(self, place: Place, count: int) -> float:
+        return float(self._surface([place], [place], count, None).values[0])
+
+    def _fitted(self, low: float, high: float, count: int) -> tuple[Surface, Surface]:
+        """The distance over the whole range, and finely around its minimum."""
+        points = self._points(count)
+        if not points:
+            raise ValueError("no point gave finite images, not even the base (w = 0): check the base's samples first")
+        values = torch.tensor([self._value(p, count) for p in points], dtype=torch.float64)
+        excess = (values - values.min()) / values.min().clamp(min=1e-12)
+        trust = (1 + excess.clamp(min=0)) ** -2  # far from the optimum a misfit does not matter
+        cfgs = self.plan.cfg_scale
+        ws = _spaced(low, high, 21 if cfgs is None else 13)
+        scales = [0.0] if cfgs is None else _spaced(*cfgs, 7)
+        fit = self._surface(points, [Place(w, c) for c in scales for w in ws], count, trust)
+        best, step = fit.places[fit.best], ws[1] - ws[0]
+        near_ws = _spaced(max(low, best.w - step), min(high, best.w + step), 21 if cfgs is None else 9)
+        if cfgs is None:
+            near_scales = [0.0]
+        else:
+            step = scales[1] - scales[0]
+            near_scales = _spaced(max(cfgs[0], best.cfg_scale - step), min(cfgs[1], best.cfg_scale + step), 5)
+        places = [Place(w, c) for c in near_scales for w in near_ws]
+        return fit, self._surface(points, places, count, trust)
+
+    def _edge(self, best: Place, low: float, high: float) -> int:
+        """-1 or 1 if the optimum lies at an end of the range that may be extended."""
+        margin = 0.02 * (high - low)
+        if best.w >= high - margin and not any(bad.w > high - margin for bad in self._failed):
+            return 1
+        return -1 if best.w <= low + margin and not any(bad.w < low + margin for bad in self._failed) else 0
+
+    def _unseen(
+        self, fine: Surface, fit: Surface, low: float, high: float, near: float, is_verified: bool
+    ) -> tuple[Place, float] | None:
+        """The place to look at next with what the fit says there: the optimum, unless a point lies there already. Then,
+        until a prediction has come true, the lowest place that no point is near."""
+        best = fine.places[fine.best]
+        if self._distance(best, low, high) > near:
+            return best, float(fine.values[fine.best])
+        if is_verified:
+            return None
+        order = fit.values.argsort().tolist()
+        free = next((i for i in order if self._distance(fit.places[i], low, high) > near), None)
+        return None if free is None else (fit.places[free], float(fit.values[free]))
+
+    def _distance(self, place: Place, low: float, high: float) -> float:
+        """To the nearest point, as a share of the ranges."""
+        cfgs = self.plan.cfg_scale
+        width = 1.0 if cfgs is None else 2 * (cfgs[1] - cfgs[0]) or 1.0
+        return min(
+            math.hypot((place.w - other.w) / (high - low), (place.cfg_scale - other.cfg_scale) / width)
+            for other in [*self._features, *self._failed]
+        )
+
+    def _best_points(self, count: int) -> list[Place]:
+        """The points that the fit around the optimum rests on: a parabola's four, a quadratic surface's eight."""
+        points = sorted(self._points(count), key=lambda p: self._value(p, count))
+        return points[: 4 if self.plan.cfg_scale is None else 8]
+
+    def _report_noise(self, fine: Surface, count: int) -> float:
+        return fine.noise * math.sqrt(count / self.plan.report_images)
+
+    def _found(self, final: Surface, reason: Reason, count: int) -> Found:
+        place = final.places[final.best]
+        if reason == "flat":
+            place = Place(0.0, place.cfg_scale)
+        return Found(
+            place,
+            reason,
+            final,
+            tuple(self._order),
+            tuple(self._failed),
+            count,
+            self._spent,
+            final.expected_gain,
+            self._report_noise(final, count),
+        )
+
+
+def first_places(plan: Plan) -> list[Place]:
+    """w: both ends and the base. (w, cfg_scale): six places that determine a quadratic surface, with the base at both
+    ends of cfg_scale."""
+    low, high = plan.w
+    if plan.cfg_scale is None or plan.cfg_scale[0] == plan.cfg_scale[1]:
+        cfg_scale = 0.0 if plan.cfg_scale is None else plan.cfg_scale[0]
+        return [Place(w, cfg_scale) for w in dict.fromkeys((0.0, low, high))]
+    small, large = plan.cfg_scale
+    middle = (small + large) / 2
+    return [
+        Place(0.0, small),
+        Place(0.0, large),
+        Place(high, small),
+        Place(high, large),
+        Place(high / 2, middle),
+        Place(low, middle),
+    ]
+
+
+def _is_flat(fit: Surface) -> bool:
+    """Whether the highest and the lowest place of the range cannot be told apart by three standard errors."""
+    difference, error = fit.difference(int(fit.values.argmax()), fit.best)
+    return difference <= 3 * error or difference < 1e-9
+
+
+def _spaced(low: float, high: float, count: int) -> list[float]:
+    """Rounded, so that a place looks in the ledger as it does on the page."""
+    values = torch.linspace(low, high, count, dtype=torch.float64).tolist() if high > low else [low]
+    return [round(value, 4) for value in values]

@@ -1,0 +1,174 @@
+"""The Frechet distance as a function of (w, cfg_scale), from few images: a polynomial in the moments of the features.
+
+Every point is judged by the same noise, so mean and covariance of the features move smoothly with (w, cfg_scale), far
+more smoothly than their distance to the reference. A least-squares polynomial through the points' moments is, at any
+other place, a weighted sum of them, with weights that depend on the places alone:
+
+    mean(x) = sum_p a_p(x) mean_p,   covariance(x) = sum_p a_p(x) covariance_p,   sum_p a_p(x) = 1
+
+The distance is read off these moments. Its finite-N bias is extrapolated away from the two halves of the images (their
+mean distance has twice the bias, to first order). Its uncertainty is a bootstrap over images: the first-order change of
+the distance by every image (its influence), summed with random multipliers; one image has one multiplier at all places.
+"""
+
+# N images, D features, P points, K places where the distance is wanted, B bootstrap draws, L label classes
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fid.frechet import Gaussian, frechet_distance
+
+NUM_DRAWS = 400
+TERMS = ((0, 0), (1, 0), (2, 0), (0, 1), (1, 1), (0, 2), (3, 0))
+"""Powers of (w, cfg_scale) in the order in which more points allow them."""
+
+
+@dataclass(frozen=True, order=True)
+class Place:
+    """Where the distance is wanted. cfg_scale 0 stands for a family without guidance."""
+
+    w: float
+    cfg_scale: float = 0.0
+
+
+def polynomial_weights(points: Sequence[Place], places: Sequence[Place], trust: Tensor) -> Tensor:
+    """a (K, P): the least-squares polynomial through values at `points`, at `places`, is a @ values.
+
+    As many of TERMS as the points determine; three values of w give a parabola, six spread points a quadratic surface.
+    trust: (P,) how much a point's misfit counts where there are more points than terms.
+    """
+    at_points, at_places = _powers(points, points), _powers(places, points)
+    chosen: list[int] = []
+    for term in range(len(TERMS)):
+        columns = at_points[:, [*chosen, term]]
+        is_spare = TERMS[term] != (3, 0) or len(points) > len(chosen) + 1  # a cubic only where it can be contradicted
+        if is_spare and torch.linalg.matrix_rank(columns, rtol=1e-6) > len(chosen):
+            chosen.append(term)
+    root = trust.sqrt()
+    return at_places[:, chosen] @ torch.linalg.pinv(root[:, None] * at_points[:, chosen]) * root
+
+
+def _powers(places: Sequence[Place], points: Sequence[Place]) -> Tensor:
+    """(K, terms), both coordinates scaled to [-1, 1] over `points`: else the powers are nearly parallel."""
+    columns = []
+    for name in ("w", "cfg_scale"):
+        own = [getattr(p, name) for p in points]
+        middle, half = (max(own) + min(own)) / 2, (max(own) - min(own)) / 2 or 1.0
+        columns.append(torch.tensor([(getattr(p, name) - middle) / half for p in places], dtype=torch.float64))
+    return torch.stack([columns[0] ** i * columns[1] ** j for i, j in TERMS], dim=1)
+
+
+@dataclass(frozen=True, eq=False)
+class Surface:
+    """The distance at `places`. values: (K,), bias-corrected; draws: (B, K), what it might be with other images."""
+
+    places: Sequence[Place]
+    values: Tensor
+    draws: Tensor
+    bias: Tensor
+    """(K,) what was taken off."""
+
+    @property
+    def best(self) -> int:
+        return int(self.values.argmin())
+
+    @property
+    def noise(self) -> float:
+        """Standard error of the value at the best place."""
+        return float(self.draws[:, self.best].std())
+
+    @property
+    def expected_gain(self) -> float:
+        """How much lower than at the best place the distance is expected to be where it truly is lowest."""
+        return float((self.draws[:, self.best] - self.draws.min(dim=1).values).mean())
+
+    def difference(self, i: int, j: int) -> tuple[float, float]:
+        """values[i] - values[j] and its standard error: the same images at both, so far sharper than the values."""
+        return float(self.values[i] - self.values[j]), float((self.draws[:, i] - self.draws[:, j]).std())
+
+
+def surface(
+    points: Sequence[Place],
+    features: Tensor,
+    reference: Gaussian,
+    places: Sequence[Place],
+    *,
+    num_classes: int = 1,
+    trust: Tensor | None = None,
+) -> Surface:
+    """features: (P, N, D) of the same N images at every point; image i has the label i % num_classes (1: drawn).
+
+    trust: see `polynomial_weights`. Raises ValueError for fewer than 4 images per class: halves and errors need them.
+    """
+    count, features = features.shape[1], features.double()
+    if count < 4 * num_classes:
+        raise ValueError(f"{count} images of {num_classes} classes: at least 4 of every class are needed")
+    weights = polynomial_weights(points, places, torch.ones(len(points)).double() if trust is None else trust)
+    half = torch.arange(count) // num_classes % 2 == 0
+    moments = [_moments(part) for part in (features, features[:, half], features[:, ~half])]
+    rows: list[tuple[float, float]] = []
+    influence = torch.empty(len(places), count, dtype=torch.float64)
+    centred = features - moments[0][0][:, None]
+    for k, a in enumerate(weights):
+        fitted = [_combined(a, mean, covariance, n) for (mean, covariance), n in _with_counts(moments, features, half)]
+        full, first, second = (frechet_distance(generated=g, reference=reference) for g in fitted)
+        rows.append((full, (first + second) / 2 - full))
+        influence[k] = _influence(a, centred, fitted[0], reference)
+    values = torch.tensor(rows, dtype=torch.float64)
+    corrected = values[:, 0] - values[:, 1]
+    return Surface(places, corrected, corrected + _multiplied(influence, num_classes), values[:, 1])
+
+
+def _moments(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Means (P, D) and covariances (P, D, D)."""
+    mean = features.mean(dim=1)
+    centred = features - mean[:, None]
+    return mean, centred.mT @ centred / (features.shape[1] - 1)
+
+
+def _with_counts(
+    moments: Sequence[tuple[Tensor, Tensor]], features: Tensor, half: Tensor
+) -> list[tuple[tuple[Tensor, Tensor], int]]:
+    counts = (features.shape[1], int(half.sum()), int((~half).sum()))
+    return list(zip(moments, counts, strict=True))
+
+
+def _combined(a: Tensor, mean: Tensor, covariance: Tensor, count: int) -> Gaussian:
+    return Gaussian(a @ mean, torch.einsum("p,pij->ij", a, covariance), count)
+
+
+def _influence(a: Tensor, centred: Tensor, at: Gaussian, reference: Gaussian) -> Tensor:
+    """(N,) derivative of the distance in every image's weight, up to a constant.
+
+    d|m - m_r|^2 = 2 (m - m_r) dm;  d(tr S - 2 tr (R S)^1/2) = tr (1 - T) dS with T = U^T (U S U^T)^-1/2 U, R = U^T U.
+    """
+    upper, order = reference.factor
+    root = torch.zeros(len(upper), len(order), dtype=torch.float64)
+    root[:, order] = upper
+    values, vectors = torch.linalg.eigh(root @ at.covariance @ root.T)
+    is_there = values > values.max() * 1e-10
+    half_map = (root.T @ vectors[:, is_there]) * values[is_there] ** -0.25
+    offset = 2 * (at.mean - reference.mean)
+    per_point = centred @ offset + centred.square().sum(-1) - (centred @ half_map).square().sum(-1)
+    return a @ per_point
+
+
+def _multiplied(influence: Tensor, num_classes: int) -> Tensor:
+    """(B, K) random sums of the images' influence, with the variance that new images would give.
+
+    Images of one class are exchangeable, those of different classes are not (labels are balanced): hence the class
+    means come off first.
+    """
+    count = influence.shape[1]
+    labels = torch.arange(count) % num_classes
+    own = torch.zeros(num_classes, dtype=torch.float64).index_add_(0, labels, torch.ones(count, dtype=torch.float64))
+    sums = torch.zeros(len(influence), num_classes, dtype=torch.float64).index_add_(1, labels, influence)
+    inner = influence - (sums / own)[:, labels]
+    scale = (own / (own - 1)).sqrt()[labels] / count
+    noise = torch.randn(NUM_DRAWS, count, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return noise @ (inner * scale).T

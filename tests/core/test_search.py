@@ -1,0 +1,213 @@
+"""The search for (w, cfg_scale) against closed forms: models of features whose distance is known at every place."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from fid.frechet import Gaussian
+from neon.search.strategy import Plan, Search, first_places
+from neon.search.surface import Place, polynomial_weights, surface
+
+REFERENCE = Gaussian(torch.zeros(3), torch.eye(3))
+
+
+def unit_noise(num_images: int, seed: int = 0) -> Tensor:
+    return torch.randn(num_images, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def exact_noise(num_images: int) -> Tensor:
+    """(N, 3) with mean 0 and covariance 1 to rounding: no noise is left in the distance."""
+    raw = unit_noise(num_images)
+    raw = raw - raw.mean(0)
+    return torch.linalg.solve_triangular(torch.linalg.cholesky(torch.cov(raw.T)), raw.T, upper=False).T
+
+
+def model(best_w: float, best_cfg: float = 0.0, *, curve: float = 1.0) -> Callable[[Place], tuple[Tensor, float]]:
+    """Mean and scale of the features: the distance is |mean|^2 + 3 (scale - 1)^2, least at the best place."""
+
+    def at(place: Place) -> tuple[Tensor, float]:
+        offset, shift = curve * (place.w - best_w), 0.5 * (place.cfg_scale - best_cfg)
+        return torch.tensor([0.4, offset, shift], dtype=torch.float64), math.sqrt(1.2 + 0.05 * offset**2)
+
+    return at
+
+
+def distance(mean: Tensor, scale: float) -> float:
+    return float(mean.square().sum()) + 3 * (scale - 1) ** 2
+
+
+def searched(plan: Plan, at: Callable[[Place], tuple[Tensor, float]], noise: Tensor, **broken: float) -> Search:
+    """broken: `above` or `below`, the w beyond which images are not finite."""
+
+    def evaluate(place: Place, images: range) -> Tensor | None:
+        if place.w > broken.get("above", math.inf) or place.w < broken.get("below", -math.inf):
+            return None
+        mean, scale = at(place)
+        return mean + scale * noise[images.start : images.stop]
+
+    return Search(plan, REFERENCE, evaluate)
+
+
+def plan(**changed: object) -> Plan:
+    settings: dict = {"w": (-1.0, 3.0), "cfg_scale": None, "start_images": 200, "budget_images": 20_000}
+    return Plan(**{**settings, "report_images": 2_000, **changed})
+
+
+@pytest.mark.parametrize("cfg_scale", [None, (1.0, 4.0)])
+def test_the_first_places_determine_a_quadratic(cfg_scale):
+    """A quadratic in w, or in (w, cfg_scale), is reproduced everywhere, and constants whatever the trust."""
+    points = first_places(plan(cfg_scale=cfg_scale))
+    value = lambda p: 3 - p.w + 2 * p.w**2 + 0.3 * p.cfg_scale**2 - p.w * p.cfg_scale  # noqa: E731
+    places = [Place(w, c) for w in (-0.7, 0.2, 2.9) for c in ((0.0,) if cfg_scale is None else (1.3, 3.8))]
+    trust = torch.linspace(0.1, 1, len(points), dtype=torch.float64)
+    weights = polynomial_weights(points, places, trust)
+    at_points = torch.tensor([value(p) for p in points], dtype=torch.float64)
+    assert (weights @ at_points).tolist() == pytest.approx([value(p) for p in places])
+    assert weights.sum(1).tolist() == pytest.approx([1.0] * len(places))
+
+
+def test_a_misfit_counts_where_it_is_trusted():
+    """Five points of a parabola and one far off it: with little trust in that one the parabola stands."""
+    points = [Place(w) for w in (-1.0, 0.0, 0.5, 1.0, 2.0, 3.0)]
+    values = torch.tensor([p.w**2 for p in points], dtype=torch.float64)
+    values[-1] += 100
+    trust = torch.tensor([1, 1, 1, 1, 1, 1e-9], dtype=torch.float64)
+    found = polynomial_weights(points, [Place(0.75)], trust) @ values
+    assert float(found) == pytest.approx(0.75**2, abs=1e-4)
+    assert abs(float(polynomial_weights(points, [Place(0.75)], torch.ones(6).double()) @ values) - 0.75**2) > 1
+
+
+def test_the_distance_is_read_off_the_moments():
+    """Mean and covariance are polynomials of degree 2 here, so three points give the distance at every w exactly."""
+    at, noise = model(1.3), exact_noise(500)
+    points, places = [Place(w) for w in (-1.0, 0.0, 3.0)], [Place(w) for w in (-0.5, 1.3, 2.0)]
+    features = torch.stack([mean + scale * noise for mean, scale in map(at, points)])
+    found = surface(points, features, REFERENCE, places)
+    assert (found.values + found.bias).tolist() == pytest.approx([distance(*at(p)) for p in places], abs=1e-9)
+    assert found.best == 1
+
+
+def test_the_bias_of_few_images_is_taken_off():
+    """Over many draws: the raw distance of 40 images is too large, of that at most a fifth is left."""
+    at, places = model(1.0), [Place(0.0), Place(1.0)]
+    raw, corrected = [], []
+    for seed in range(300):
+        features = torch.stack([mean + scale * unit_noise(40, seed) for mean, scale in map(at, places)])
+        found = surface(places, features, REFERENCE, places)
+        raw.append(found.values + found.bias)
+        corrected.append(found.values)
+    truth = torch.tensor([distance(*at(p)) for p in places], dtype=torch.float64)
+    bias, left = torch.stack(raw).mean(0) - truth, torch.stack(corrected).mean(0) - truth
+    assert (bias > 0.05).all()
+    assert (left.abs() < 0.2 * bias).all()
+
+
+@pytest.mark.parametrize("num_classes", [1, 5])
+def test_the_error_bars_are_those_of_other_images(num_classes):
+    """Standard deviation over 200 sets of images of a value, and of a difference between two places."""
+    at, places = model(1.0), [Place(0.0), Place(1.0)]
+    offsets = torch.arange(300) % num_classes  # classes whose means differ: balanced labels add no noise
+    values, errors, differences, difference_errors = [], [], [], []
+    for seed in range(200):
+        noise = unit_noise(300, seed) + offsets[:, None]
+        features = torch.stack([mean + scale * noise for mean, scale in map(at, places)])
+        found = surface(places, features, REFERENCE, places, num_classes=num_classes)
+        difference, error = found.difference(0, 1)
+        values.append(found.values[1])
+        errors.append(found.draws[:, 1].std())
+        differences.append(difference)
+        difference_errors.append(error)
+    assert float(torch.stack(errors).mean()) == pytest.approx(float(torch.stack(values).std()), rel=0.15)
+    assert sum(difference_errors) / 200 == pytest.approx(float(torch.tensor(differences).std()), rel=0.15)
+
+
+@pytest.mark.parametrize("best_w", [-0.6, 0.0, 0.4, 1.7])
+def test_the_search_finds_the_minimum_with_few_images(best_w):
+    noise = unit_noise(20_000)
+    found = searched(plan(), model(best_w), noise).run()
+    truth, least = distance(*model(best_w)(found.place)), distance(*model(best_w)(Place(best_w)))
+    assert found.reason == "gain"
+    assert truth - least < 3 * found.noise
+    assert found.images_spent <= 1_600
+    assert found.gain <= found.noise
+
+
+def test_guidance_is_searched_together_with_w():
+    at = model(0.8, best_cfg=2.2)
+    found = searched(plan(cfg_scale=(1.0, 4.0)), at, unit_noise(20_000)).run()
+    assert distance(*at(found.place)) - distance(*at(Place(0.8, 2.2))) < 3 * found.noise
+    assert found.images_spent <= 3_200
+
+
+@pytest.mark.parametrize("best_w", [5.0, -2.5])
+def test_an_optimum_beyond_the_edge_extends_the_range_on_that_side(best_w):
+    found = searched(plan(), model(best_w), unit_noise(20_000)).run()
+    assert found.place.w == pytest.approx(best_w, abs=0.3)
+    assert found.reason == "gain"
+
+
+def test_an_optimum_that_runs_away_is_said_to_lie_at_the_edge():
+    found = searched(plan(), model(100.0), unit_noise(20_000)).run()
+    assert found.reason == "edge"
+    assert found.place.w == 12.5  # widths 4, 6, 9: 3 + 2 + 3 + 4.5
+
+
+def test_a_flat_curve_is_said_to_be_flat_and_the_base_stays():
+    found = searched(plan(), model(0.5, curve=0.0), unit_noise(20_000)).run()
+    assert found.reason == "flat"
+    assert found.place.w == 0
+    assert found.images_spent == 600
+
+
+@pytest.mark.parametrize(("best_w", "broken"), [(0.9, {"above": 1.5}), (-0.4, {"below": -0.8}), (1.4, {"above": 1.5})])
+def test_images_that_are_not_finite_bound_the_range_and_stop_nothing(best_w, broken):
+    found = searched(plan(), model(best_w), unit_noise(20_000), **broken).run()
+    assert found.failed
+    assert found.place.w == pytest.approx(best_w, abs=0.25)
+    assert all(place.w > 1.5 or place.w < -0.8 for place in found.failed)
+
+
+def test_a_base_that_gives_no_finite_image_is_an_error():
+    with pytest.raises(ValueError, match="not even the base"):
+        searched(plan(), model(0.5), unit_noise(2_000), above=-5.0).run()
+
+
+def test_the_budget_is_hard_and_named():
+    tight = searched(plan(budget_images=700), model(1.3), unit_noise(20_000)).run()
+    assert tight.reason == "budget"
+    assert tight.images_spent <= 700
+    strict = plan(report_images=10_000_000, budget_images=5_000)  # a report that could show everything
+    costly = searched(strict, model(1.3), unit_noise(20_000)).run()
+    assert costly.reason == "budget"
+    assert 1_600 < costly.images_spent <= 5_000
+    assert costly.num_images > 200
+
+
+def test_a_search_repeats_itself_on_what_it_knows():
+    """Killed after any evaluation and started again with the evaluations that were finished: the same choice."""
+    known: dict[tuple[Place, range], Tensor] = {}
+    first = searched(plan(report_images=200_000), model(1.3), unit_noise(20_000))
+    evaluate, asked = first.evaluate, []
+
+    def remembered(place: Place, images: range) -> Tensor | None:
+        asked.append((place, images))
+        if (place, images) not in known:
+            if len(known) == stop_at:
+                raise KeyboardInterrupt
+            known[place, images] = evaluate(place, images)
+        return known[place, images]
+
+    whole = first.run()
+    for stop_at in (2, 4, 1_000):
+        asked.clear()
+        again = Search(first.plan, REFERENCE, remembered)
+        if stop_at < 1_000:
+            with pytest.raises(KeyboardInterrupt):
+                again.run()
+    assert again.run().place == whole.place
+    assert len(asked) == len(known)  # nothing was asked twice in the last run
