@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edm import augment
+from edm.layers import UNetBlock
 from edm.loss import Objective, pixel_losses
 from edm.precond import PRECONDITIONERS, Denoiser, Preconditioner
 from edm.sampler import Churn, noise_levels, sample_heun
@@ -67,6 +68,10 @@ class EDM(Family):
     name = "edm"
     sampling = Sampling
     objective = Objective
+    compiled = (UNetBlock,)
+
+    def graphed(self, model: nn.Module) -> nn.Module | None:
+        return model.model if isinstance(model, Preconditioner) else None
 
     def load(self, checkpoint: Checkpoint) -> Denoiser:
         with torch.device("meta"):  # memory and initial values are only for what the file brings

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from flow.loss import Objective, path
 from flow.presets import MODELS
 from flow.sampler import ErrorNorm, dopri5, euler
-from flow.unet import UNet
+from flow.unet import AttentionBlock, ResBlock, UNet
 from neon.checkpoints.checkpoint import Checkpoint
 from neon.family import Draws, Family
 from neon.seeds import Rng
@@ -55,6 +55,11 @@ class Flow(Family):
     name = "flow"
     sampling = Sampling
     objective = Objective
+
+    compiled = (ResBlock, AttentionBlock)
+
+    def graphed(self, model: nn.Module) -> nn.Module | None:
+        return model
 
     def build(self, arch: Mapping[str, object]) -> UNet:
         if arch.get("learn_sigma"):

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from edm.family import one_hot
+from edm.layers import UNetBlock
 from imm.autoencoder import read_autoencoder
+from imm.dit import DiTBlock
 from imm.loss import Objective, imm_loss
 from imm.precond import IMMPrecond
 from imm.sampler import edm_grid, explicit_grid, pushforward, restart, uniform_grid
@@ -76,6 +78,11 @@ class IMM(Family):
 
     def __init__(self) -> None:
         self.encoder: StabilityEncoder | PixelEncoder = PixelEncoder()
+
+    compiled = (DiTBlock, UNetBlock)
+
+    def graphed(self, model: nn.Module) -> nn.Module | None:
+        return model.model if isinstance(model, IMMPrecond) else None
 
     def build(self, arch: Mapping[str, object]) -> IMMPrecond:
         class_name = arch.get("class_name", "IMMPrecond")

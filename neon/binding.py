@@ -10,7 +10,7 @@ import math
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replace
+from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TypeVar, Union
 
@@ -92,10 +92,19 @@ def check_fields(options: DataclassInstance) -> None:
             _checked(value, hints[f.name], f.name)
 
 
+ADDED = {"added": True}
+"""Metadata of a field that came later: at its default it is left out, so that older folders and ledgers still fit."""
+
+
 def to_plain(value: object) -> object:
-    """Dataclasses, tuples and paths as JSON values, for manifests and results."""
+    """Dataclasses, tuples and paths as JSON values, for manifests, ledger keys and results."""
     if is_dataclass(value) and not isinstance(value, type):
-        return {key: to_plain(item) for key, item in asdict(value).items()}
+        known = {f.name: (f, getattr(value, f.name)) for f in fields(value)}
+        return {
+            name: to_plain(item)
+            for name, (f, item) in known.items()
+            if not ("added" in f.metadata and item == f.default)
+        }
     if isinstance(value, Mapping):
         return {str(key): to_plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -104,6 +104,14 @@ class Family(Trainable):
         checkpoint.load_into(model)
         return model
 
+    compiled: tuple[type[nn.Module], ...] = ()
+    """Classes of the blocks that are worth compiling for sampling.speed = "compiled" or "fast"."""
+
+    def graphed(self, model: nn.Module) -> nn.Module | None:
+        """The part of `model` whose calls have few different shapes, draw nothing and ask the device nothing; None:
+        there is no such part. On a GPU its calls are replayed as CUDA graphs."""
+        return None
+
     @property
     def is_guided(self) -> bool:
         """Whether the sampler takes a cfg_scale."""

@@ -19,7 +19,7 @@ from var.loss import token_loss
 from var.presets import PATCH_NUMS
 from var.reading import read_tokeniser, transformer_arch_of
 from var.sampler import Sampling, sample_scales
-from var.transformer import Transformer, VARArch
+from var.transformer import Block, Transformer, VARArch
 from var.vqvae import VQVAE
 from var.vqvae_training import TrainableVQVAE
 
@@ -58,6 +58,8 @@ class VAR(Family):
 
     def __init__(self) -> None:
         self._tokeniser: VQVAE | None = None
+
+    compiled = (Block,)
 
     def build(self, arch: Mapping[str, object]) -> Transformer:
         return Transformer(binding.build(VARArch, arch, "arch"))

@@ -8,11 +8,12 @@ Tian et al. 2024 (arXiv 2404.02905), section 3.1 and appendix; guidance as in th
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from neon.binding import ADDED
 from neon.seeds import Rng
 from var.quantizer import MultiScaleQuantizer
 from var.transformer import Transformer
@@ -29,7 +30,7 @@ class Sampling:
     """Keep the k likeliest tokens (0: all)."""
     top_p: float = 0.95
     """Then keep the likeliest of those with this much probability (0: all)."""
-    temperature: float = 1.0
+    temperature: float = field(default=1.0, metadata=ADDED)
     """Divides the guided logits before top_k and top_p. Above 1 the sampler seeks diversity."""
     more_smooth: bool = False
     """Average codes by Gumbel-softmax weights instead of drawing one: prettier pictures, no tokens, not for numbers."""

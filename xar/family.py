@@ -17,7 +17,7 @@ from neon.seeds import Rng
 from xar.cells import CELL_TOKENS, CHANNELS, GRID, NUM_CELLS
 from xar.loss import velocity_loss
 from xar.sampler import Solver, sample_cells, time_grid
-from xar.transformer import XARArch, XARTransformer, read_arch
+from xar.transformer import Block, XARArch, XARTransformer, read_arch
 from xar.vae import KL16, KL16Arch
 from xar.vae_training import TrainableKL16
 
@@ -70,6 +70,8 @@ class XAR(Family):
 
     def __init__(self) -> None:
         self._autoencoder: KL16 | None = None
+
+    compiled = (Block,)
 
     def build(self, arch: Mapping[str, object]) -> XARTransformer:
         return XARTransformer(binding.build(XARArch, arch, "arch"))

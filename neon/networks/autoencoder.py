@@ -110,6 +110,10 @@ class Attention(nn.Module):
         return x + self.proj_out(out.transpose(1, 2).reshape(x.shape))
 
 
+COMPILED = (ResBlock, Attention)
+"""Blocks that sampling.speed = "compiled" fuses."""
+
+
 class Downsample(nn.Module):
     """Halves the resolution. The padding is on the right and at the bottom only."""
 

@@ -8,9 +8,10 @@ from typing import Literal
 
 import torch
 
-Precision = Literal["fp32", "tf32", "bf16", "fp16"]
+Precision = Literal["fp32", "cudnn-tf32", "tf32", "bf16", "fp16"]
 """fp32: exact, also in convolutions, where torch itself would use TF32 on a GPU. tf32: products with 10 bits of
-mantissa, on GPUs that have it. bf16, fp16: autocast; stored weights stay what they are."""
+mantissa, on GPUs that have it; cudnn-tf32: in convolutions only, torch's own default and so what EDM's published script
+used. bf16, fp16: autocast; stored weights stay what they are."""
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -19,7 +20,8 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 def arithmetic(device: torch.device, precision: Precision) -> Iterator[None]:
     """Run the block in this precision; the caller's settings come back afterwards."""
     cudnn, matmul = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision != "fp32"
+    torch.backends.cudnn.allow_tf32 = precision != "fp32"
+    torch.backends.cuda.matmul.allow_tf32 = precision not in ("fp32", "cudnn-tf32")
     try:
         with torch.autocast(device.type, AUTOCAST.get(precision), enabled=precision in AUTOCAST):
             yield

@@ -4,6 +4,7 @@ size."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -11,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from neon.family import Family
+from neon.networks import autoencoder
 from neon.quantize import to_uint8
 from neon.runtime.precision import arithmetic
+from neon.runtime.speed import accelerated
 from neon.sampling.options import Sampling
 from neon.seeds import image_rng
 
@@ -66,14 +69,21 @@ def _generate(
         labels = None
         if source.labels == "balanced" and source.num_classes:
             labels = torch.tensor([i % source.num_classes for i in indices], device=device)
-        with arithmetic(device, source.sampling.precision):
-            codes, used = source.family.sample(model, rng, labels, source.options)
+        family, speed = source.family, source.sampling.speed
+        with (
+            arithmetic(device, source.sampling.arithmetic),
+            accelerated(model, family.graphed(model), family.compiled, speed),
+        ):
+            codes, used = family.sample(model, rng, labels, source.options)
         yield Batch(indices, codes, used)
 
 
 @torch.inference_mode()
 def to_images(source: Source, codes: Tensor) -> Tensor:
     """uint8 images (B, C, H, W) of the codes by the config's rounding rule; with "none", what the family decodes."""
-    with arithmetic(codes.device, source.sampling.precision):
+    speed = source.sampling.speed
+    with arithmetic(codes.device, source.sampling.arithmetic), ExitStack() as stack:
+        for network in source.family.autoencoder_modules():
+            stack.enter_context(accelerated(network, None, autoencoder.COMPILED, speed))
         images = source.family.decode(codes)
     return images if source.sampling.uint8 == "none" else to_uint8(images, source.sampling.uint8)

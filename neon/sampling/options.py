@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from neon import quantize
-from neon.binding import Count, Range, Seed, check_fields
+from neon.binding import ADDED, Count, Range, Seed, check_fields
 from neon.runtime.precision import Precision
+from neon.runtime.speed import Speed
 from neon.seeds import NUM_SEEDS
 
 
@@ -26,11 +27,20 @@ class Sampling:
     """Autocast of the network; fp32 is exact."""
     channels_last: bool = False
     """Memory layout of convolutional networks; changes speed and rounding only."""
+    speed: Speed = field(default="exact", metadata=ADDED)
+    """exact: bit for bit. compiled: fused blocks, other rounding. fast: compiled and bf16 (neon/runtime/speed.py)."""
     options: object = None
     """The family's own sampling options (a `Family.sampling`)."""
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.speed == "fast" and self.precision != "fp32":
+            raise ValueError(f"speed = 'fast' is bf16: leave precision away, got precision = {self.precision!r}")
+
+    @property
+    def arithmetic(self) -> Precision:
+        """The precision that networks run in."""
+        return "bf16" if self.speed == "fast" else self.precision
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

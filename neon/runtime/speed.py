@@ -1,0 +1,127 @@
+"""Faster ways to run a resident network, chosen by [sampling] speed.
+
+exact: the same kernels in the same order. On a GPU the calls of networks whose shapes repeat are replayed as CUDA
+    graphs: nothing is computed differently, the launches cost nothing.
+compiled: the repeated blocks are compiled as well (torch.compile); operations are fused, so rounding differs.
+fast: compiled, in bfloat16 with the islands that each network keeps in float32.
+
+Weights may move in place between calls (`LiveMerge.set_w`): graphs and compiled blocks read them where they lie.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+Speed = Literal["exact", "compiled", "fast"]
+WARM_UP_CALLS = 3
+"""Calls before a capture: libraries choose their kernels and allocate their workspaces in the first ones."""
+RECOMPILE_LIMIT = 64
+"""Blocks of one class share their compiled code; a U-Net has about thirty shapes of them."""
+
+Forward = Callable[..., Tensor]
+
+
+class GraphedForward:
+    """A forward that is captured once per shape of its arguments and replayed from then on. CUDA, inference only.
+
+    Arguments are tensors, None, numbers or strings; the result is one tensor, copied out of the graph's memory.
+    """
+
+    def __init__(self, forward: Forward):
+        self._forward = forward
+        self._recorded: dict[object, tuple[torch.cuda.CUDAGraph, dict[object, Tensor], Tensor]] = {}
+        self._calls: dict[object, int] = {}
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, *args: object, **named: object) -> Tensor:
+        given = _by_name(args, named)
+        key = (
+            torch.is_autocast_enabled("cuda"),
+            torch.get_autocast_dtype("cuda"),
+            torch.backends.cudnn.allow_tf32,
+            torch.backends.cuda.matmul.allow_tf32,
+            tuple((name, _signature(value)) for name, value in given.items()),
+        )
+        if key not in self._recorded:
+            self._calls[key] = self._calls.get(key, 0) + 1
+            if self._calls[key] <= WARM_UP_CALLS:
+                return self._forward(*args, **named)
+            self._recorded[key] = self._capture(args, named)
+        graph, inputs, output = self._recorded[key]
+        for name, value in given.items():
+            if isinstance(value, Tensor):
+                inputs[name].copy_(value)
+        graph.replay()
+        return output.clone()
+
+    def _capture(
+        self, args: tuple[object, ...], named: dict[str, object]
+    ) -> tuple[torch.cuda.CUDAGraph, dict[object, Tensor], Tensor]:
+        held = [value.clone() if isinstance(value, Tensor) else value for value in args]
+        held_named = {name: value.clone() if isinstance(value, Tensor) else value for name, value in named.items()}
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph, pool=self._pool):
+            output = self._forward(*held, **held_named)
+        every = _by_name(held, held_named)
+        return graph, {name: value for name, value in every.items() if isinstance(value, Tensor)}, output
+
+
+def _by_name(args: Sequence[object], named: Mapping[str, object]) -> dict[object, object]:
+    found: dict[object, object] = dict(enumerate(args))
+    found.update(named)
+    return found
+
+
+def _signature(value: object) -> object:
+    return (value.shape, value.dtype, value.stride()) if isinstance(value, Tensor) else value
+
+
+def _kept(module: nn.Module) -> dict[str, Forward]:
+    """A module's compiled and graphed forwards, kept on it: the next batch, point or w finds them."""
+    return vars(module).setdefault("_neon_forwards", {})
+
+
+def _allow_recompiles() -> None:
+    config = torch._dynamo.config
+    name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # torch 2.5
+    setattr(config, name, max(getattr(config, name), RECOMPILE_LIMIT))
+
+
+@contextmanager
+def accelerated(
+    network: nn.Module, graphed: nn.Module | None, blocks: Collection[type[nn.Module]], speed: Speed
+) -> Iterator[None]:
+    """Run the block with `network` accelerated; afterwards its modules are as before.
+
+    graphed: the part of `network` whose calls have few different shapes and that draws nothing; None: there is none.
+    blocks: the classes of `network`'s modules that are worth compiling.
+    """
+    changed: list[nn.Module] = []
+    is_cuda = next(network.parameters()).is_cuda
+    try:
+        if speed != "exact":
+            _allow_recompiles()
+            for module in network.modules():
+                if type(module) in blocks:
+                    changed.append(module)
+                    kept = _kept(module)
+                    if "compiled" not in kept:
+                        kept["compiled"] = torch.compile(module.forward)
+                    module.forward = kept["compiled"]
+        if is_cuda and graphed is not None:
+            changed.append(graphed)
+            kept = _kept(graphed)
+            name = "graphed" if speed == "exact" else "graphed and compiled"
+            if name not in kept:
+                kept[name] = GraphedForward(graphed.forward)
+            graphed.forward = kept[name]
+        yield
+    finally:
+        for module in changed:
+            vars(module).pop("forward", None)
