@@ -158,8 +158,8 @@ def rows_of(cases: dict[str, Case], device: torch.device) -> Iterator[tuple[str,
         if "plain" in modes:
             for mode in ("fp32", "fp32 channels_last", "tf32"):
                 yield f"inception/{mode}", lambda m=mode: inception_row(m, device)
-            first = next(iter(cases))
-            yield f"{first}/train", lambda: train_row(*network(first), cases[first], device)
+            trained = next(name for name, case in cases.items() if case.family == "edm")
+            yield f"{trained}/train", lambda n=trained: train_row(*network(n), cases[n], device)
 
 
 def build(case: Case, device: torch.device) -> tuple[Family, nn.Module]:

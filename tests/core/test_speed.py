@@ -1,0 +1,84 @@
+"""sampling.speed: what compiled blocks change, and that nothing stays behind."""
+
+import json
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+
+from edm.presets import MODELS
+from neon.binding import to_plain
+from neon.family import resolve
+from neon.pipeline.experiment import parse
+from neon.sampling.generate import Source, generate
+from neon.sampling.options import Sampling
+
+ROOT = Path(__file__).resolve().parents[2]
+ARCH = {
+    **MODELS["edm-cifar10-32x32-cond-vp"],
+    "img_resolution": 8,
+    "model_channels": 16,
+    "channel_mult": [1],
+    "num_blocks": 1,
+}
+
+
+def sampling(**keys: object) -> Sampling:
+    return parse({"family": "edm", "sampling": {"uint8": "round", "num_steps": 2, **keys}}).need("sampling", Sampling)
+
+
+def test_a_speed_left_at_its_default_is_no_part_of_what_a_run_depends_on():
+    """Folders and ledgers begun before the key existed still fit."""
+    assert "speed" in {field.name for field in fields(Sampling)}
+    assert "speed" not in to_plain(sampling())
+    assert to_plain(sampling(speed="compiled"))["speed"] == "compiled"
+
+
+def test_fast_is_bfloat16_and_refuses_another_precision():
+    assert sampling(speed="fast").arithmetic == "bf16"
+    assert sampling(speed="compiled", precision="tf32").arithmetic == "tf32"
+    with pytest.raises(ValueError, match=r"speed = 'fast' is bf16: leave precision away, got precision = 'tf32'"):
+        sampling(speed="fast", precision="tf32")
+
+
+def test_compiled_blocks_agree_to_rounding_and_leave_the_exact_mode_as_it_was():
+    family = resolve("edm")
+    torch.manual_seed(0)
+    model = family.build(ARCH).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.1)
+
+    def codes(how: Sampling) -> torch.Tensor:
+        source = Source(family=family, sampling=how, labels="balanced", first_seed=0, num_classes=10)
+        return next(generate(source, model, [range(4)], torch.device("cpu"))).codes
+
+    exact = codes(sampling())
+    compiled = codes(sampling(speed="compiled"))
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert torch.equal(codes(sampling()), exact)
+    assert not torch.equal(compiled, exact)  # else nothing was compiled
+    torch.testing.assert_close(compiled, exact, rtol=0, atol=1e-4 * exact.std().item())
+    with torch.no_grad():  # weights move in place, as in the search for w
+        next(model.parameters()).mul_(1.5)
+    moved = codes(sampling())
+    assert not torch.equal(moved, exact)
+    torch.testing.assert_close(codes(sampling(speed="compiled")), moved, rtol=0, atol=1e-4 * moved.std().item())
+
+
+@pytest.mark.slow
+def test_the_gpu_benchmark_runs_in_small_on_a_cpu(tmp_path):
+    out = tmp_path / "gpu.json"
+    command = [sys.executable, ROOT / "scripts" / "bench" / "gpu.py", "--device", "cpu", "--tiny", "--out", out]
+    subprocess.run(command, cwd=ROOT, check=True)
+    result = json.loads(out.read_text())
+    assert result["failed"] == {}
+    assert result["dropped"] == []
+    assert all(result["rows"][f"{name}/exact"]["equals_plain"] for name in ("edm", "var"))
+    assert 0 < result["rows"]["edm/compiled"]["error"] < 1e-4 < result["rows"]["edm/fast"]["error"] < 0.1
+    before = out.read_text()
+    subprocess.run(command, cwd=ROOT, check=True)  # every row is there: nothing is measured again
+    assert json.loads(out.read_text())["rows"] == json.loads(before)["rows"]
