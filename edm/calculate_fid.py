@@ -20,7 +20,15 @@ import click  # noqa: E402
 from edm.family import EDM, Sampling  # noqa: E402
 from edm.guidance import GuidedEDM  # noqa: E402
 from neon import quantize  # noqa: E402
-from neon.cli.published_flags import PATH, Common, Images, Request, calculate_fid, common_options  # noqa: E402
+from neon.cli.published_flags import (  # noqa: E402
+    PATH,
+    Common,
+    Images,
+    Request,
+    calculate_fid,
+    common_options,
+    published_command,
+)
 
 
 class Seeds(click.ParamType):
@@ -42,7 +50,7 @@ class Seeds(click.ParamType):
         return range(int(first), int(last) + 1)
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True})
+@published_command()
 @click.option("--network_pkl", type=PATH, required=True, help="EDM weights: a published .pkl or our safetensors.")
 @click.option("--ref", type=PATH, required=True, help="Reference statistics (.npz with mu and sigma).")
 @click.option(
@@ -103,10 +111,7 @@ def main(
     """
     solver = {"num_steps": num_steps, "sigma_min": sigma_min, "sigma_max": sigma_max, "rho": rho}
     churn = {"S_churn": s_churn, "S_min": s_min, "S_max": s_max, "S_noise": s_noise}
-    try:
-        options = Sampling(**solver, **churn)  # type: ignore[arg-type]
-    except ValueError as error:
-        raise click.ClickException(str(error)) from error
+    options = Sampling(**solver, **churn)  # type: ignore[arg-type]
     calculate_fid(
         Request(
             family=EDM() if guide is None else GuidedEDM(guide, guidance, weights=common.weights),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, TypeVar, get_args
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -21,12 +21,11 @@ from fid.metrics import (
     metric_name,
 )
 from fid.moments import Moments
+from fid.names import METRICS, Metric
 from fid.neighbours import neighbours
 from fid.store import FeatureStore
 
 T = TypeVar("T")
-Metric = Literal["fid", "fid_inf", "is", "kid", "kid_unbiased", "precision", "recall", "density", "coverage"]
-METRICS: tuple[Metric, ...] = get_args(Metric)
 
 
 class Collector:

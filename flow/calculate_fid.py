@@ -21,10 +21,19 @@ import click  # noqa: E402
 from flow.family import Flow, Sampling  # noqa: E402
 from flow.presets import EULER_STEPS  # noqa: E402
 from neon import quantize  # noqa: E402
-from neon.cli.published_flags import PATH, Common, Images, Request, calculate_fid, common_options, images_options  # noqa: E402
+from neon.cli.published_flags import (  # noqa: E402
+    PATH,
+    Common,
+    Images,
+    Request,
+    calculate_fid,
+    common_options,
+    images_options,
+    published_command,
+)
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True})
+@published_command()
 @click.option("--model_ckpt", type=PATH, required=True, help="Weights: TorchCFM's .pt, or our safetensors.")
 @click.option(
     "--integration_method", type=click.Choice(["dopri5", "euler"]), default="dopri5", help="Adaptive, or equal steps."
@@ -65,10 +74,7 @@ def main(
     """
     if integration_method == "euler" and integration_steps is None:
         integration_steps = EULER_STEPS
-    try:
-        options = Sampling(solver=integration_method, num_steps=integration_steps, tol=tol, error_norm=error_norm)  # type: ignore[arg-type]
-    except ValueError as error:
-        raise click.ClickException(str(error)) from error
+    options = Sampling(solver=integration_method, num_steps=integration_steps, tol=tol, error_norm=error_norm)  # type: ignore[arg-type]
     calculate_fid(
         Request(
             family=Flow(),

@@ -22,10 +22,19 @@ from imm.family import IMM, Sampling  # noqa: E402
 from imm.presets import CFG_SCALE, Protocol  # noqa: E402
 from neon import quantize  # noqa: E402
 from neon.checkpoints import checkpoint  # noqa: E402
-from neon.cli.published_flags import PATH, Common, Images, Request, calculate_fid, common_options, images_options  # noqa: E402
+from neon.cli.published_flags import (  # noqa: E402
+    PATH,
+    Common,
+    Images,
+    Request,
+    calculate_fid,
+    common_options,
+    images_options,
+    published_command,
+)
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True})
+@published_command()
 @click.option("--model_ckpt", type=PATH, required=True, help="IMM weights: a published .pkl, or our safetensors.")
 @click.option(
     "--steps", type=click.IntRange(min=1), default=8, help="Steps of the pushforward sampler on the uniform grid."
@@ -63,15 +72,12 @@ def main(
 
     The authors sampled with the network in float32 (TF32) and the autoencoder in float16.
     """
-    try:
-        family = IMM()
-        arch = family.arch_of(checkpoint.read(model_ckpt, weights=common.weights))
-        is_pixel_space = arch.get("img_channels") in (1, 3)
-        scale = (CFG_SCALE[protocol] if arch.get("label_dim") else 1.0) if cfg_scale is None else cfg_scale
-        options = Sampling(num_steps=steps, cfg_scale=scale)
-        autoencoder = None if is_pixel_space else autoencoder_file(vae)
-    except (ValueError, OSError) as error:
-        raise click.ClickException(str(error)) from error
+    family = IMM()
+    arch = family.arch_of(checkpoint.read(model_ckpt, weights=common.weights))
+    is_pixel_space = arch.get("img_channels") in (1, 3)
+    scale = (CFG_SCALE[protocol] if arch.get("label_dim") else 1.0) if cfg_scale is None else cfg_scale
+    options = Sampling(num_steps=steps, cfg_scale=scale)
+    autoencoder = None if is_pixel_space else autoencoder_file(vae)
     calculate_fid(
         Request(
             family=family,

@@ -19,14 +19,23 @@ import click  # noqa: E402
 
 from neon import binding, quantize  # noqa: E402
 from neon.checkpoints import checkpoint  # noqa: E402
-from neon.cli.published_flags import PATH, Common, Images, Request, calculate_fid, common_options, images_options  # noqa: E402
+from neon.cli.published_flags import (  # noqa: E402
+    PATH,
+    Common,
+    Images,
+    Request,
+    calculate_fid,
+    common_options,
+    images_options,
+    published_command,
+)
 from var.family import VAR  # noqa: E402
 from var.presets import CFG_SCALE, PATCH_NUMS, TOP_K, TOP_P, Protocol  # noqa: E402
 from var.sampler import Sampling  # noqa: E402
 from var.transformer import VARArch  # noqa: E402
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True})
+@published_command()
 @click.option(
     "--var_ckpt", type=PATH, required=True, help="VAR weights: a published .pth of any depth, or our safetensors."
 )
@@ -72,12 +81,9 @@ def main(
 
     The authors sampled with --precision fp16.
     """
-    try:
-        arch = arch_of(var_ckpt, common.weights, model_depth)
-        scale = default_cfg(arch, protocol) if cfg is None else cfg
-        options = Sampling(cfg_scale=scale, top_k=top_k, top_p=top_p, more_smooth=more_smooth)
-    except (ValueError, OSError) as error:
-        raise click.ClickException(str(error)) from error
+    arch = arch_of(var_ckpt, common.weights, model_depth)
+    scale = default_cfg(arch, protocol) if cfg is None else cfg
+    options = Sampling(cfg_scale=scale, top_k=top_k, top_p=top_p, more_smooth=more_smooth)
     calculate_fid(
         Request(
             family=VAR(),

@@ -23,13 +23,22 @@ import click  # noqa: E402
 
 from neon import binding, quantize  # noqa: E402
 from neon.checkpoints import checkpoint  # noqa: E402
-from neon.cli.published_flags import PATH, Common, Images, Request, calculate_fid, common_options, images_options  # noqa: E402
+from neon.cli.published_flags import (  # noqa: E402
+    PATH,
+    Common,
+    Images,
+    Request,
+    calculate_fid,
+    common_options,
+    images_options,
+    published_command,
+)
 from xar.family import XAR, XARSampling  # noqa: E402
 from xar.presets import CFG_SCALE, NUM_STEPS, SIZES, Protocol  # noqa: E402
 from xar.transformer import XARArch  # noqa: E402
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True})
+@published_command()
 @click.option(
     "--model", type=click.Choice(list(SIZES)), help="Checked against the file.  [default: what the file holds]"
 )
@@ -76,10 +85,7 @@ def main(
 
     The authors sampled with --precision fp16.
     """
-    try:
-        options = options_of(size_of(model_ckpt, common.weights, model), protocol, cfg, flow_steps)
-    except (ValueError, OSError) as error:
-        raise click.ClickException(str(error)) from error
+    options = options_of(size_of(model_ckpt, common.weights, model), protocol, cfg, flow_steps)
     calculate_fid(
         Request(
             family=XAR(),

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import click
 
-from neon.published.fetch import GROUPS, TABLE, DownloadError, fetch, select
+from neon.cli.options import PATH
 
 
 def overview(root: Path) -> list[dict[str, object]]:
     """The table as data, with what is there."""
+    from neon.published.fetch import TABLE
+
     return [
         {
             "name": item.name,
@@ -36,7 +38,7 @@ def overview(root: Path) -> list[dict[str, object]]:
 @click.option("--list", "is_list", is_flag=True, help="Print the table and what is there; fetch nothing.")
 @click.option(
     "--root",
-    type=click.Path(path_type=Path),
+    type=PATH,
     default=Path(),
     help="Folder that gets checkpoints/ and fid_stats/.  [default: here]",
 )
@@ -45,6 +47,8 @@ def download(names: tuple[str, ...], models: bool, refs: bool, bases: bool, is_l
 
     What is there is skipped, what was cut is resumed, hashes are checked.
     """
+    from neon.published.fetch import GROUPS, DownloadError, fetch, select
+
     if is_list:
         rows = overview(root)
         for row in rows:

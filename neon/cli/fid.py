@@ -1,16 +1,18 @@
-"""`neon fid ref|calc|part|merge|compare|info`: the evaluator on images and statistics that lie on disk."""
+"""`neon fid ref|calc|part|merge|compare`: the evaluator on images and statistics that lie on disk."""
 
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
-import torch
 
+<<<<<<< HEAD
 import neon
 from fid.evaluator import METRICS, Metric, measure
 from fid.features import Extractor, open_extractor
@@ -26,8 +28,20 @@ from neon.images.formats import open_images
 from neon.images.image_set import ImageSet
 from neon.runtime.distributed import World, world
 from neon.store import files, records
+=======
+from fid.names import METRICS
+from neon.cli.options import PATH, RANK_OPTIONS, gathered
+>>>>>>> 9d31a0e (CLI: modules load when a command is invoked (help and completion without torch), one spelling (--out, select), one channel for warnings, one set of caught errors, --timeout wherever ranks wait, one info; a committed listing of all options)
 
-PATH = click.Path(path_type=Path)
+if TYPE_CHECKING:
+    from fid.features import Extractor
+    from fid.names import Metric
+    from fid.reference import Reference
+    from neon.evaluation.collect import Collected, Wanted
+    from neon.images.image_set import ImageSet
+    from neon.runtime.distributed import World
+
+log = logging.getLogger(__name__)
 DATA_HELP = "A folder, .zip, .npz, IDX file, a run's synth folder, or torchvision:NAME:SPLIT:FOLDER."
 
 
@@ -45,12 +59,22 @@ class Extraction:
     allow_unknown_weights: bool
     batch: int
     device: str | None
+    timeout: float
     resume: Path | None
 
     def open(self, ranks: World) -> Extractor:
+        from fid.features import open_extractor
+
         return open_extractor(
             self.extractor, path=self.inception, device=ranks.device, allow_unknown_weights=self.allow_unknown_weights
         )
+
+    def pass_over(
+        self, source: Path, chosen: range | None, wanted: Wanted, ranks: World, desc: str
+    ) -> tuple[ImageSet, Collected]:
+        from neon.evaluation.on_disk import pass_over
+
+        return pass_over(source, chosen, wanted, self.batch, self.resume, ranks, desc)
 
 
 extraction_options = gathered(
@@ -72,7 +96,7 @@ extraction_options = gathered(
         click.option(
             "--batch", type=click.IntRange(min=1), default=64, show_default=True, help="Images per network call."
         ),
-        click.option("--device", help="cpu, cuda, cuda:1 or mps.  [default: CUDA if there is one]"),
+        *RANK_OPTIONS,
         click.option(
             "--resume",
             type=PATH,
@@ -80,79 +104,6 @@ extraction_options = gathered(
         ),
     ],
 )
-
-
-def pass_over(
-    source: Path, chosen: range | None, wanted: Wanted, how: Extraction, ranks: World, desc: str
-) -> tuple[ImageSet, Collected]:
-    """One pass over an image set (or the part `chosen`) by all ranks. Warns of lossy formats; unreadable files are an
-    error that names and counts them.
-
-    how.resume: a folder for the sums so far; what they depend on is in the name of the folder inside.
-    """
-    images = open_images(source, use_labels=False)
-    chosen = range(len(images)) if chosen is None else chosen
-    if not 0 <= chosen.start < chosen.stop <= len(images):
-        raise ValueError(
-            f"--images {chosen.start}:{chosen.stop}: {source} holds the images 0 to {len(images)} (the last excluded)"
-        )
-    if len(images) < 2:
-        raise ValueError(f"{source}: a covariance needs at least 2 images, found {len(images)}")
-    if images.is_lossy and ranks.is_main:
-        click.echo(
-            f"warning: {source} holds files of a lossy format (jpg, webp): its artefacts change the value", err=True
-        )
-    partial = None
-    if how.resume is not None:
-        network = wanted.extractor
-        key = [
-            identity(images),
-            network.name,
-            network.sha256,
-            sorted(wanted.metrics),
-            [chosen.start, chosen.stop],
-            how.batch,
-        ]
-        partial = how.resume / f"partial-{records.key_of(key)[:16]}"
-    found = collect(
-        images.parts, [wanted], chosen, how.batch, ranks, num_images=len(images), partial=partial, desc=desc
-    )
-    return images, found
-
-
-def identity(images: ImageSet) -> str:
-    """Which set this is, wherever it lies: a file by its content, a folder by the names and sizes of its files, a set
-    of torchvision by its name. Sums of another set must not be gone on with, or added."""
-    path = images.path
-    if path.is_file():
-        name, content = path.name, files.sha256_of(path)
-    elif path.is_dir():
-        inside = sorted(
-            (file.relative_to(path).as_posix(), file.stat().st_size) for file in path.rglob("*") if file.is_file()
-        )
-        name, content = path.name, records.key_of(inside)
-    else:
-        name, content = str(path), "by name"
-    return f"{name}, {len(images)} images of {images.shape}, content {content[:16]}"
-
-
-def describe_source(source: Path, images: ImageSet) -> dict[str, object]:
-    return {
-        "source": source.name,
-        "source_sha256": files.sha256_of(source) if source.is_file() else None,
-        "image_shape": list(images.shape),
-    }
-
-
-def describe_extractor(network: Extractor) -> dict[str, object]:
-    return {
-        "extractor": network.name,
-        "extractor_sha256": network.sha256,
-        "resize": "tf1-bilinear-299" if network.comparable is None else "the extractor's own",
-    }
-
-
-VERSIONS = {"neon": neon.__version__, "torch": torch.__version__}
 
 
 @fid.command()
@@ -165,15 +116,21 @@ def ref(source: Path, out: Path, how: Extraction) -> None:
     \b
     neon fid ref --data my_images.zip --out my_reference.npz
     """
-    with world(how.device) as ranks:
+    from fid.reference import write_reference
+    from neon.evaluation.collect import Wanted
+    from neon.evaluation.on_disk import describe_extractor, describe_source, versions
+    from neon.runtime.distributed import world
+    from neon.store import files
+
+    with world(how.device, how.timeout) as ranks:
         network = how.open(ranks)
-        images, found = pass_over(source, None, Wanted(extractor=network), how, ranks, "reference")
+        images, found = how.pass_over(source, None, Wanted(extractor=network), ranks, "reference")
     if ranks.is_main:
         provenance = {
             **describe_source(source, images),
             "num_images": len(images),
             **describe_extractor(network),
-            **VERSIONS,
+            **versions(),
         }
         write_reference(out, found.collectors[0].moments, provenance)
         click.echo(json.dumps({"out": str(out), **provenance, "sha256": files.sha256_of(out)}))
@@ -196,10 +153,15 @@ def part(source: Path, chosen: str, out: Path, how: Extraction) -> None:
     another:          neon fid part --data samples.zip --images 25000:50000 --out b.safetensors
     either:           neon fid merge a.safetensors b.safetensors --out samples.npz
     """
-    with world(how.device) as ranks:
+    from fid.partial import Partial, write_partial
+    from neon.evaluation.collect import Wanted
+    from neon.evaluation.on_disk import describe_extractor, identity
+    from neon.runtime.distributed import world
+
+    with world(how.device, how.timeout) as ranks:
         network = how.open(ranks)
         span = parse_span(chosen)
-        images, found = pass_over(source, span, Wanted(extractor=network), how, ranks, "part")
+        images, found = how.pass_over(source, span, Wanted(extractor=network), ranks, "part")
     if ranks.is_main:
         moments, images_of = found.collectors[0].moments, ((span.start, span.stop),)
         write_partial(out, Partial(moments, network.name, network.sha256, identity(images), images_of))
@@ -223,13 +185,18 @@ def parse_span(text: str) -> range:
 def merge_parts(parts: Sequence[Path], out: Path) -> None:
     """Add the sums of `neon fid part` up to statistics (.npz). An image that is in two parts is an error, so is a
     gap."""
+    from fid.partial import merge_partials, read_partial
+    from fid.reference import write_reference
+    from neon.evaluation.on_disk import versions
+    from neon.store import files
+
     total = merge_partials([read_partial(path) for path in parts])
     if len(total.images) > 1:
         raise ValueError(
             f"the images {total.images[0][1]} to {total.images[1][0]} (the last excluded) are in none of the parts"
         )
     provenance = {"source": total.source, "images": total.images[0], "num_images": total.moments.count}
-    provenance |= {"extractor": total.extractor, "extractor_sha256": total.extractor_sha256, **VERSIONS}
+    provenance |= {"extractor": total.extractor, "extractor_sha256": total.extractor_sha256, **versions()}
     write_reference(out, total.moments, provenance)
     click.echo(json.dumps({"out": str(out), **provenance, "sha256": files.sha256_of(out)}))
 
@@ -263,26 +230,40 @@ def calc(
     \b
     neon fid calc --data samples/ --ref fid_stats/adm_in256_stats.npz --metric fid --metric is
     """
-    with world(how.device) as ranks:
+    from fid.evaluator import measure
+    from fid.metrics import cautions
+    from fid.reference import check_made_with, read_reference
+    from neon.evaluation.collect import Wanted
+    from neon.evaluation.evaluate import why_not_comparable
+    from neon.evaluation.on_disk import describe_extractor, describe_source, versions
+    from neon.runtime.distributed import world
+
+    with world(how.device, how.timeout) as ranks:
         statistics = read_reference(reference)
         network = how.open(ranks)
         check_made_with(statistics, network)
         started = time.perf_counter()
         real = None
         if ref_data is not None:
-            _, kept = pass_over(ref_data, None, Wanted(extractor=network, metrics=("kid",)), how, ranks, "reference")
+            _, kept = how.pass_over(ref_data, None, Wanted(extractor=network, metrics=("kid",)), ranks, "reference")
             real = kept.collectors[0].features
         reference_s = time.perf_counter() - started
-        images, found = pass_over(source, None, Wanted(extractor=network, metrics=metrics), how, ranks, "features")
+        images, found = how.pass_over(source, None, Wanted(extractor=network, metrics=metrics), ranks, "features")
     if not ranks.is_main:  # nobody waits for what one rank does alone
         return
     values = measure(metrics, generated=found.collectors[0], reference=statistics, reference_features=real, k=k)
     total_s = time.perf_counter() - started
     seconds = {"reference": reference_s, "reading": found.source_s, "features": found.feature_s, "total": total_s}
     reason = why_not_comparable(Wanted(extractor=network), len(images))
+<<<<<<< HEAD
     notes = cautions(values, num_images=len(images), extractor=network)
     for note in notes:
-        click.echo(f"warning: {note}", err=True)
+        log.warning(note)
+=======
+    distance = next((value for name, value in values.items() if name.startswith(("fid", "fd"))), None)
+    for note in cautions(distance, num_images=len(images), dim=network.dim) if distance is not None else []:
+        log.warning(note)
+>>>>>>> 9d31a0e (CLI: modules load when a command is invoked (help and completion without torch), one spelling (--out, select), one channel for warnings, one set of caught errors, --timeout wherever ranks wait, one info; a committed listing of all options)
     result = {
         "metrics": values,
         "num_images": len(images),
@@ -302,7 +283,7 @@ def calc(
         "ranks": ranks.size,
         "device": str(ranks.device),
     }
-    click.echo(json.dumps({**result, "versions": VERSIONS}))
+    click.echo(json.dumps({**result, "versions": versions()}))
 
 
 @fid.command()
@@ -310,6 +291,9 @@ def calc(
 @click.argument("b", type=PATH)
 def compare(a: Path, b: Path) -> None:
     """Frechet distance of two statistics files."""
+    from fid.frechet import frechet_distance
+    from fid.reference import read_reference
+
     first, second = read_reference(a), read_reference(b)
     one, other = made_with(first), made_with(second)
     if any(x and y and x != y for x, y in zip(one, other, strict=True)):
@@ -328,19 +312,10 @@ def compare(a: Path, b: Path) -> None:
             }
         )
     )
+<<<<<<< HEAD
 
 
 def made_with(reference: Reference) -> tuple[str | None, str | None]:
     """Name and weights' hash of the extractor, as far as the file records them."""
     sha256 = reference.provenance.get("extractor_sha256")
     return reference.extractor, None if sha256 is None else str(sha256)[:16]
-
-
-@fid.command("info")
-@click.argument("file", type=PATH)
-def fid_info(file: Path) -> None:
-    """What a statistics file holds: keys, shapes, number of images if known, provenance, hash."""
-    click.echo(json.dumps(describe(file)))
-
-
-commands: Sequence[click.Command] = (fid,)

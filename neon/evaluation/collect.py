@@ -12,9 +12,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fid.evaluator import Collector, Metric
+from fid.evaluator import Collector
 from fid.features import Extractor
 from fid.moments import Moments
+from fid.names import Metric
 from neon.runtime.distributed import World
 from neon.runtime.progress import progress
 from neon.store import records

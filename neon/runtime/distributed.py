@@ -14,8 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from neon.runtime import TIMEOUT_S
+
 T = TypeVar("T")
-TIMEOUT_S = 600.0
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from fid.evaluator import METRICS, Collector, measure
+from fid.evaluator import Collector, measure
 from fid.features import Extractor, Features
 from fid.frechet import Gaussian, frechet_distance
 from fid.metrics import inception_score
+from fid.names import METRICS
 from fid.neighbours import neighbours
 from fid.store import FeatureStore
 

@@ -1,0 +1,53 @@
+"""What a command says when something is wrong: a warning or a user's mistake is one line on stderr."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import click
+
+USER_ERRORS = (ValueError, OSError, FloatingPointError, ImportError)
+"""Errors whose message is for the person at the command line; others are ours, with a traceback."""
+
+
+class OnStderr(logging.Handler):
+    """Warnings of the whole library (`logging.getLogger("neon")` and below), once, from rank 0."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if os.environ.get("RANK", "0") == "0":
+            click.echo(f"warning: {record.getMessage()}", err=True)
+
+
+@contextmanager
+def plain_messages() -> Iterator[None]:
+    """Run a command: its warnings are printed, its errors end it with exit code 1 and one line."""
+    log, handler = logging.getLogger("neon"), OnStderr(logging.WARNING)
+    log.addHandler(handler)
+    try:
+        yield
+    except USER_ERRORS as error:
+        raise click.ClickException(str(error)) from error
+    finally:
+        log.removeHandler(handler)
+
+
+class PlainCommand(click.Command):
+    """A command that stands alone and speaks as the verbs of `neon` do."""
+
+    def invoke(self, ctx: click.Context) -> object:
+        with plain_messages():
+            return super().invoke(ctx)
+
+
+class PlainGroup(click.Group):
+    """Commands in the order in which one meets them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+    def invoke(self, ctx: click.Context) -> object:
+        with plain_messages():
+            return super().invoke(ctx)

@@ -1,0 +1,166 @@
+"""Verbs on a config: run and its stages, eval, train, train-autoencoder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from neon.binding import to_plain
+from neon.cli.options import PATH, RANK_OPTIONS, gathered
+
+if TYPE_CHECKING:
+    from neon.pipeline.experiment import Experiment
+    from neon.runtime.distributed import World
+
+
+@dataclass(frozen=True)
+class OnConfig:
+    """What every verb on a config is asked: CONFIG and `config_options`."""
+
+    config: Path
+    overrides: tuple[str, ...]
+    out: Path | None
+    device: str | None
+    timeout: float
+    dry_run: bool
+
+    def do(self, work: Callable[[Experiment, Path, World], dict[str, object]]) -> None:
+        """Load and check the config, own the run's folder, do the work on all ranks, print the result."""
+        from neon.pipeline.experiment import load
+        from neon.runtime.distributed import world
+        from neon.store.files import folder_lock
+
+        experiment = load(self.config, self.overrides)
+        folder = self.out or Path("runs") / self.config.stem
+        if self.dry_run:
+            click.echo(json.dumps({"out": str(folder), **to_plain(experiment)}))  # type: ignore[dict-item]
+            return
+        with world(self.device, self.timeout) as ranks:
+            if ranks.is_main:
+                with folder_lock(folder):
+                    result = work(experiment, folder, ranks)
+                    ranks.barrier()
+                click.echo(json.dumps(result))
+            else:
+                work(experiment, folder, ranks)
+                ranks.barrier()
+
+
+config_options = gathered(
+    OnConfig,
+    "on",
+    [
+        click.argument("config", type=PATH),
+        click.option(
+            "--set",
+            "overrides",
+            multiple=True,
+            metavar="SECTION.KEY=VALUE",
+            help="Replace a value of the config; repeatable.",
+        ),
+        click.option("--out", type=PATH, help="Folder of the run.  [default: runs/NAME-OF-CONFIG]"),
+        *RANK_OPTIONS,
+        click.option("--dry-run", is_flag=True, help="Check the config, print the resolved plan as JSON and stop."),
+    ],
+)
+
+
+@click.command()
+@config_options
+def run(on: OnConfig) -> None:
+    """Everything: synth, finetune, select w, report on held-out noise, merged file, one page."""
+    from neon.pipeline.run import Run
+
+    on.do(lambda e, folder, ranks: Run(e, folder, ranks).all())
+
+
+@click.command()
+@config_options
+def synth(on: OnConfig) -> None:
+    """Stage 1: sample the synthetic set S with the base model's ordinary sampler."""
+    from neon.pipeline.run import Run
+
+    def work(experiment: Experiment, folder: Path, ranks: World) -> dict[str, object]:
+        found = Run(experiment, folder, ranks).synth()
+        return {"num_images": len(found), "folder": str(folder / "synth")}
+
+    on.do(work)
+
+
+@click.command()
+@config_options
+def finetune(on: OnConfig) -> None:
+    """Stage 2: fine-tune the base briefly on S (makes S first if it is not there)."""
+    from neon.pipeline.run import Run
+
+    def work(experiment: Experiment, folder: Path, ranks: World) -> dict[str, object]:
+        return {"snapshots": [str(path) for path in Run(experiment, folder, ranks).finetune()]}
+
+    on.do(work)
+
+
+@click.command()
+@config_options
+def select(on: OnConfig) -> None:
+    """Stage 3: score every (snapshot, w, cfg_scale) on the selection seeds, with w = 0, w = -1 and a random
+    direction."""
+    from neon.pipeline.run import Run
+
+    def work(experiment: Experiment, folder: Path, ranks: World) -> dict[str, object]:
+        winner, scores = Run(experiment, folder, ranks).select()
+        points = [{**to_plain(s.point), "metrics": s.metrics} for s in scores]  # type: ignore[dict-item]
+        return {"chosen": {**to_plain(winner.point), "metrics": winner.metrics}, "points": points}  # type: ignore[dict-item]
+
+    on.do(work)
+
+
+@click.command("eval")
+@click.option(
+    "--checkpoint", type=PATH, help="Another model of the same family to evaluate.  [default: base.checkpoint]"
+)
+@click.option("--weights", help="Weight set of --checkpoint.  [default: base.weights]")
+@click.option(
+    "--repeats",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Disjoint seed blocks; reports each value, mean, std and minimum.",
+)
+@config_options
+def evaluate(on: OnConfig, checkpoint: Path | None, weights: str | None, repeats: int) -> None:
+    """Evaluate one model under the config's [report] protocol."""
+    from neon.pipeline.evaluate_base import evaluate_base
+    from neon.pipeline.run import Run
+
+    replaced = list(on.overrides)
+    if checkpoint is not None:
+        replaced.append(f"base.checkpoint={json.dumps(str(checkpoint))}")
+    if weights is not None:
+        replaced.append(f"base.weights={json.dumps(weights)}")
+    replace(on, overrides=tuple(replaced)).do(lambda e, folder, ranks: evaluate_base(Run(e, folder, ranks), repeats))
+
+
+@click.command()
+@config_options
+def train(on: OnConfig) -> None:
+    """Train a base model of your own from [model], [data] and [train]; writes model.safetensors."""
+    from neon.pipeline.train_base import train_base
+
+    on.do(train_base)
+
+
+@click.command("train-autoencoder")
+@config_options
+def autoencoder(on: OnConfig) -> None:
+    """Train a small tokeniser or latent autoencoder from [autoencoder] and [data]; reports the held-out PSNR."""
+    from neon.pipeline.train_autoencoder import train_autoencoder
+
+    on.do(train_autoencoder)
+
+
+commands: Sequence[click.Command] = (run, synth, finetune, select, evaluate, train, autoencoder)

@@ -1,0 +1,88 @@
+"""Images that lie on disk as something to measure: one pass over them, and what a result says of where it came from."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+
+import neon
+from fid.features import Extractor
+from neon.evaluation.collect import Collected, Wanted, collect
+from neon.images.formats import open_images
+from neon.images.image_set import ImageSet
+from neon.runtime.distributed import World
+from neon.store import files, records
+
+log = logging.getLogger(__name__)
+
+
+def pass_over(
+    source: Path, chosen: range | None, wanted: Wanted, batch: int, resume: Path | None, ranks: World, desc: str
+) -> tuple[ImageSet, Collected]:
+    """One pass over an image set (or the part `chosen`) by all ranks. Warns of lossy formats; unreadable files are an
+    error that names and counts them.
+
+    resume: a folder for the sums so far; what they depend on is in the name of the folder inside.
+    """
+    images = open_images(source, use_labels=False)
+    chosen = range(len(images)) if chosen is None else chosen
+    if not 0 <= chosen.start < chosen.stop <= len(images):
+        raise ValueError(
+            f"--images {chosen.start}:{chosen.stop}: {source} holds the images 0 to {len(images)} (the last excluded)"
+        )
+    if len(images) < 2:
+        raise ValueError(f"{source}: a covariance needs at least 2 images, found {len(images)}")
+    if images.is_lossy:
+        log.warning("%s holds files of a lossy format (jpg, webp): its artefacts change the value", source)
+    partial = None
+    if resume is not None:
+        network = wanted.extractor
+        key = [
+            identity(images),
+            network.name,
+            network.sha256,
+            sorted(wanted.metrics),
+            [chosen.start, chosen.stop],
+            batch,
+        ]
+        partial = resume / f"partial-{records.key_of(key)[:16]}"
+    found = collect(images.parts, [wanted], chosen, batch, ranks, num_images=len(images), partial=partial, desc=desc)
+    return images, found
+
+
+def identity(images: ImageSet) -> str:
+    """Which set this is, wherever it lies: a file by its content, a folder by the names and sizes of its files, a set
+    of torchvision by its name. Sums of another set must not be gone on with, or added."""
+    path = images.path
+    if path.is_file():
+        name, content = path.name, files.sha256_of(path)
+    elif path.is_dir():
+        inside = sorted(
+            (file.relative_to(path).as_posix(), file.stat().st_size) for file in path.rglob("*") if file.is_file()
+        )
+        name, content = path.name, records.key_of(inside)
+    else:
+        name, content = str(path), "by name"
+    return f"{name}, {len(images)} images of {images.shape}, content {content[:16]}"
+
+
+def describe_source(source: Path, images: ImageSet) -> dict[str, object]:
+    return {
+        "source": source.name,
+        "source_sha256": files.sha256_of(source) if source.is_file() else None,
+        "image_shape": list(images.shape),
+    }
+
+
+def describe_extractor(network: Extractor) -> dict[str, object]:
+    return {
+        "extractor": network.name,
+        "extractor_sha256": network.sha256,
+        "resize": "tf1-bilinear-299" if network.comparable is None else "the extractor's own",
+    }
+
+
+def versions() -> dict[str, str]:
+    return {"neon": neon.__version__, "torch": torch.__version__}
