@@ -12,26 +12,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-<<<<<<< HEAD
-import neon
-from fid.evaluator import METRICS, Metric, measure
-from fid.features import Extractor, open_extractor
-from fid.frechet import frechet_distance
-from fid.metrics import cautions
-from fid.partial import Partial, merge_partials, read_partial, write_partial
-from fid.reference import Reference, check_made_with, read_reference, write_reference
-from neon.checkpoints.describe import describe
-from neon.cli.options import gathered
-from neon.evaluation.collect import Collected, Wanted, collect
-from neon.evaluation.evaluate import why_not_comparable
-from neon.images.formats import open_images
-from neon.images.image_set import ImageSet
-from neon.runtime.distributed import World, world
-from neon.store import files, records
-=======
 from fid.names import METRICS
 from neon.cli.options import PATH, RANK_OPTIONS, gathered
->>>>>>> 9d31a0e (CLI: modules load when a command is invoked (help and completion without torch), one spelling (--out, select), one channel for warnings, one set of caught errors, --timeout wherever ranks wait, one info; a committed listing of all options)
 
 if TYPE_CHECKING:
     from fid.features import Extractor
@@ -255,15 +237,9 @@ def calc(
     total_s = time.perf_counter() - started
     seconds = {"reference": reference_s, "reading": found.source_s, "features": found.feature_s, "total": total_s}
     reason = why_not_comparable(Wanted(extractor=network), len(images))
-<<<<<<< HEAD
     notes = cautions(values, num_images=len(images), extractor=network)
     for note in notes:
         log.warning(note)
-=======
-    distance = next((value for name, value in values.items() if name.startswith(("fid", "fd"))), None)
-    for note in cautions(distance, num_images=len(images), dim=network.dim) if distance is not None else []:
-        log.warning(note)
->>>>>>> 9d31a0e (CLI: modules load when a command is invoked (help and completion without torch), one spelling (--out, select), one channel for warnings, one set of caught errors, --timeout wherever ranks wait, one info; a committed listing of all options)
     result = {
         "metrics": values,
         "num_images": len(images),
@@ -312,7 +288,6 @@ def compare(a: Path, b: Path) -> None:
             }
         )
     )
-<<<<<<< HEAD
 
 
 def made_with(reference: Reference) -> tuple[str | None, str | None]:
