@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from edm import augment
 from edm.layers import UNetBlock
@@ -62,7 +62,7 @@ class Sampling:
             raise ValueError(f"sampling.S_churn must be >= 0, got {self.S_churn}")
 
 
-class EDM(Family):
+class EDM(Family[Denoiser, Objective, Sampling]):
     """Pixel-space diffusion with a preconditioned U-Net."""
 
     name = "edm"
@@ -91,29 +91,27 @@ class EDM(Family):
         except TypeError as error:
             raise ValueError(f"the constructor arguments in arch do not fit {class_name}: {error}") from error
 
-    def num_classes(self, model: nn.Module) -> int:
-        return _denoiser(model).label_dim
+    def num_classes(self, model: Denoiser) -> int:
+        return model.label_dim
 
-    def img_size(self, model: nn.Module) -> int:
-        return _denoiser(model).img_resolution
+    def img_size(self, model: Denoiser) -> int:
+        return model.img_resolution
 
-    def sample(self, model: nn.Module, rng: Rng, labels: Tensor | None, how: object) -> tuple[Tensor, Tensor | None]:
-        """Pixels (B, C, R, R) in how.state, not clipped. model: a `Denoiser`.
+    def sample(self, model: Denoiser, rng: Rng, labels: Tensor | None, how: Sampling) -> tuple[Tensor, Tensor | None]:
+        """Pixels (B, C, R, R) in how.state, not clipped.
 
         Every image draws in the published order: latents (float32), a class index (if the network is conditional; given
         labels replace it, so that they do not shift what follows), one noise per step (if S_churn > 0).
         """
-        assert isinstance(how, Sampling)
-        net = _denoiser(model)
-        shape = (net.img_channels, net.img_resolution, net.img_resolution)
+        shape = (model.img_channels, model.img_resolution, model.img_resolution)
         latents = rng.normal(shape)
-        if net.label_dim:
-            drawn = rng.integers(net.label_dim)
+        if model.label_dim:
+            drawn = rng.integers(model.label_dim)
             labels = drawn if labels is None else labels.to(latents.device)
         else:
             labels = None
-        class_labels = one_hot(labels, net.label_dim)
-        sigma_min, sigma_max = max(how.sigma_min, net.sigma_min), min(how.sigma_max, net.sigma_max)
+        class_labels = one_hot(labels, model.label_dim)
+        sigma_min, sigma_max = max(how.sigma_min, model.sigma_min), min(how.sigma_max, model.sigma_max)
         dtype = STATES[how.state]
         sigmas = noise_levels(how.num_steps, sigma_min=sigma_min, sigma_max=sigma_max, rho=how.rho, dtype=dtype)
         churn = Churn(S_churn=how.S_churn, S_min=how.S_min, S_max=how.S_max, S_noise=how.S_noise)
@@ -123,18 +121,17 @@ class EDM(Family):
             return latents.new_zeros(()) if is_unused and how.state == "float32" else rng.normal(shape, dtype)
 
         codes = sample_heun(
-            lambda x, sigma: net(x, sigma, class_labels),
+            lambda x, sigma: model(x, sigma, class_labels),
             latents,
-            net.round_sigma(sigmas.to(latents.device)),
+            model.round_sigma(sigmas.to(latents.device)),
             churn=churn,
             noise=noise,
-            round_sigma=net.round_sigma,
+            round_sigma=model.round_sigma,
         )
         return codes, labels
 
-    def draw(self, rng: Rng, codes: Tensor, labels: Tensor | None, how: object) -> Draws:
+    def draw(self, rng: Rng, codes: Tensor, labels: Tensor | None, how: Objective) -> Draws:
         """In this order: level (B, 1, 1, 1), augmentation (edm/augment.py), noise like codes, label_drop (B, 1)."""
-        assert isinstance(how, Objective)
         draws = {"level": rng.normal((1, 1, 1)) if how.kind == "edm" else rng.uniform((1, 1, 1))}
         if how.augment > 0:
             draws |= augment.draw(augment.training_pipe(how.augment), rng)
@@ -143,14 +140,15 @@ class EDM(Family):
             draws["label_drop"] = rng.uniform((1,))
         return draws
 
-    def loss(self, model: nn.Module, codes: Tensor, labels: Tensor | None, draws: Draws, how: object) -> Tensor:
+    def loss(self, model: Denoiser, codes: Tensor, labels: Tensor | None, draws: Draws, how: Objective) -> Tensor:
         """The weighted squared error of every image, summed over its pixels."""
         return self.pixel_losses(model, codes, labels, draws, how).sum(dim=(1, 2, 3))
 
-    def pixel_losses(self, model: nn.Module, codes: Tensor, labels: Tensor | None, draws: Draws, how: object) -> Tensor:
+    def pixel_losses(
+        self, model: Denoiser, codes: Tensor, labels: Tensor | None, draws: Draws, how: Objective
+    ) -> Tensor:
         """The weighted squared error of every pixel, (B, C, R, R)."""
-        assert isinstance(how, Objective)
-        net = _preconditioner(model)
+        net = _trainable(model)
         images = codes.float() / 127.5 - 1 if codes.dtype == torch.uint8 else codes.float()
         images, augment_labels = _augmented(net, images, draws, how)
         class_labels = one_hot(labels, net.label_dim)
@@ -188,13 +186,7 @@ def one_hot(labels: Tensor | None, label_dim: int) -> Tensor | None:
     return F.one_hot(labels, label_dim).float()
 
 
-def _denoiser(model: nn.Module) -> Denoiser:
-    if not isinstance(model, Denoiser):
-        raise ValueError(f"family edm samples from one of {', '.join(PRECONDITIONERS)}, got {type(model).__name__}")
-    return model
-
-
-def _preconditioner(model: nn.Module) -> Preconditioner:
+def _trainable(model: Denoiser) -> Preconditioner:
     if not isinstance(model, Preconditioner):
         raise ValueError(f"family edm trains one of {', '.join(PRECONDITIONERS)}, got {type(model).__name__}")
     return model

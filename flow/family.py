@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from flow.loss import Objective, path
 from flow.presets import MODELS
@@ -48,7 +48,7 @@ class Sampling:
             raise ValueError(f"tol must be > 0, got {self.tol}")
 
 
-class Flow(Family):
+class Flow(Family[UNet, Objective, Sampling]):
     """Codes are images (B, C, H, W) in [-1, 1] as the sampler makes them, not clipped; training eats these or uint8
     images."""
 
@@ -98,36 +98,36 @@ class Flow(Family):
         checkpoint.load_into(model)
         return model
 
-    def num_classes(self, model: nn.Module) -> int:
-        return _unet(model).num_classes
+    def num_classes(self, model: UNet) -> int:
+        return model.num_classes
 
-    def img_size(self, model: nn.Module) -> int:
-        return _unet(model).dim[2]
+    def img_size(self, model: UNet) -> int:
+        return model.dim[2]
 
     @torch.no_grad()
-    def sample(self, model: nn.Module, rng: Rng, labels: Tensor | None, how: object) -> tuple[Tensor, Tensor | None]:
+    def sample(self, model: UNet, rng: Rng, labels: Tensor | None, how: Sampling) -> tuple[Tensor, Tensor | None]:
         """Every image draws its noise, then its class if the network has classes and none are given."""
-        assert isinstance(how, Sampling)
-        net = _unet(model)
-        noise = rng.normal(net.dim)
-        if net.num_classes == 0:
+        noise = rng.normal(model.dim)
+        if model.num_classes == 0:
             labels = None
         elif labels is None:
-            labels = rng.integers(net.num_classes)
-        if how.solver == "dopri5":
-            return dopri5(net, noise, labels, (0.0, 1.0), tol=how.tol, error_norm=how.error_norm)[-1], labels
-        assert how.num_steps is not None
+            labels = rng.integers(model.num_classes)
+        if how.num_steps is None:  # dopri5, which chooses its steps
+            return dopri5(model, noise, labels, (0.0, 1.0), tol=how.tol, error_norm=how.error_norm)[-1], labels
         times = torch.linspace(0, 1, how.num_steps + 1, device=noise.device)
-        return euler(net, noise, labels, times)[-1], labels
+        return euler(model, noise, labels, times)[-1], labels
 
-    def draw(self, rng: Rng, codes: Tensor, labels: Tensor | None, how: object) -> Draws:
+    def draws_see_codes(self, how: Objective) -> bool:
+        """Optimal transport pairs the noise with the images of the whole batch."""
+        return how.is_paired
+
+    def draw(self, rng: Rng, codes: Tensor, labels: Tensor | None, how: Objective) -> Draws:
         """In this order: `flipped` (B,) of stored images, `noise` like codes, the pairing, `t` (B,), `path_noise` like
         codes if sigma > 0.
 
         Pairing needs the whole batch, which `loss` does not see: noise comes in the order of its image. Pairs that are
         drawn leave images out and repeat others, so these draws hold the paired `images` and `labels` too.
         """
-        assert isinstance(how, Objective)
         draws: Draws = {}
         if how.flip and codes.dtype == torch.uint8:
             draws["flipped"] = rng.uniform(()) < how.flip
@@ -148,14 +148,12 @@ class Flow(Family):
         paired = {"noise": draws["noise"][i], "images": images[j]}
         return paired if labels is None else {**paired, "labels": labels[j]}
 
-    def loss(self, model: nn.Module, codes: Tensor, labels: Tensor | None, draws: Draws, how: object) -> Tensor:
+    def loss(self, model: UNet, codes: Tensor, labels: Tensor | None, draws: Draws, how: Objective) -> Tensor:
         """The mean squared error of every image's velocity."""
-        assert isinstance(how, Objective)
-        net = _unet(model)
         images = draws["images"] if "images" in draws else to_pixels(codes, draws.get("flipped"))
-        labels = draws.get("labels", labels) if net.num_classes else None
+        labels = draws.get("labels", labels) if model.num_classes else None
         x_t, u_t = path(how, draws["noise"], images, draws["t"], draws.get("path_noise"))
-        return (net(draws["t"], x_t, labels) - u_t).square().mean((1, 2, 3))
+        return (model(draws["t"], x_t, labels) - u_t).square().mean((1, 2, 3))
 
 
 def to_pixels(codes: Tensor, flipped: Tensor | None) -> Tensor:
@@ -163,12 +161,6 @@ def to_pixels(codes: Tensor, flipped: Tensor | None) -> Tensor:
     they are."""
     images = (codes.float() / 255 - 0.5) / 0.5 if codes.dtype == torch.uint8 else codes
     return images if flipped is None else torch.where(flipped[:, None, None, None], images.flip(-1), images)
-
-
-def _unet(model: nn.Module) -> UNet:
-    if not isinstance(model, UNet):
-        raise ValueError(f"family flow needs a UNet, got {type(model).__name__}")
-    return model
 
 
 FAMILY = Flow

@@ -64,7 +64,7 @@ class Sampling:
         return (uniform_grid if self.grid == "uniform" else edm_grid)(net, self.num_steps, dtype)
 
 
-class IMM(Family):
+class IMM(Family[IMMPrecond, Objective, Sampling]):
     """Codes are images in [-1, 1] (B, 3, R, R), or latents (B, 4, R, R) of standard deviation 0.5 once an autoencoder
     is open.
 
@@ -103,36 +103,33 @@ class IMM(Family):
     def open(self, autoencoder: Path | None, device: torch.device) -> None:
         self.encoder = PixelEncoder() if autoencoder is None else read_autoencoder(autoencoder).to(device)
 
-    def img_size(self, model: nn.Module) -> int:
-        codes = _imm(model).img_resolution
-        return codes if isinstance(self.encoder, PixelEncoder) else codes * self.encoder.vae.layout.downsampling
+    def img_size(self, model: IMMPrecond) -> int:
+        side = model.img_resolution
+        return side if isinstance(self.encoder, PixelEncoder) else side * self.encoder.vae.layout.downsampling
 
-    def num_classes(self, model: nn.Module) -> int:
-        return _imm(model).label_dim
+    def num_classes(self, model: IMMPrecond) -> int:
+        return model.label_dim
 
-    def group(self, how: object) -> int:
-        assert isinstance(how, Objective)
+    def group(self, how: Objective) -> int:
         return how.group_size
 
     @torch.no_grad()
-    def sample(self, model: nn.Module, rng: Rng, labels: Tensor | None, how: object) -> tuple[Tensor, Tensor | None]:
-        net, options = _imm(model), how
-        assert isinstance(options, Sampling)
-        shape = (net.img_channels, net.img_resolution, net.img_resolution)
-        noise = rng.normal(shape) * net.sigma_data
-        if labels is None and net.label_dim:
-            labels = rng.integers(net.label_dim)
-        grid, class_labels = options.times(net), one_hot(labels, net.label_dim)
-        if options.sampler == "pushforward":
-            codes = pushforward(net, noise, grid, class_labels, cfg_scale=options.cfg_scale)
+    def sample(self, model: IMMPrecond, rng: Rng, labels: Tensor | None, how: Sampling) -> tuple[Tensor, Tensor | None]:
+        shape = (model.img_channels, model.img_resolution, model.img_resolution)
+        noise = rng.normal(shape) * model.sigma_data
+        if labels is None and model.label_dim:
+            labels = rng.integers(model.label_dim)
+        grid, class_labels = how.times(model), one_hot(labels, model.label_dim)
+        if how.sampler == "pushforward":
+            codes = pushforward(model, noise, grid, class_labels, cfg_scale=how.cfg_scale)
         else:
-            codes = restart(net, noise, grid, class_labels, rng, cfg_scale=options.cfg_scale)
-        return codes.float(), labels if net.label_dim else None
+            codes = restart(model, noise, grid, class_labels, rng, cfg_scale=how.cfg_scale)
+        return codes.float(), labels if model.label_dim else None
 
-    @torch.no_grad()
     def autoencoder_modules(self) -> list[nn.Module]:
         return [] if isinstance(self.encoder, PixelEncoder) else [self.encoder.vae]
 
+    @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
         if isinstance(self.encoder, PixelEncoder) and codes.shape[1] not in (1, 3):
             raise ValueError(
@@ -146,10 +143,9 @@ class IMM(Family):
     def encode(self, images: Tensor) -> Tensor:
         return images if isinstance(self.encoder, PixelEncoder) else self.encoder.encode_pixels(images)
 
-    def draw(self, rng: Rng, codes: Tensor, labels: Tensor | None, how: object) -> Draws:
+    def draw(self, rng: Rng, codes: Tensor, labels: Tensor | None, how: Objective) -> Draws:
         """In this order: `u_t` and `u_s` (one per group, repeated), `u_drop`, `noise`, and `latent` where codes are
         moments."""
-        assert isinstance(how, Objective)
         if rng.batch % how.group_size:
             raise ValueError(f"the batch ({rng.batch}) must be a multiple of objective.group_size ({how.group_size})")
         shape = self._latent_shape(codes)
@@ -157,11 +153,9 @@ class IMM(Family):
         draws |= {"u_drop": rng.uniform(()), "noise": rng.normal(shape)}
         return draws | {"latent": rng.normal(shape)} if self._are_moments(codes) else draws
 
-    def loss(self, model: nn.Module, codes: Tensor, labels: Tensor | None, draws: Draws, how: object) -> Tensor:
-        assert isinstance(how, Objective)
-        net = _imm(model)
+    def loss(self, model: IMMPrecond, codes: Tensor, labels: Tensor | None, draws: Draws, how: Objective) -> Tensor:
         step = {name: draws[name] for name in ("u_t", "u_s", "u_drop", "noise")}
-        return imm_loss(net, self._clean(codes, draws), one_hot(labels, net.label_dim), **step, how=how)
+        return imm_loss(model, self._clean(codes, draws), one_hot(labels, model.label_dim), **step, how=how)
 
     def _clean(self, codes: Tensor, draws: Draws) -> Tensor:
         if isinstance(self.encoder, StabilityEncoder) and self._are_moments(codes):
@@ -180,12 +174,6 @@ class IMM(Family):
 
 def _per_group(values: Tensor, group_size: int) -> Tensor:
     return values[::group_size].repeat_interleave(group_size)
-
-
-def _imm(model: nn.Module) -> IMMPrecond:
-    if not isinstance(model, IMMPrecond):
-        raise ValueError(f"family imm needs an IMMPrecond, got {type(model).__name__}")
-    return model
 
 
 FAMILY = IMM

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from neon.seeds import Rng
 
 if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
     from neon.checkpoints.checkpoint import Checkpoint
 
 Draws = dict[str, Tensor]
@@ -29,25 +31,38 @@ class NoOptions:
     """Options of a family that has none."""
 
 
-class Trainable(ABC):
+Model = TypeVar("Model", bound=nn.Module)
+"""The class of the family's networks."""
+Objective = TypeVar("Objective", bound="DataclassInstance")
+"""Frozen dataclass of the loss's options, `NoOptions` if there are none."""
+Sampling = TypeVar("Sampling", bound="DataclassInstance")
+"""Frozen dataclass of the sampler's options, `NoOptions` if there are none."""
+
+
+class Trainable(ABC, Generic[Model, Objective]):
     """What the training loop (neon/training/loop.py) asks of a network's mathematics."""
 
-    objective: type = NoOptions
-    """Frozen dataclass of the loss's options. Keys of the recipe's `objective` table fill it."""
+    objective: type[Objective] = cast("type[Objective]", NoOptions)
+    """The class of the loss's options. The keys of the recipe's `objective` table fill it."""
 
     @abstractmethod
-    def build(self, arch: Mapping[str, object]) -> nn.Module:
+    def build(self, arch: Mapping[str, object]) -> Model:
         """The network from its constructor arguments, as checkpoints store them; freshly initialised."""
 
     @abstractmethod
-    def draw(self, rng: Rng, codes: Tensor, labels: Tensor | None, how: object) -> Draws:
-        """Every random number of one training step of the batch `codes`. how: a `self.objective`."""
+    def draw(self, rng: Rng, codes: Tensor, labels: Tensor | None, how: Objective) -> Draws:
+        """Every random number of one training step of the global batch `codes` (B, ...), on the CPU."""
 
     @abstractmethod
-    def loss(self, model: nn.Module, codes: Tensor, labels: Tensor | None, draws: Draws, how: object) -> Tensor:
-        """The loss of every image, (B,) float. how: a `self.objective`."""
+    def loss(self, model: Model, codes: Tensor, labels: Tensor | None, draws: Draws, how: Objective) -> Tensor:
+        """The loss of every image, (B,) float."""
 
-    def group(self, how: object) -> int:
+    def draws_see_codes(self, how: Objective) -> bool:
+        """Whether `draw` uses the values of the codes. Every rank then reads the whole global batch in every step;
+        otherwise `draw` gets codes on the meta device, which have a shape and a dtype only."""
+        return False
+
+    def group(self, how: Objective) -> int:
         """Number of consecutive images whose loss is computed together; a batch is never split inside one."""
         return 1
 
@@ -60,45 +75,47 @@ class Trainable(ABC):
         return True
 
 
-class TrainableAutoencoder(Trainable):
-    """A family's autoencoder as something to train (`neon train-autoencoder`). Its codes are uint8 images (B, C, H,
-    W)."""
+class TrainableAutoencoder(Trainable[Model, Objective]):
+    """A family's autoencoder as something to train (`neon train-autoencoder`). Its codes are uint8 images
+    (B, C, H, W)."""
 
     @abstractmethod
-    def reconstruct(self, model: nn.Module, images: Tensor) -> Tensor:
+    def reconstruct(self, model: Model, images: Tensor) -> Tensor:
         """uint8 images (B, C, H, W) through encoder, bottleneck and decoder: float images of the same shape in [-1, 1],
         not clipped."""
 
-    def calibrated(self, model: nn.Module, images: Tensor, arch: Mapping[str, object]) -> dict[str, object]:
-        """The constructor arguments once trained. A family that scales its latents measures them on these uint8
-        images."""
+    def calibrated(self, model: Model, images: Tensor, arch: Mapping[str, object]) -> dict[str, object]:
+        """The constructor arguments to store with the trained network. A family that scales its latents measures the
+        scale on these uint8 images (B, C, H, W)."""
         return dict(arch)
 
 
-class Family(Trainable):
+class Family(Trainable[Model, Objective], Generic[Model, Objective, Sampling]):
     """A kind of generator. One object serves one run: `open` may give it an autoencoder, nothing else changes it.
+
+    `class Mine(Family[Net, Objective, Sampling])` states the types; a plain `Family` works too and is not type-checked.
 
     Codes are what training eats: pixels in [-1, 1], latents or token maps, with the batch as the first dimension.
     `loss` gets them from `encode` (stored images) or from `sample` (stored codes).
     """
 
     name: str
-    sampling: type = NoOptions
-    """Frozen dataclass of the sampler's options; it is guided if it has a field `cfg_scale`. Keys of [sampling] fill
-    it."""
+    sampling: type[Sampling] = cast("type[Sampling]", NoOptions)
+    """The class of the sampler's options; the family is guided if it has a field `cfg_scale`. The keys of [sampling]
+    fill it."""
     trainable_autoencoder: TrainableAutoencoder | None = None
     """How to train an autoencoder for this family, if that can be done here."""
 
     def arch_of(self, checkpoint: Checkpoint) -> Mapping[str, object]:
-        """Constructor arguments of a checkpoint's network. A family whose published files do not hold them tells them
-        from shapes."""
+        """Constructor arguments of a checkpoint's network. A family whose published files do not hold them derives
+        them from the shapes."""
         if checkpoint.arch is None:
             raise ValueError(
                 f"{checkpoint.path} does not say how its network is built, and {self.name} cannot tell from the weights"
             )
         return checkpoint.arch
 
-    def load(self, checkpoint: Checkpoint) -> nn.Module:
+    def load(self, checkpoint: Checkpoint) -> Model:
         """The network with a checkpoint's weights, strictly: a missing, extra or misshapen entry is an error."""
         model = self.build(self.arch_of(checkpoint))
         checkpoint.load_into(model)
@@ -121,10 +138,10 @@ class Family(Trainable):
         """Make `encode` and `decode` ready. Latent and token families read their autoencoder here."""
 
     @abstractmethod
-    def sample(self, model: nn.Module, rng: Rng, labels: Tensor | None, how: object) -> tuple[Tensor, Tensor | None]:
+    def sample(self, model: Model, rng: Rng, labels: Tensor | None, how: Sampling) -> tuple[Tensor, Tensor | None]:
         """Codes (B, ...) for the images of `rng`, and the labels (B,) int64 that were used (None: unconditional).
 
-        labels None means: draw them from `rng` as the published script of the family does. how: a `self.sampling`.
+        labels None means: draw them from `rng` as the published script of the family does.
         """
 
     def autoencoder_modules(self) -> list[nn.Module]:
@@ -142,11 +159,11 @@ class Family(Trainable):
         """
         return images
 
-    def img_size(self, model: nn.Module) -> int:
+    def img_size(self, model: Model) -> int:
         """Side of the decoded images in pixels."""
         raise ValueError(f"{self.name} does not say how large its images are")
 
-    def num_classes(self, model: nn.Module) -> int:
+    def num_classes(self, model: Model) -> int:
         """Number of class labels the network takes; 0 if it is unconditional."""
         return 0
 

@@ -48,7 +48,7 @@ class Objective:
             raise ValueError(f"resize must be >= 1, got {self.resize}")
 
 
-class VAR(Family):
+class VAR(Family[Transformer, Objective, Sampling]):
     """Codes: tokens (B, L) int64; with more_smooth, where an image is no function of tokens, features (B, Z, S, S)."""
 
     name = "var"
@@ -107,9 +107,7 @@ class VAR(Family):
     def autoencoder_modules(self) -> list[nn.Module]:
         return [] if self._tokeniser is None else [self._tokeniser]
 
-    def sample(self, model: nn.Module, rng: Rng, labels: Tensor | None, how: object) -> tuple[Tensor, Tensor]:
-        assert isinstance(model, Transformer)
-        assert isinstance(how, Sampling)
+    def sample(self, model: Transformer, rng: Rng, labels: Tensor | None, how: Sampling) -> tuple[Tensor, Tensor]:
         labels = rng.uniform_class(model.num_classes) if labels is None else labels
         indices = []
         for scale in sample_scales(model, self.tokeniser(model.patch_nums).quantize, rng, labels, how):
@@ -124,8 +122,7 @@ class VAR(Family):
                 f_hat = tokeniser.quantize.features_of(split_scales(codes, patch_nums))
         return tokeniser.decode(f_hat)
 
-    def draw(self, rng: Rng, codes: Tensor, labels: Tensor | None, how: object) -> Draws:
-        assert isinstance(how, Objective)
+    def draw(self, rng: Rng, codes: Tensor, labels: Tensor | None, how: Objective) -> Draws:
         draws: Draws = {"label_dropped": rng.uniform(()) < how.label_drop}
         # one stream per image: the number of blocks, and so of draws, is the network's
         draws["path_seed"] = rng.integers(1 << 32)
@@ -136,9 +133,7 @@ class VAR(Family):
             draws["top"], draws["left"] = rng.integers(height - side + 1), rng.integers(width - side + 1)
         return draws
 
-    def loss(self, model: nn.Module, codes: Tensor, labels: Tensor | None, draws: Draws, how: object) -> Tensor:
-        assert isinstance(model, Transformer)
-        assert isinstance(how, Objective)
+    def loss(self, model: Transformer, codes: Tensor, labels: Tensor | None, draws: Draws, how: Objective) -> Tensor:
         tokeniser = self.tokeniser(model.patch_nums)
         with torch.no_grad(), torch.autocast(codes.device.type, enabled=False):
             indices = self._indices(tokeniser, codes, draws, how)
@@ -166,13 +161,11 @@ class VAR(Family):
         )
         return tokeniser.image_to_indices(crops.float() / 127.5 - 1)
 
-    def img_size(self, model: nn.Module) -> int:
-        assert isinstance(model, Transformer)
+    def img_size(self, model: Transformer) -> int:
         encoder = self.tokeniser(model.patch_nums).encoder
         return model.patch_nums[-1] * 2 ** (len(encoder.down) - 1)
 
-    def num_classes(self, model: nn.Module) -> int:
-        assert isinstance(model, Transformer)
+    def num_classes(self, model: Transformer) -> int:
         return model.num_classes
 
     def decays(self, name: str, parameter: nn.Parameter) -> bool:

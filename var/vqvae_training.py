@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from neon import binding
 from neon.family import Draws, TrainableAutoencoder
@@ -25,21 +25,19 @@ class VQObjective:
     """Weight (beta) of the pull of the encoder's features towards their codes."""
 
 
-class TrainableVQVAE(TrainableAutoencoder):
+class TrainableVQVAE(TrainableAutoencoder[VQVAE, VQObjective]):
     objective = VQObjective
 
     def build(self, arch: Mapping[str, object]) -> VQVAE:
         return VQVAE(binding.build(VQVAEArch, arch, "autoencoder.arch"))
 
-    def draw(self, rng: Rng, codes: Tensor, labels: Tensor | None, how: object) -> Draws:
+    def draw(self, rng: Rng, codes: Tensor, labels: Tensor | None, how: VQObjective) -> Draws:
         """Nothing here is random."""
         return {}
 
-    def loss(self, model: nn.Module, codes: Tensor, labels: Tensor | None, draws: Draws, how: object) -> Tensor:
+    def loss(self, model: VQVAE, codes: Tensor, labels: Tensor | None, draws: Draws, how: VQObjective) -> Tensor:
         """mean |x - decode(f_hat)| + mean over scales of (|f_hat_k - sg f|^2 + beta |f - sg f_hat_k|^2), f_hat_k up to
         scale k."""
-        assert isinstance(model, VQVAE)
-        assert isinstance(how, VQObjective)
         images = codes.float() / 127.5 - 1
         f = model.encode(images)
         scales = [f_hat for _, f_hat in model.quantize.scales(f.detach())]
@@ -49,6 +47,5 @@ class TrainableVQVAE(TrainableAutoencoder):
         commitment = torch.stack([(f - f_hat.detach()).square().flatten(1).mean(1) for f_hat in scales]).mean(0)
         return errors + codebook + how.commitment * commitment
 
-    def reconstruct(self, model: nn.Module, images: Tensor) -> Tensor:
-        assert isinstance(model, VQVAE)
+    def reconstruct(self, model: VQVAE, images: Tensor) -> Tensor:
         return model.indices_to_image(model.image_to_indices(images.float() / 127.5 - 1))

@@ -60,7 +60,7 @@ class XARObjective:
                 raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
 
 
-class XAR(Family):
+class XAR(Family[XARTransformer, XARObjective, XARSampling]):
     """Codes: moments of an image and of its mirror image (B, 2, 32, 16, 16), or sampled latents (B, 16, 16, 16)."""
 
     name = "xar"
@@ -80,7 +80,7 @@ class XAR(Family):
         """Read off the shapes where the file does not say: the published ones do not."""
         return asdict(read_arch(metas(checkpoint.tensors))) if checkpoint.arch is None else checkpoint.arch
 
-    def load(self, checkpoint: Checkpoint) -> nn.Module:
+    def load(self, checkpoint: Checkpoint) -> XARTransformer:
         """Also verifies the stored mask and rotary tables against the derived ones."""
         model = self.build(self.arch_of(checkpoint))
         derived = {name: buffer.clone() for name, buffer in model.named_buffers()}
@@ -109,9 +109,7 @@ class XAR(Family):
             raise ValueError("xAR needs its autoencoder here: name it as base.autoencoder (published: kl16.ckpt)")
         return self._autoencoder
 
-    def sample(self, model: nn.Module, rng: Rng, labels: Tensor | None, how: object) -> tuple[Tensor, Tensor]:
-        assert isinstance(model, XARTransformer)
-        assert isinstance(how, XARSampling)
+    def sample(self, model: XARTransformer, rng: Rng, labels: Tensor | None, how: XARSampling) -> tuple[Tensor, Tensor]:
         labels = rng.integers(model.num_classes) if labels is None else labels
         latents = sample_cells(model, rng, labels, num_steps=how.num_steps, cfg_scale=how.cfg_scale, solver=how.solver)
         return latents, labels
@@ -127,8 +125,7 @@ class XAR(Family):
         both = torch.stack([pixels, pixels.flip(-1)], dim=1)
         return self.autoencoder.encode(both.flatten(0, 1)).unflatten(0, both.shape[:2])
 
-    def draw(self, rng: Rng, codes: Tensor, labels: Tensor | None, how: object) -> Draws:
-        assert isinstance(how, XARObjective)
+    def draw(self, rng: Rng, codes: Tensor, labels: Tensor | None, how: XARObjective) -> Draws:
         draws: Draws = {}
         if is_moments(codes):
             draws["flipped"] = rng.uniform(()) < how.flip
@@ -138,9 +135,9 @@ class XAR(Family):
         draws["noise"] = rng.normals(NUM_CELLS, (CELL_TOKENS, CHANNELS)).transpose(0, 1)
         return draws
 
-    def loss(self, model: nn.Module, codes: Tensor, labels: Tensor | None, draws: Draws, how: object) -> Tensor:
-        assert isinstance(model, XARTransformer)
-        assert isinstance(how, XARObjective)
+    def loss(
+        self, model: XARTransformer, codes: Tensor, labels: Tensor | None, draws: Draws, how: XARObjective
+    ) -> Tensor:
         if labels is None:
             raise ValueError("xAR is trained with class labels; this set of images has none")
         labels = torch.where(draws["label_dropped"], model.num_classes, labels)
@@ -153,11 +150,10 @@ class XAR(Family):
         moments = torch.where(draws["flipped"][:, None, None, None], codes[:, 1], codes[:, 0])
         return self.autoencoder.to_latents(moments, draws["posterior_noise"])
 
-    def img_size(self, model: nn.Module) -> int:
+    def img_size(self, model: XARTransformer) -> int:
         return GRID * self.autoencoder.layout.downsampling
 
-    def num_classes(self, model: nn.Module) -> int:
-        assert isinstance(model, XARTransformer)
+    def num_classes(self, model: XARTransformer) -> int:
         return model.num_classes
 
     def decays(self, name: str, parameter: nn.Parameter) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from neon import binding
 from neon.family import Draws, TrainableAutoencoder
@@ -24,20 +24,18 @@ class KLObjective:
     """Weight of the KL divergence beside the absolute error, both summed over an image."""
 
 
-class TrainableKL16(TrainableAutoencoder):
+class TrainableKL16(TrainableAutoencoder[KL16, KLObjective]):
     objective = KLObjective
 
     def build(self, arch: Mapping[str, object]) -> KL16:
         return KL16(binding.build(KL16Arch, arch, "autoencoder.arch"))
 
-    def draw(self, rng: Rng, codes: Tensor, labels: Tensor | None, how: object) -> Draws:
+    def draw(self, rng: Rng, codes: Tensor, labels: Tensor | None, how: KLObjective) -> Draws:
         """One stream per image: the shape of its noise is the network's."""
         return {"noise_seed": rng.integers(1 << 32)}
 
-    def loss(self, model: nn.Module, codes: Tensor, labels: Tensor | None, draws: Draws, how: object) -> Tensor:
+    def loss(self, model: KL16, codes: Tensor, labels: Tensor | None, draws: Draws, how: KLObjective) -> Tensor:
         """(|x - decode(z)|_1 + kl_weight KL) / number of pixel values, z one sample of the posterior."""
-        assert isinstance(model, KL16)
-        assert isinstance(how, KLObjective)
         images = codes.float() / 127.5 - 1
         moments = model.encode(images)
         mean, _ = mean_and_std(moments)
@@ -45,14 +43,12 @@ class TrainableKL16(TrainableAutoencoder):
         errors = (images - model.decode(sample_posterior(moments, noise))).abs().flatten(1)
         return errors.mean(1) + how.kl_weight * kl_to_unit_normal(moments) / errors.shape[1]
 
-    def reconstruct(self, model: nn.Module, images: Tensor) -> Tensor:
+    def reconstruct(self, model: KL16, images: Tensor) -> Tensor:
         """Through the mean of the posterior."""
-        assert isinstance(model, KL16)
         mean, _ = mean_and_std(model.encode(images.float() / 127.5 - 1))
         return model.decode(mean)
 
-    def calibrated(self, model: nn.Module, images: Tensor, arch: Mapping[str, object]) -> dict[str, object]:
+    def calibrated(self, model: KL16, images: Tensor, arch: Mapping[str, object]) -> dict[str, object]:
         """latent_scale = 1 / standard deviation of the posterior's samples over all images, channels and positions."""
-        assert isinstance(model, KL16)
         mean, std = mean_and_std(model.encode(images.float() / 127.5 - 1))
         return {**arch, "latent_scale": float((mean.double().var() + std.double().square().mean()).rsqrt())}

@@ -1,7 +1,8 @@
 """One training loop for `neon train` and the short fine-tune on S.
 
-Data order and every random number of step k are pure functions of (seed, k), made for the whole global batch and sliced
-per rank: the update does not depend on the number of GPUs or accumulation rounds, and a resumed run repeats it.
+Data order and every random number of step k are pure functions of (seed, k), made for the whole global batch; a rank
+reads the codes of its own share. The update does not depend on the number of GPUs or accumulation rounds, and a resumed
+run repeats it.
 """
 
 from __future__ import annotations
@@ -32,34 +33,23 @@ def train_step(trainer: Trainer, corpus: Corpus, data: StepData | None = None) -
     recipe, world, device = trainer.recipe, trainer.world, trainer.world.device
     trainer.model.train()
     if data is None:
-        data = step_data(trainer.family, recipe, trainer.step, corpus)
-    codes, labels, draws = data.codes, data.labels, data.draws
-    mine = _share(recipe, world, trainer.family.group(recipe.objective))
+        data = step_data(trainer.family, recipe, trainer.step, corpus, world)
     torch.manual_seed(
         derived_seed(recipe.seed, "dropout", trainer.step, world.rank)
     )  # dropout masks inside networks only
     total = torch.zeros((), dtype=torch.float64)
-    for part in mine:
-        part_labels = None if labels is None else labels[part].to(device)
-        part_draws = {name: value[part].to(device) for name, value in draws.items()}
-        total += trainer.backward(codes[part].to(device), part_labels, part_draws, recipe.batch)
+    share = len(data.codes)
+    size = recipe.micro_batch or max(share, 1)
+    for part in (slice(start, start + size) for start in range(0, share, size)):
+        part_labels = None if data.labels is None else data.labels[part].to(device)
+        part_draws = {name: value[part].to(device) for name, value in data.draws.items()}
+        total += trainer.backward(data.codes[part].to(device), part_labels, part_draws, recipe.batch)
     for parameter in trainer.model.parameters():  # a rank without images still takes part in the sum
         if parameter.requires_grad and parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
     world.sum([total])
     trainer.update(total.item())
     return total.item()
-
-
-def _share(recipe: Training, world: World, group: int) -> list[slice]:
-    """This rank's slices of the global batch, at most micro_batch images each, in whole groups."""
-    if recipe.batch % group or (recipe.micro_batch or group) % group:
-        raise ValueError(
-            f"batch and micro_batch must be multiples of {group}, the images whose loss is computed together"
-        )
-    start, stop = (recipe.batch // group * r // world.size * group for r in (world.rank, world.rank + 1))
-    size = recipe.micro_batch or max(stop - start, 1)
-    return [slice(a, min(a + size, stop)) for a in range(start, stop, size)]
 
 
 def train(
@@ -96,7 +86,7 @@ def train(
         _truncate_log(folder, trainer.step)
     world.barrier()
     bar = progress(total=recipe.images, initial=trainer.images_seen, desc="train", unit="img", world=world)
-    with closing(OneStepAhead(family, recipe, corpus)) as ahead:
+    with closing(OneStepAhead(family, recipe, corpus, world)) as ahead:
         while trainer.images_seen < recipe.images:
             before = trainer.images_seen
             loss = train_step(trainer, corpus, ahead.take(trainer.step))

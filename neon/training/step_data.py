@@ -1,4 +1,7 @@
-"""What a training step works on: the global batch and every random number, pure functions of (seed, step)."""
+"""What a training step works on: images and random numbers, pure functions of (seed, step).
+
+Order and draws are made for the whole global batch and do not depend on the number of ranks; a rank reads its share.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import torch
 from torch import Tensor
 
 from neon.family import Draws, Trainable
+from neon.runtime.distributed import World
 from neon.seeds import SharedRng, derived_seed
 from neon.store.shards import Corpus
 from neon.training.recipe import Training
@@ -17,19 +21,39 @@ from neon.training.recipe import Training
 
 @dataclass(frozen=True)
 class StepData:
-    """The global batch of a step, on the CPU: codes (B, ...), labels (B,) or None, and every random number."""
+    """A rank's share of a step's global batch, on the CPU: codes (B, ...), labels (B,) or None, and every random
+    number of these images."""
 
     codes: Tensor
     labels: Tensor | None
     draws: Draws
 
 
-def step_data(family: Trainable, recipe: Training, step: int, corpus: Corpus) -> StepData:
-    """What step `step` trains on."""
+def step_data(family: Trainable, recipe: Training, step: int, corpus: Corpus, world: World) -> StepData:
+    """What this rank trains on in step `step`."""
     indices = batch_indices(recipe.seed, step, recipe.batch, len(corpus))
-    codes = corpus.read(indices.tolist())
     labels = None if corpus.labels is None else corpus.labels[indices]
-    return StepData(codes, labels, step_draws(family, recipe, step, codes, labels))
+    share = share_of(recipe, world, family.group(recipe.objective))
+    if family.draws_see_codes(recipe.objective):
+        batch = corpus.read(indices.tolist())
+        codes = batch[share]
+    else:
+        is_empty = share.start == share.stop  # then one image is read for its shape and dtype
+        codes = corpus.read(indices[:1].tolist())[:0] if is_empty else corpus.read(indices[share].tolist())
+        batch = codes.new_empty((recipe.batch, *codes.shape[1:]), device="meta")
+    draws = step_draws(family, recipe, step, batch, labels)
+    own = {name: value[share] for name, value in draws.items()}
+    return StepData(codes, None if labels is None else labels[share], own)
+
+
+def share_of(recipe: Training, world: World, group: int) -> slice:
+    """The positions in the global batch that are this rank's, in whole groups of images."""
+    if recipe.batch % group or (recipe.micro_batch or group) % group:
+        raise ValueError(
+            f"batch and micro_batch must be multiples of {group}, the images whose loss is computed together"
+        )
+    start, stop = (recipe.batch // group * r // world.size * group for r in (world.rank, world.rank + 1))
+    return slice(start, stop)
 
 
 def batch_indices(seed: int, step: int, batch: int, num_images: int) -> Tensor:
@@ -45,17 +69,33 @@ def batch_indices(seed: int, step: int, batch: int, num_images: int) -> Tensor:
 
 
 def step_draws(family: Trainable, recipe: Training, step: int, codes: Tensor, labels: Tensor | None) -> Draws:
-    """Every random number of a step of the global batch, drawn on the CPU."""
+    """Every random number of a step of the global batch, drawn on the CPU. Raises ValueError if a family without
+    `draws_see_codes` used their values."""
     generator = torch.Generator().manual_seed(derived_seed(recipe.seed, "draws", step))
-    return family.draw(SharedRng(len(codes), generator), codes, labels, recipe.objective)
+    try:
+        draws = family.draw(SharedRng(len(codes), generator), codes, labels, recipe.objective)
+    except RuntimeError as error:
+        if not codes.is_meta:
+            raise
+        raise ValueError(_unseen(family)) from error
+    if any(value.is_meta for value in draws.values()):
+        raise ValueError(_unseen(family))
+    return draws
+
+
+def _unseen(family: Trainable) -> str:
+    return (
+        f"{type(family).__name__}.draw computes with the values of the codes, but is given only their shape and dtype. "
+        "Let its method `draws_see_codes` return True"
+    )
 
 
 class OneStepAhead:
     """Makes the next step's data in a thread while the device works on this one's: on a GPU, drawing noise on the CPU
     would cost as much as the step of a small network."""
 
-    def __init__(self, family: Trainable, recipe: Training, corpus: Corpus):
-        self._make = partial(step_data, family, recipe, corpus=corpus)
+    def __init__(self, family: Trainable, recipe: Training, corpus: Corpus, world: World):
+        self._make = partial(step_data, family, recipe, corpus=corpus, world=world)
         self._recipe = recipe
         self._pool = ThreadPoolExecutor(max_workers=1)
         self._next: tuple[int, Future[StepData]] | None = None

@@ -8,7 +8,11 @@ import torch
 
 from neon.checkpoints import checkpoint
 from neon.runtime.distributed import World
+from neon.training.loop import train_step
+from neon.training.recipe import Training
+from neon.training.trainer import Trainer
 from tests.commands import start, started
+from tests.core.line import Line, Mean, Objective
 
 
 def run_on(ranks: int, config: Path, folder: Path, batch: int) -> dict:
@@ -99,3 +103,75 @@ def test_alone_without_a_process_group():
     world.sum([value])
     world.barrier()
     assert (value.tolist(), world.gather(5), world.broadcast("x")) == ([1.0, 1.0], [5], "x")
+
+
+class OneOfMany(World):
+    """A rank whose sums hold its own share only."""
+
+    def sum(self, tensors):
+        pass
+
+
+class Watched:
+    """Ten images, and the indices that were read."""
+
+    labels = torch.arange(10) % 3
+
+    def __init__(self):
+        self.was_read: list[int] = []
+
+    def __len__(self) -> int:
+        return 10
+
+    def read(self, indices):
+        self.was_read += indices
+        return torch.arange(160, dtype=torch.uint8).view(10, 1, 4, 4)[list(indices)]
+
+
+class Paired(Line):
+    """Noise that depends on all images of the batch."""
+
+    is_honest = True
+
+    def draws_see_codes(self, how):
+        return self.is_honest
+
+    def draw(self, rng, codes, labels, how):
+        return {"noise": super().draw(rng, codes, labels, how)["noise"] + codes.float().mean(0)}
+
+
+class Centred(Paired):
+    """Draws that are nothing but codes."""
+
+    def draw(self, rng, codes, labels, how):
+        return {"noise": codes.float() - codes.float().mean(0)}
+
+
+def step(family: Line, rank: int, size: int) -> tuple[float, list[int]]:
+    """(this rank's part of the loss, what it read) of one update."""
+    recipe = Training(images=8, batch=8, lr=1e-3, micro_batch=3, objective=Objective())
+    trainer = Trainer(family, Mean().requires_grad_(True), recipe, OneOfMany(rank, size))
+    corpus = Watched()
+    return train_step(trainer, corpus), corpus.was_read
+
+
+def test_every_rank_reads_the_codes_of_its_own_share():
+    whole, everything = step(Line(), 0, 1)
+    parts, reads = zip(*(step(Line(), rank, 3) for rank in range(3)), strict=True)
+    assert [index for read in reads for index in read] == everything
+    assert [len(read) for read in reads] == [2, 3, 3]
+    assert sum(parts) == pytest.approx(whole, rel=1e-6)
+
+
+def test_draws_from_the_codes_are_made_for_the_whole_batch():
+    whole, everything = step(Paired(), 0, 1)
+    parts, reads = zip(*(step(Paired(), rank, 2) for rank in range(2)), strict=True)
+    assert list(reads) == [everything, everything]
+    assert sum(parts) == pytest.approx(whole, rel=1e-6)
+
+
+@pytest.mark.parametrize("family", [Paired(), Centred()], ids=lambda family: type(family).__name__)
+def test_draws_from_codes_that_were_not_asked_for_are_refused(family, monkeypatch):
+    monkeypatch.setattr(Paired, "is_honest", False)
+    with pytest.raises(ValueError, match=r"\w+.draw computes .* `draws_see_codes`"):
+        step(family, 0, 1)

@@ -193,6 +193,13 @@ def test_latent_models_train_on_moments_with_one_draw_per_step(vae_folder):
     assert all(torch.equal(on_latents[name], draws[name]) for name in without)
 
 
+def test_decoding_keeps_no_graph_for_gradients(vae_folder):
+    """It would hold every activation of the autoencoder in memory."""
+    family = IMM()
+    family.open(vae_folder, CPU)
+    assert not family.decode(torch.zeros(1, 4, 4, 4, requires_grad=True)).requires_grad
+
+
 def test_latents_without_an_autoencoder_name_what_is_missing():
     with pytest.raises(ValueError, match="autoencoder"):
         IMM().decode(torch.zeros(1, 4, 4, 4))
