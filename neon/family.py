@@ -124,7 +124,7 @@ class Family(Trainable[Model, Objective], Generic[Model, Objective, Sampling]):
     compiled: tuple[type[nn.Module], ...] = ()
     """Classes of the blocks that are worth compiling for sampling.speed = "compiled" or "fast"."""
 
-    def graphed(self, model: nn.Module) -> nn.Module | None:
+    def graphed(self, model: Model) -> nn.Module | None:
         """The part of `model` whose calls have few different shapes, draw nothing and ask the device nothing; None:
         there is no such part. On a GPU its calls are replayed as CUDA graphs."""
         return None
