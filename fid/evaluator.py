@@ -35,11 +35,18 @@ class Collector:
     num_images: of the whole set; image i is the same image for any batch, rank or machine that brings it.
     folder: where kept features lie, so that a killed evaluation can go on; default: memory, or a temporary file
         past 1 GiB.
+    keep_features: also where no metric asks for every one of them.
     Raises ValueError for an unknown metric, or for the Inception Score of an extractor without classes.
     """
 
     def __init__(
-        self, extractor: Extractor, num_images: int, metrics: Collection[Metric], *, folder: Path | None = None
+        self,
+        extractor: Extractor,
+        num_images: int,
+        metrics: Collection[Metric],
+        *,
+        folder: Path | None = None,
+        keep_features: bool = False,
     ):
         unknown = sorted(set(metrics) - set(METRICS))
         if unknown:
@@ -49,7 +56,7 @@ class Collector:
         self.extractor, self.num_images = extractor, num_images
         self.moments = Moments(extractor.dim)
         self.stores: dict[str, FeatureStore] = {}
-        if set(metrics) - {"fid", "is"}:
+        if keep_features or set(metrics) - {"fid", "is"}:
             self.stores["features"] = FeatureStore(num_images, extractor.dim, file=folder and folder / "features.f32")
         if "is" in metrics:
             self.stores["logits"] = FeatureStore(

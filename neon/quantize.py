@@ -12,6 +12,10 @@ Rule = Literal["edm", "truncate", "round"]
 RULES: tuple[str, ...] = get_args(Rule)
 
 
+class DivergedError(ValueError):
+    """A sampler or decoder gave images that are not numbers."""
+
+
 def to_uint8(images: Tensor, rule: Rule) -> Tensor:
     """Quantise float images in [-1, 1] (values outside are clipped) to uint8 of the same shape.
 
@@ -19,14 +23,14 @@ def to_uint8(images: Tensor, rule: Rule) -> Tensor:
     truncate  trunc(255 (x + 1) / 2): the scripts of VAR, xAR and IMM; darkens by 0.5 grey levels on average.
     round     round(127.5 (x + 1)): nearest level; our own runs.
 
-    The arithmetic is done in the dtype of `images`, at least float32. Raises ValueError for an unknown rule or a value
-    that is not a number.
+    The arithmetic is done in the dtype of `images`, at least float32. Raises ValueError for an unknown rule and
+    DivergedError for a value that is not a number.
     """
     if rule not in RULES:
         raise ValueError(f"unknown uint8 rule {rule!r}; choose one of {', '.join(RULES)}")
     x = images if images.dtype == torch.float64 else images.float()
     if torch.isnan(x).any():
-        raise ValueError("the images to be quantised contain NaN: the sampler or decoder diverged")
+        raise DivergedError("the images to be quantised contain NaN: the sampler or decoder diverged")
     if rule == "edm":
         return (x * 127.5 + 128).clamp(0, 255).to(torch.uint8)
     if rule == "truncate":

@@ -16,6 +16,7 @@ from fid.evaluator import Collector
 from fid.features import Extractor
 from fid.moments import Moments
 from fid.names import Metric
+from neon.quantize import DivergedError
 from neon.runtime.distributed import World
 from neon.runtime.progress import progress
 from neon.store import records
@@ -30,10 +31,12 @@ class Wanted:
 
     extractor: Extractor
     metrics: Sequence[Metric] = ("fid",)
+    keep_features: bool = False
+    """Also where no metric asks for every image's features."""
 
     def collector(self, num_images: int, folder: Path | None) -> Collector:
         """What takes in the images, empty. folder: where it keeps what must survive a kill; None: nothing does."""
-        return Collector(self.extractor, num_images, self.metrics, folder=folder)
+        return Collector(self.extractor, num_images, self.metrics, folder=folder, keep_features=self.keep_features)
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,7 @@ def collect(
     partial: a folder in which every rank keeps its sums so far; the same pass, killed, goes on from there and ends
         with the same bits. The caller makes it unique to everything the features depend on, and to `batch`; it is
         removed at the end.
+    Raises DivergedError on all ranks if the images of one are not numbers.
     """
     started = time.perf_counter()
     mine = None if partial is None else partial / f"rank-{world.rank}-of-{world.size}"
@@ -75,18 +79,27 @@ def collect(
     done = 0 if saver is None else _restore(saver.path, collectors, shown)
     feature_s = 0.0
     bar = progress(total=len(chosen), initial=done * batch * world.size, desc=desc, unit="img", world=world)
-    for indices, pixels in images(batches[done:]):
-        before = time.perf_counter()
-        for collector in collectors:
-            collector.update(pixels, indices)
-        feature_s += time.perf_counter() - before
-        shown.update({i: image.cpu() for i, image in zip(indices, pixels, strict=True) if i < num_shown})
-        done += 1
-        bar.update(len(indices) * world.size)
-        if saver is not None and saver.is_due:
-            saver.save({"done": done, "collectors": [c.state() for c in collectors], "shown": shown})
+    diverged: str | None = None
+    try:
+        for indices, pixels in images(batches[done:]):
+            before = time.perf_counter()
+            for collector in collectors:
+                collector.update(pixels, indices)
+            feature_s += time.perf_counter() - before
+            shown.update({i: image.cpu() for i, image in zip(indices, pixels, strict=True) if i < num_shown})
+            done += 1
+            bar.update(len(indices) * world.size)
+            if saver is not None and saver.is_due:
+                saver.save({"done": done, "collectors": [c.state() for c in collectors], "shown": shown})
+    except DivergedError as error:  # said to all ranks below: the others would wait for this one
+        diverged = str(error)
     bar.close()
     source_s = time.perf_counter() - started - feature_s
+    if messages := [message for message in world.gather(diverged) if message]:
+        if partial is not None and world.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
+        world.barrier()
+        raise DivergedError(messages[0])
     for collector in collectors:
         _join(collector, world)
     everywhere = {i: image for part in world.gather(shown) for i, image in part.items()} if num_shown else {}

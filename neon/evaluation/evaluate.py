@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -56,12 +56,14 @@ class Yardstick(Wanted):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What one set of weights scored. metrics: name (with N and extractor) -> value; shown: the first images, uint8."""
+    """What one set of weights scored. metrics: name (with N and extractor) -> value; shown: the first images, uint8;
+    features: (num_images, dim) of every yardstick that keeps them."""
 
     metrics: dict[str, float]
     seconds: dict[str, float]
     num_images: int
     shown: Tensor | None
+    features: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def evaluate(
@@ -78,7 +80,7 @@ def evaluate(
     """Every yardstick's metrics of `num_images` images, from one pass over them.
 
     partial: see `neon.evaluation.collect.collect`; unique to weights and protocol.
-    Raises ValueError if not exactly num_images images were counted.
+    Raises ValueError if not exactly num_images images were counted, DivergedError if some are not numbers.
     """
     started = time.perf_counter()
 
@@ -105,7 +107,10 @@ def evaluate(
         "features": found.feature_s,
         "metrics": total_s - found.source_s - found.feature_s,
     }
-    return Evaluation(metrics, seconds | {"total": total_s}, num_images, found.shown)
+    features = {
+        y.extractor.name: c.features for y, c in zip(yardsticks, found.collectors, strict=True) if y.keep_features
+    }
+    return Evaluation(metrics, seconds | {"total": total_s}, num_images, found.shown, features)
 
 
 def why_not_comparable(yardstick: Wanted, num_images: int) -> str | None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from fid.frechet import Gaussian
 from neon.search.surface import Place, Surface, surface
 
-Reason = Literal["gain", "budget", "flat", "edge"]
+Reason = Literal["gain", "budget", "images", "flat", "edge"]
 NEAR = 0.08
 """Two places closer than this share of the range count as one, until the fit has been found wrong there."""
 EDGE_STEPS = 3
@@ -36,6 +36,8 @@ class Plan:
     """Range, not extended; None: the family has no guidance."""
     start_images: int
     """Images of every point at first; doubled where the decision needs it. A multiple of num_classes."""
+    most_images: int
+    """Of every point: the size of the selection block."""
     budget_images: int
     report_images: int
     """What the choice is reported with: a gain that so many images could not show is not searched for."""
@@ -48,9 +50,13 @@ class Found:
     """The choice and how it came about."""
 
     place: Place
+    base: Place
+    """w = 0 at the cfg_scale that suits the base best."""
     reason: Reason
     surface: Surface
     """Around the choice, from the last fit."""
+    whole: Surface
+    """Over the whole range."""
     points: Sequence[Place]
     """All evaluated places, in the order in which they came."""
     failed: Sequence[Place]
@@ -95,7 +101,7 @@ class Search:
                 near = near if is_verified else near / 2
             predicted, next_count, side = math.nan, count, self._edge(best, low, high)
             if _is_flat(fit):
-                return self._found(fit, "flat", count)
+                return self._found(fit, fine, "flat", count)
             if side and edge_steps[side] < EDGE_STEPS:
                 edge_steps[side] += 1
                 width = (high - low) / 2
@@ -103,12 +109,14 @@ class Search:
                 wanted = [Place(low if side < 0 else high, best.cfg_scale)]
             elif (unseen := self._unseen(fine, fit, low, high, near, is_verified)) is not None:
                 wanted, predicted, is_verified = [unseen[0]], unseen[1], False
+            elif fine.expected_gain > noise and count == self.plan.most_images:
+                return self._found(fit, fine, "images", count)
             elif fine.expected_gain > noise:
-                next_count, wanted = 2 * count, self._best_points(count)
+                next_count, wanted = min(2 * count, self.plan.most_images), self._best_points(count)
             else:
-                return self._found(fine, "edge" if side else "gain", count)
+                return self._found(fit, fine, "edge" if side else "gain", count)
             if self._spent + self._cost(wanted, next_count) > self.plan.budget_images:
-                return self._found(fine, "budget", count)
+                return self._found(fit, fine, "budget", count)
             count = next_count
 
     def _measure(self, place: Place, count: int) -> None:
@@ -155,10 +163,7 @@ class Search:
         points = self._points(count)
         if not points:
             raise ValueError("no point gave finite images, not even the base (w = 0): check the base's samples first")
-        values = torch.tensor([self._value(p, count) for p in points], dtype=torch.float64)
-        excess = (values - values.min()) / values.min().clamp(min=1e-12)
-        trust = (1 + excess.clamp(min=0)) ** -2  # far from the optimum a misfit does not matter
-        cfgs = self.plan.cfg_scale
+        trust, cfgs = self._trust(count), self.plan.cfg_scale
         ws = _spaced(low, high, 21 if cfgs is None else 13)
         scales = [0.0] if cfgs is None else _spaced(*cfgs, 7)
         fit = self._surface(points, [Place(w, c) for c in scales for w in ws], count, trust)
@@ -171,6 +176,12 @@ class Search:
             near_scales = _spaced(max(cfgs[0], best.cfg_scale - step), min(cfgs[1], best.cfg_scale + step), 5)
         places = [Place(w, c) for c in near_scales for w in near_ws]
         return fit, self._surface(points, places, count, trust)
+
+    def _trust(self, count: int) -> Tensor:
+        """Of every point: far from the optimum a misfit does not matter."""
+        values = torch.tensor([self._value(p, count) for p in self._points(count)], dtype=torch.float64)
+        excess = (values - values.min()) / values.min().clamp(min=1e-12)
+        return (1 + excess) ** -2
 
     def _edge(self, best: Place, low: float, high: float) -> int:
         """-1 or 1 if the optimum lies at an end of the range that may be extended."""
@@ -210,14 +221,19 @@ class Search:
     def _report_noise(self, fine: Surface, count: int) -> float:
         return fine.noise * math.sqrt(count / self.plan.report_images)
 
-    def _found(self, final: Surface, reason: Reason, count: int) -> Found:
-        place = final.places[final.best]
+    def _found(self, fit: Surface, final: Surface, reason: Reason, count: int) -> Found:
+        place, cfgs = final.places[final.best], self.plan.cfg_scale
+        scales = [0.0] if cfgs is None else _spaced(*cfgs, 25)
+        bases = self._surface(self._points(count), [Place(0.0, c) for c in scales], count, self._trust(count))
+        base = bases.places[bases.best]
         if reason == "flat":
-            place = Place(0.0, place.cfg_scale)
+            place = base
         return Found(
             place,
+            base,
             reason,
             final,
+            fit,
             tuple(self._order),
             tuple(self._failed),
             count,

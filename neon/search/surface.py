@@ -103,21 +103,25 @@ def surface(
 ) -> Surface:
     """features: (P, N, D) of the same N images at every point; image i has the label i % num_classes (1: drawn).
 
-    trust: see `polynomial_weights`. Raises ValueError for fewer than 4 images per class: halves and errors need them.
+    trust: see `polynomial_weights`. Raises ValueError for fewer than 2 images of every class, or than 4 in all.
     """
     count, features = features.shape[1], features.double()
-    if count < 4 * num_classes:
-        raise ValueError(f"{count} images of {num_classes} classes: at least 4 of every class are needed")
+    if count < max(4, 2 * num_classes):
+        raise ValueError(f"{count} images of {num_classes} classes: at least 2 of every class are needed, and 4 in all")
     weights = polynomial_weights(points, places, torch.ones(len(points)).double() if trust is None else trust)
     half = torch.arange(count) // num_classes % 2 == 0
     moments = [_moments(part) for part in (features, features[:, half], features[:, ~half])]
     rows: list[tuple[float, float]] = []
+    counts = count, int(half.sum()), int((~half).sum())
+    longer = (
+        count / 2 * (1 / counts[1] + 1 / counts[2]) - 1
+    )  # the halves' bias above the whole's, in units of the whole's
     influence = torch.empty(len(places), count, dtype=torch.float64)
     centred = features - moments[0][0][:, None]
     for k, a in enumerate(weights):
-        fitted = [_combined(a, mean, covariance, n) for (mean, covariance), n in _with_counts(moments, features, half)]
+        fitted = [_combined(a, mean, covariance, n) for (mean, covariance), n in zip(moments, counts, strict=True)]
         full, first, second = (frechet_distance(generated=g, reference=reference) for g in fitted)
-        rows.append((full, (first + second) / 2 - full))
+        rows.append((full, ((first + second) / 2 - full) / longer))
         influence[k] = _influence(a, centred, fitted[0], reference)
     values = torch.tensor(rows, dtype=torch.float64)
     corrected = values[:, 0] - values[:, 1]
@@ -129,13 +133,6 @@ def _moments(features: Tensor) -> tuple[Tensor, Tensor]:
     mean = features.mean(dim=1)
     centred = features - mean[:, None]
     return mean, centred.mT @ centred / (features.shape[1] - 1)
-
-
-def _with_counts(
-    moments: Sequence[tuple[Tensor, Tensor]], features: Tensor, half: Tensor
-) -> list[tuple[tuple[Tensor, Tensor], int]]:
-    counts = (features.shape[1], int(half.sum()), int((~half).sum()))
-    return list(zip(moments, counts, strict=True))
 
 
 def _combined(a: Tensor, mean: Tensor, covariance: Tensor, count: int) -> Gaussian:

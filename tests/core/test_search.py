@@ -54,8 +54,8 @@ def searched(plan: Plan, at: Callable[[Place], tuple[Tensor, float]], noise: Ten
 
 
 def plan(**changed: object) -> Plan:
-    settings: dict = {"w": (-1.0, 3.0), "cfg_scale": None, "start_images": 200, "budget_images": 20_000}
-    return Plan(**{**settings, "report_images": 2_000, **changed})
+    settings: dict = {"w": (-1.0, 3.0), "cfg_scale": None, "start_images": 200, "most_images": 20_000}
+    return Plan(**{**settings, "budget_images": 20_000, "report_images": 2_000, **changed})
 
 
 @pytest.mark.parametrize("cfg_scale", [None, (1.0, 4.0)])
@@ -186,6 +186,24 @@ def test_the_budget_is_hard_and_named():
     assert costly.reason == "budget"
     assert 1_600 < costly.images_spent <= 5_000
     assert costly.num_images > 200
+
+
+def test_a_selection_block_that_is_used_up_is_said():
+    found = searched(plan(report_images=10_000_000, most_images=300), model(1.3), unit_noise(20_000)).run()
+    assert (found.reason, found.num_images) == ("images", 300)
+
+
+def test_the_base_has_a_guidance_of_its_own():
+    """Here the valley is oblique: the base is best at 2.7, the choice (w = 0.8) at 2.2."""
+
+    def at(place: Place) -> tuple[Tensor, float]:
+        shift = place.cfg_scale - 2.7 + 0.625 * place.w
+        return torch.tensor([0.4, place.w - 0.8, shift], dtype=torch.float64), 1.1
+
+    found = searched(plan(cfg_scale=(1.0, 4.0)), at, unit_noise(20_000)).run()
+    assert found.base.w == 0
+    assert found.base.cfg_scale == pytest.approx(2.7, abs=0.2)
+    assert (found.place.w, found.place.cfg_scale) == pytest.approx((0.8, 2.2), abs=0.2)
 
 
 def test_a_search_repeats_itself_on_what_it_knows():
