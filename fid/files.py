@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import struct
 import uuid
 import zipfile
 import zlib
@@ -134,12 +135,34 @@ def map_array(path: Path, header: ArrayHeader, offset: int = 0) -> np.ndarray:
     return np.memmap(path, header.dtype, mode="r", offset=start, shape=header.shape, order=order)
 
 
-def map_member(path: Path, key: str) -> np.ndarray:
-    """An array of an uncompressed .npz as a read-only memory map (numpy itself would read it whole)."""
+def find_member(path: Path, key: str) -> tuple[ArrayHeader, int]:
+    """(header, offset) of an array of an uncompressed .npz, for `map_array`."""
     with zipfile.ZipFile(path) as archive:
         member = archive.getinfo(f"{key}.npy")
         if member.compress_type != zipfile.ZIP_STORED:
             raise ValueError(f"{path}: {key} is compressed, expected an uncompressed .npz")
         with archive.open(member) as stream:
             header = read_array_header(stream)
-    return map_array(path, header, data_offset(path, member))
+    return header, data_offset(path, member)
+
+
+def map_member(path: Path, key: str) -> np.ndarray:
+    """An array of an uncompressed .npz as a read-only memory map (numpy itself would read it whole)."""
+    header, offset = find_member(path, key)
+    return map_array(path, header, offset)
+
+
+def check_zip(path: Path) -> None:
+    """Compare every byte of a zip's members (npz, torch) with the checksum (CRC-32) that was stored beside them.
+
+    Raises ValueError if one differs or if the file is no zip, FileNotFoundError if there is none.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (*UNREADABLE, struct.error, OverflowError, MemoryError) as error:
+        raise ValueError(f"no whole zip file: {error}") from error
+    if damaged is not None:
+        raise ValueError(f"the checksum of {damaged!r} is wrong")

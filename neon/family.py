@@ -6,6 +6,7 @@ Nothing in a family knows about ranks, files, w or metrics; nothing outside a fa
 from __future__ import annotations
 
 import importlib
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from fid.files import sha256_of
 from neon.seeds import Rng
 
 if TYPE_CHECKING:
@@ -193,6 +195,18 @@ def resolve(name: str) -> Family:
             f"family {name!r}: {target[0]}.{target[1]} is {found!r}, expected a subclass of neon.family.Family"
         )
     return found()
+
+
+def source_sha256(kind: type) -> str | None:
+    """SHA-256 of the file in which a family or extractor of one's own is written: an edit there may change every value.
+    None for what this project ships (its version is recorded) and for a class that lies in no file."""
+    if kind.__module__.partition(".")[0] in {"neon", "fid", *shipped()}:
+        return None
+    try:
+        file = inspect.getsourcefile(kind)
+    except TypeError:  # a class of an interactive session
+        return None
+    return None if file is None or not Path(file).is_file() else sha256_of(Path(file))
 
 
 def shipped() -> list[str]:

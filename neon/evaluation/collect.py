@@ -4,6 +4,7 @@ kill."""
 from __future__ import annotations
 
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -122,7 +123,11 @@ def _restore(path: Path, collectors: list[Collector], shown: dict[int, Tensor]) 
     """Put a killed pass's sums back; returns the number of batches that they hold."""
     if not path.is_file():
         return 0
-    state = torch.load(path, weights_only=True)
+    try:
+        state = records.read_state(path)
+    except records.DamagedError as error:
+        print(f"warning: {error}. This pass begins again", file=sys.stderr)
+        return 0
     for collector, saved in zip(collectors, state["collectors"], strict=True):
         collector.load_state(saved)
     shown.update(state["shown"])

@@ -15,6 +15,7 @@ from fid.evaluator import Collector, measure
 from fid.metrics import frechet_kind, metric_name
 from fid.reference import Reference
 from neon.evaluation.collect import Wanted, collect
+from neon.family import source_sha256
 from neon.runtime.distributed import World
 from neon.sampling.generate import Source, generate, to_images
 
@@ -47,11 +48,12 @@ class Yardstick(Wanted):
     @property
     def identity(self) -> dict[str, str | None]:
         """What a value depends on besides the images."""
+        source = source_sha256(type(self.extractor))
         return {
             "extractor": self.extractor.name,
             "extractor_sha256": self.extractor.sha256,
             "reference_sha256": None if self.reference is None else self.reference.sha256,
-        }
+        } | ({} if source is None else {"extractor_source": source})
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from neon.images.crop import center_crop
 from neon.images.image_set import ImageSet, UnreadableImagesError, pixels
-from neon.store import shards
+from neon.store import records, shards
 
 
 def open_images(
@@ -226,12 +226,13 @@ def from_array(path: Path, images: np.ndarray, labels: np.ndarray | None) -> Ima
 
 def _open_shards(folder: Path) -> ImageSet:
     """The synthetic set of a run (neon/sampling/synthesize.py), if it was stored as images."""
-    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest = records.read_manifest(folder)
     if manifest.get("store") != "images":
         raise ValueError(f"{folder}: holds the sampler's codes, not images (synth.store = {manifest.get('store')!r})")
     found = shards.open_shards(folder, manifest["num_images"], manifest["shard_images"])
     names = [f"{i:08d}" for i in range(len(found))]
-    return ImageSet(folder, names, tuple(found.parts[0].shape[1:]), found.labels, found.read)
+    channels, height, width = found.shape
+    return ImageSet(folder, names, (channels, height, width), found.labels, found.read)
 
 
 def _open_idx(path: Path) -> ImageSet:

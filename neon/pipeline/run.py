@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import platform
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
@@ -11,14 +11,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import neon
 from neon import merge
 from neon.binding import to_plain
 from neon.checkpoints import checkpoint
 from neon.evaluation.evaluate import Yardstick, why_not_comparable
 from neon.evaluation.options import Report
 from neon.evaluation.yardsticks import open_yardsticks
-from neon.family import Family
+from neon.family import Family, source_sha256
 from neon.pipeline import page
 from neon.pipeline.experiment import Base, Experiment
 from neon.runtime.distributed import World
@@ -32,7 +31,7 @@ from neon.search.points import Block, Point, Score, best, parabola_minimum, poin
 from neon.store import files, records
 from neon.store.shards import Shards
 from neon.training.encoding import encoded
-from neon.training.loop import snapshots, train
+from neon.training.loop import is_finished, snapshots, train
 from neon.training.recipe import Training
 from neon.training.trainer import Trainer
 
@@ -84,7 +83,12 @@ class Run:
             "weights": self.base.weights,
             "autoencoder_sha256": None if autoencoder is None else files.sha256_of(Path(autoencoder)),
             "sampling": to_plain(self.sampling),
-        }
+        } | self._family_source
+
+    @property
+    def _family_source(self) -> dict[str, object]:
+        source = source_sha256(type(self.family))
+        return {} if source is None else {"family_source": source}
 
     def source(
         self, labels: str, first_seed: int, cfg_scale: float | None = None, sampling: Sampling | None = None
@@ -116,29 +120,33 @@ class Run:
         synth_config = self.config.need("synth", Synth)
         corpus = self.synth()
         folder = self.folder / "finetune"
-        synth_manifest = records.read_json(self.folder / "synth" / "manifest.json")
+        synth_manifest = records.read_manifest(self.folder / "synth")
         identity = {"recipe": to_plain(recipe), "synth": synth_manifest}
-        if snapshots(folder) and self._is_finished(folder, recipe):
-            return self._check_finished(folder, identity)
+        if self.world.broadcast(self.world.is_main and is_finished(folder, recipe, identity)):
+            say(self.world, f"finetune: found finished in {folder}")
+            return snapshots(folder)
         codes = corpus
         if synth_config.store == "images":
             codes = encoded(
                 self.family, corpus, folder / "encoded", {"synth": synth_manifest}, self.world, self.sampling.batch
             )  # type: ignore[assignment]
         say(self.world, f"finetune: {recipe.images} images seen, batch {recipe.batch}, lr {recipe.lr:g}")
+        return train(
+            self.family,
+            self._trainable_model(recipe),
+            codes,
+            recipe,
+            folder,
+            identity,
+            self._snapshot_writer(recipe),
+            self.world,
+        )
+
+    def _trainable_model(self, recipe: Training) -> torch.nn.Module:
+        """The base's weights in the network that the recipe trains."""
         model = self.family.build({**self.family.arch_of(self.base), **recipe.arch})
         self.base.load_into(model)
-        return train(self.family, model, codes, recipe, folder, identity, self._snapshot_writer(recipe), self.world)
-
-    def _is_finished(self, folder: Path, recipe: Training) -> bool:
-        return int(snapshots(folder)[-1].stem.split("-")[1]) >= recipe.images
-
-    def _check_finished(self, folder: Path, identity: Mapping[str, object]) -> list[Path]:
-        if self.world.is_main:
-            state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-            records.check_same(state["identity"], identity, folder)
-        self.world.barrier()
-        return snapshots(folder)
+        return model
 
     def _snapshot_writer(self, recipe: Training) -> Callable[[Trainer, Path], None]:
         def write(trainer: Trainer, path: Path) -> None:
@@ -265,8 +273,12 @@ class Run:
         result = self.result(winner, scores, rows, merged)
         if self.world.is_main:
             records.write_json(result, self.folder / "result.json")
-            pictures = {name: images for name, score in rows.items() if (images := self.grid.shown(score)) is not None}
+            num_shown = self.config.need("report", Report).num_shown
+            found = {name: self.grid.shown(score, num_shown) for name, score in rows.items()}
+            pictures = {name: images for name, images in found.items() if images is not None}
             page.write_page(result, pictures, self.folder / "report.html")
+            for partial in self.folder.glob("partial-*"):  # of points that are no longer asked for
+                shutil.rmtree(partial)
         self.world.barrier()
         say(self.world, f"done in {time.perf_counter() - started:.0f} s: {self.folder / 'report.html'}")
         return result
@@ -294,6 +306,7 @@ class Run:
             "formula": "theta_neon = theta_base - w (theta_syn - theta_base)",
             "rows": {
                 name: {"w": s.point.w, "cfg_scale": s.point.cfg_scale, "metrics": s.metrics, "seconds": s.seconds}
+                | ({} if s.made_with == rows["neon"].made_with else {"made_with": s.made_with})
                 for name, s in rows.items()
             },
             "select": {
@@ -319,9 +332,7 @@ class Run:
                 winner.point.w,
                 [n for n, _ in self.model.named_parameters()],
             ),
-            "versions": {"neon": neon.__version__, "torch": torch.__version__, "python": platform.python_version()},
-            "device": str(self.world.device),
-            "ranks": self.world.size,
+            **rows["neon"].made_with,
             "merged": str(merged),
         }
 

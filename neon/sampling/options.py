@@ -16,7 +16,7 @@ from neon.seeds import NUM_SEEDS
 class Sampling:
     """How images are drawn, shared by synth, select and report. The family's own options stand beside these keys."""
 
-    uint8: quantize.Rule | Literal["none"]
+    uint8: Literal[quantize.Rule, "none"]
     """Rounding rule of neon/quantize.py. "none": what the family decodes is no picture in [-1, 1], or bytes already;
     it goes to the extractor as it is."""
     batch: Count = 256

@@ -11,13 +11,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from neon.evaluation.evaluate import Evaluation, Yardstick, evaluate
+from fid.files import UNREADABLE
+from neon.evaluation.evaluate import Yardstick, evaluate
 from neon.merge import LiveMerge, random_direction
 from neon.runtime.distributed import World
 from neon.runtime.progress import say
-from neon.sampling.generate import Source
+from neon.sampling.generate import Source, generate, to_images
 from neon.search.points import Block, Point, Score
 from neon.store import files, records
+
+ENTRY = ("point", "block", "protocol")
+"""The parts of a ledger line that its value depends on."""
+
+
+def _key(entry: Mapping[str, object]) -> str:
+    return records.key_of(records.identity_of(entry))
 
 
 class Grid:
@@ -46,24 +54,54 @@ class Grid:
             folder.mkdir(parents=True, exist_ok=True)
             records.repair_lines(self._ledger)
         world.barrier()
-        self._known: dict[str, dict] = world.broadcast({line["key"]: line for line in records.read_lines(self._ledger)})
+        lines = records.read_lines(self._ledger) if world.is_main else []
+        # by what a line says, not by its key: keys of earlier versions held the batch and other keys of layout
+        self._known: dict[str, dict] = world.broadcast({_key({k: line[k] for k in ENTRY}): line for line in lines})
 
     def score(self, point: Point, block: Block) -> Score:
         """What `point` scores on `block`: from the ledger, or computed and entered there."""
         entry = self._entry(point, block)
-        key = records.key_of(entry)
+        key = _key(entry)
         known = self._known.get(key)
         if known is None:
             known = self._compute(point, block, key, entry)
-        return Score(point, known["metrics"], known["seconds"], key)
+        elif block.num_shown:
+            self._show_again(point, block, known["key"])
+        made_with = known.get("made_with", dict.fromkeys(records.made_with(self._world)))
+        return Score(point, known["metrics"], known["seconds"], known["key"], made_with)
 
-    def shown(self, score: Score) -> Tensor | None:
-        """The first images of a score, uint8 (n, C, H, W), if its block kept any."""
-        path = self._folder / "shown" / f"{score.key[:16]}.npz"
+    def shown(self, score: Score, count: int) -> Tensor | None:
+        """The first `count` images of a score, uint8 (n, C, H, W), if its block kept any."""
+        images = self._pictures(score.key)
+        return None if images is None or not count else images[:count]
+
+    def _pictures(self, key: str) -> Tensor | None:
+        path = self._folder / "shown" / f"{key[:16]}.npz"
         if not path.is_file():
             return None
-        with np.load(path, allow_pickle=False) as data:
-            return torch.from_numpy(data["images"])
+        try:
+            with np.load(path, allow_pickle=False) as data:
+                return torch.from_numpy(data["images"])
+        except UNREADABLE as error:
+            say(self._world, f"warning: {path}: damaged ({error}). Its pictures are made again")
+            return None
+
+    def _show_again(self, point: Point, block: Block, key: str) -> None:
+        """Make the pictures of a known point if they are damaged, gone or too few; no value depends on them."""
+        world = self._world
+        found = self._pictures(key) if world.is_main else None
+        if world.broadcast(found is not None and len(found) >= block.num_shown):
+            return
+        self._move_to(point)
+        source = replace(self._source, labels=block.labels, first_seed=block.first_seed, cfg_scale=point.cfg_scale)
+        mine: dict[int, Tensor] = {}
+        batches = world.batches(block.num_shown, source.sampling.batch)
+        for batch in generate(source, self._model, batches, world.device):
+            mine |= zip(batch.indices, to_images(source, batch.codes).cpu(), strict=True)
+        images = {i: image for part in world.gather(mine) for i, image in part.items()}
+        if world.is_main:
+            self._keep(torch.stack([images[i] for i in range(block.num_shown)]), key)
+        world.barrier()
 
     def _entry(self, point: Point, block: Block) -> dict[str, object]:
         moved = point.w != 0  # w = 0 is the base whatever the snapshot: computed once
@@ -90,12 +128,14 @@ class Grid:
             self._yardsticks,
             self._world,
             num_shown=block.num_shown,
-            partial=self._folder / f"partial-{key[:16]}",
+            partial=self._folder / f"partial-{key[:16]}-{source.sampling.batch}-{block.num_shown}",
             desc=point.label(),
         )
         line = {"key": key, **entry, "metrics": found.metrics, "seconds": found.seconds}
+        line["made_with"] = records.made_with(self._world)
         if self._world.is_main:
-            self._keep(found, key)
+            if found.shown is not None:
+                self._keep(found.shown, key)
             records.append_line(self._ledger, line)
         self._world.barrier()
         self._known[key] = line
@@ -103,13 +143,11 @@ class Grid:
         say(self._world, f"  {point.label():<32} {values}   ({found.seconds['total']:.0f} s)")
         return line
 
-    def _keep(self, found: Evaluation, key: str) -> None:
-        if found.shown is None:
-            return
+    def _keep(self, images: Tensor, key: str) -> None:
         folder = self._folder / "shown"
         folder.mkdir(exist_ok=True)
         with files.replacing(folder / f"{key[:16]}.npz") as stream:
-            np.savez_compressed(stream, images=found.shown.numpy())
+            np.savez_compressed(stream, images=images.numpy())
 
     def _move_to(self, point: Point) -> None:
         wanted = (point.snapshot, point.direction)

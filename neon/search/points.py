@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -40,12 +40,14 @@ class Block:
 
 @dataclass(frozen=True)
 class Score:
-    """A point with what it scored on a block. key: its name in the ledger and of its picture file."""
+    """A point with what it scored on a block. key: its name in the ledger and of its picture file. made_with: versions,
+    device and ranks of the process that computed it; None where an earlier version did not note them."""
 
     point: Point
     metrics: dict[str, float]
     seconds: dict[str, float]
     key: str
+    made_with: Mapping[str, object] = field(default_factory=dict)
 
 
 def points_to_try(snapshots: Sequence[str], w: Sequence[float], cfg_scales: Sequence[float] | None) -> list[Point]:

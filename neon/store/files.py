@@ -6,15 +6,15 @@ import fcntl
 import os
 import socket
 import sys
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fid.files import check_writable, replacing, sha256_of, sync_folder
+from fid.files import check_writable, check_zip, replacing, sha256_of, sync_folder
 
 __all__ = [
-    "FolderInUseError", "check_writable", "folder_lock", "replacing", "sha256_of", "sync_folder", "write_text",
+    "FolderInUseError", "check_writable", "check_zip", "folder_lock", "replacing", "sha256_of", "sync_folder",
+    "write_text",
 ]  # fmt: skip
 
 
@@ -31,7 +31,7 @@ def write_text(path: Path, content: str) -> None:
 @contextmanager
 def folder_lock(folder: Path) -> Iterator[None]:
     """Own `folder` (made if missing) for the length of the block. The lock dies with its process; the half-written
-    temporary files of a killed holder are removed from the folder and its subfolders.
+    temporary files of a killed holder are removed from the folder and everything below it.
 
     Raises FolderInUseError, which names the holder, if another process (or another block of this one) owns it.
     """
@@ -54,22 +54,5 @@ def folder_lock(folder: Path) -> Iterator[None]:
 
 def _remove_leftovers(folder: Path) -> None:
     """What `replacing` could not remove because its process was killed. Only the owner of the folder may do this."""
-    for pattern in (".*.????????.tmp", "*/.*.????????.tmp"):
-        for leftover in folder.glob(pattern):
-            leftover.unlink()
-
-
-def check_zip(path: Path) -> None:
-    """Compare every byte of a zip's members (npz, torch) with the checksum (CRC-32) that was stored beside them.
-
-    Raises ValueError if one differs or if the file is no zip.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # zipfile raises a dozen kinds of errors at a damaged directory
-        raise ValueError(f"no whole zip file: {error}") from error
-    if damaged is not None:
-        raise ValueError(f"the checksum of {damaged!r} is wrong")
+    for leftover in folder.rglob(".*.????????.tmp"):
+        leftover.unlink()

@@ -7,14 +7,21 @@ import hashlib
 import json
 import os
 import pickle
+import platform
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 
+import neon
 from neon.runtime.distributed import World
 from neon.store import files
+
+
+class DamagedError(ValueError):
+    """A file of a run is not what was written; the message names it and says what to do."""
+
 
 SEAL = "seal"
 """Key of a record's own SHA-256: a flipped byte in a manifest or a ledger line is found when it is read."""
@@ -25,7 +32,7 @@ def write_json(value: object, path: Path) -> None:
 
 
 def read_json(path: Path) -> dict:
-    """The object of a JSON file. Raises ValueError naming the file if it holds none."""
+    """The object of a JSON file. Raises DamagedError naming the file if it holds none."""
     return _parsed(path.read_bytes(), str(path))
 
 
@@ -33,9 +40,9 @@ def _parsed(content: bytes, where: str) -> dict:
     try:
         value = json.loads(content)
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
-        raise ValueError(f"{where}: damaged, expected a JSON object ({error})") from error
+        raise DamagedError(f"{where}: damaged, expected a JSON object ({error})") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{where}: damaged, expected a JSON object, found a {type(value).__name__}")
+        raise DamagedError(f"{where}: damaged, expected a JSON object, found a {type(value).__name__}")
     return value
 
 
@@ -49,7 +56,7 @@ def _unsealed(value: dict, where: str) -> dict:
     """The record without its seal, if it is intact. Records of earlier versions have none."""
     seal = value.pop(SEAL, None)
     if seal is not None and seal != key_of(value):
-        raise ValueError(f"{where}: damaged, its content is not what was written")
+        raise DamagedError(f"{where}: damaged, its content is not what was written")
     return value
 
 
@@ -67,7 +74,7 @@ def write_lines(path: Path, values: Iterable[Mapping[str, object]]) -> None:
 
 
 def read_lines(path: Path) -> list[dict]:
-    """All whole lines; a last line that a kill cut short is left out. Raises ValueError naming a damaged line."""
+    """All whole lines; a last line that a kill cut short is left out. Raises DamagedError naming a damaged line."""
     if not path.is_file():
         return []
     found = []
@@ -75,8 +82,8 @@ def read_lines(path: Path) -> list[dict]:
         where = f"{path}, line {number}"
         try:
             found.append(_unsealed(_parsed(line, where), where))
-        except ValueError as error:
-            raise ValueError(
+        except DamagedError as error:
+            raise DamagedError(
                 f"{error}. Delete this line and run the same command again: what it says is computed again, the "
                 "other lines are kept"
             ) from error
@@ -104,15 +111,15 @@ def save_state(state: object, path: Path) -> None:
 def read_state(path: Path, device: torch.device | str = "cpu") -> dict:
     """What `save_state` wrote. Every byte is checked first (torch itself does not look at a file's checksums).
 
-    Raises ValueError naming the file if it is damaged.
+    Raises DamagedError naming the file if it is damaged.
     """
     try:
         files.check_zip(path)
         state = torch.load(path, map_location=device, weights_only=True)
     except (ValueError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path}: damaged, cannot be read as a saved state ({_first_line(error)})") from error
+        raise DamagedError(f"{path}: damaged, cannot be read as a saved state ({_first_line(error)})") from error
     if not isinstance(state, dict):
-        raise ValueError(f"{path}: damaged, expected a saved state, found a {type(state).__name__}")
+        raise DamagedError(f"{path}: damaged, expected a saved state, found a {type(state).__name__}")
     return state
 
 
@@ -166,6 +173,12 @@ def identity_of(value: object, inside: str = "") -> object:
     return value
 
 
+def made_with(world: World) -> dict[str, object]:
+    """What a number was computed with, beside everything that it depends on."""
+    versions = {"neon": neon.__version__, "torch": torch.__version__, "python": platform.python_version()}
+    return {"versions": versions, "device": str(world.device), "ranks": world.size}
+
+
 def check_same(found: object, expected: object, where: Path) -> None:
     """Raise ValueError naming the first key in which a half-done folder differs from what this command would do."""
     found, expected = identity_of(json.loads(json.dumps(found))), identity_of(json.loads(json.dumps(expected)))
@@ -191,14 +204,14 @@ def _difference(found: object, expected: object, key: str) -> tuple[str, object,
 
 
 def read_manifest(folder: Path) -> dict:
-    """What `claim_folder` wrote. Raises ValueError naming the file if it is damaged."""
+    """What `claim_folder` wrote. Raises DamagedError naming the file if it is damaged."""
     path = folder / "manifest.json"
     try:
         return _unsealed(read_json(path), str(path))
-    except ValueError as error:
-        raise ValueError(
-            f"{error}. It cannot be told what {folder} holds: delete this folder and run the same command again; it is "
-            "made again, the others are kept"
+    except DamagedError as error:
+        raise DamagedError(
+            f"{error}. If the config has not changed since {folder} was begun, delete this file and run the same "
+            "command again: it is written anew, everything else is kept"
         ) from error
 
 

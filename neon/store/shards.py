@@ -4,7 +4,7 @@ pages."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
 
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fid.files import map_member
+from fid.files import UNREADABLE, find_member, map_array, map_member
 from neon.store import files
 
 
@@ -28,25 +28,36 @@ class Corpus(Protocol):
     def read(self, indices: Sequence[int], /) -> Tensor: ...
 
 
-@dataclass(frozen=True)
+OPEN_FILES = 256
+"""Shards that are mapped at the same time; each keeps a file open, and a process may open 1,024 by default."""
+
+
 class Shards:
     """Consecutive shards as one array. labels: (N,) int64, or None if the shards have none."""
 
-    parts: Sequence[np.ndarray]
-    labels: Tensor | None
+    def __init__(self, paths: Sequence[Path], labels: Tensor | None):
+        self.labels = labels
+        found = [find_member(path, "codes") for path in paths]
+        self._starts = np.cumsum([0, *(header.shape[0] for header, _ in found)])
+        self._first = found[0][0]
+        self._mapped = lru_cache(OPEN_FILES)(lambda part: map_array(paths[part], *found[part]))
 
     def __len__(self) -> int:
-        return sum(map(len, self.parts))
+        return int(self._starts[-1])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one item."""
+        return self._first.shape[1:]
 
     def read(self, indices: Sequence[int], /) -> Tensor:
         """(len(indices), ...) codes in the dtype they were stored in."""
         wanted = np.asarray(indices, dtype=np.int64)
-        starts = np.cumsum([0, *map(len, self.parts)])
-        which = np.searchsorted(starts, wanted, side="right") - 1
-        out = np.empty((len(wanted), *self.parts[0].shape[1:]), self.parts[0].dtype)
+        which = np.searchsorted(self._starts, wanted, side="right") - 1
+        out = np.empty((len(wanted), *self.shape), self._first.dtype)
         for part in np.unique(which):
             rows = which == part
-            out[rows] = self.parts[part][wanted[rows] - starts[part]]
+            out[rows] = self._mapped(int(part))[wanted[rows] - self._starts[part]]
         return torch.from_numpy(out)
 
 
@@ -66,22 +77,36 @@ def write_shard(path: Path, codes: Tensor, labels: Tensor | None, indices: Seque
         np.savez(stream, codes=codes.cpu().numpy(), labels=tags.cpu().numpy(), index=index)
 
 
-def is_complete(path: Path, indices: range) -> bool:
-    """Whether a shard is there with exactly these images (files appear by rename, so a file that exists is whole)."""
+def is_whole(path: Path, indices: range) -> bool:
+    """Whether a shard is there, with exactly these images and every byte as it was written.
+
+    Raises ValueError, which says what to do, if it is there and damaged.
+    """
     if not path.is_file():
         return False
-    with np.load(path, allow_pickle=False) as data:
-        return np.array_equal(data["index"], np.arange(indices.start, indices.stop))
+    try:
+        files.check_zip(path)
+        found, codes = np.asarray(map_member(path, "index")), map_member(path, "codes")
+        if not np.array_equal(found, np.arange(indices.start, indices.stop)) or len(codes) != len(indices):
+            raise ValueError(f"holds other images than {indices.start} .. {indices.stop - 1}")
+    except UNREADABLE as error:
+        raise ValueError(
+            f"{path}: damaged ({error}). Delete this file and run the same command again: its images are made again, "
+            "the rest is kept"
+        ) from error
+    return True
 
 
 def open_shards(folder: Path, num_images: int, shard_images: int) -> Shards:
-    """All shards of a folder. Raises ValueError naming the first one that is missing or incomplete."""
+    """All shards of a folder. Raises ValueError naming the first one that is missing or damaged."""
     ranges = shard_ranges(num_images, shard_images)
     for i, indices in enumerate(ranges):
-        if not is_complete(shard_path(folder, i), indices):
-            raise ValueError(
-                f"{shard_path(folder, i)}: missing or incomplete; run the same command again to finish the set"
-            )
-    paths = [shard_path(folder, i) for i in range(len(ranges))]
-    tags = np.concatenate([map_member(path, "labels") for path in paths])
-    return Shards([map_member(path, "codes") for path in paths], None if (tags < 0).any() else torch.from_numpy(tags))
+        if not is_whole(shard_path(folder, i), indices):
+            raise ValueError(f"{shard_path(folder, i)}: missing; run the same command again to finish the set")
+    return joined([shard_path(folder, i) for i in range(len(ranges))])
+
+
+def joined(paths: Sequence[Path]) -> Shards:
+    """Shards that were checked, as one array."""
+    tags = np.concatenate([np.array(map_member(path, "labels")) for path in paths])
+    return Shards(paths, None if (tags < 0).any() else torch.from_numpy(tags))

@@ -7,7 +7,6 @@ run repeats it.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import nn
 
 from neon.family import Trainable
 from neon.runtime.distributed import World
-from neon.runtime.progress import progress
+from neon.runtime.progress import progress, say
 from neon.seeds import derived_seed
 from neon.store import files, records
 from neon.store.shards import Corpus
@@ -78,10 +77,12 @@ def train(
         model.to(memory_format=torch.channels_last)
     trainer = Trainer(family, model, recipe, world)
     saver = records.Saver(folder / "state.pt")
+    written: dict[str, str] = {}
     if saver.path.is_file():
-        state = torch.load(saver.path, map_location=world.device, weights_only=True)
-        records.check_same(state["identity"], identity, folder)
+        state = read_progress(folder, identity, world.device)
         trainer.restore(state)
+        written = dict(state.get("snapshots", {}))
+        say(world, f"train: found {trainer.images_seen:,} of {recipe.images:,} images in {folder}, going on")
     if world.is_main:
         _truncate_log(folder, trainer.step)
     world.barrier()
@@ -101,12 +102,41 @@ def train(
                 _log(folder, trainer, loss, is_due)
                 if is_due:
                     trainer.check_finite()
-                    write_snapshot(trainer, folder / f"snapshot-{trainer.images_seen:012d}.safetensors")
+                    path = folder / f"snapshot-{trainer.images_seen:012d}.safetensors"
+                    write_snapshot(trainer, path)
+                    written[path.name] = files.sha256_of(path)
                 if is_due or saver.is_due:
-                    saver.save({**trainer.state(), "identity": dict(identity)})
+                    saver.save({**trainer.state(), "identity": dict(identity), "snapshots": written})
     bar.close()
     world.barrier()
     return snapshots(folder)
+
+
+def read_progress(folder: Path, identity: Mapping[str, object], device: torch.device | str = "cpu") -> dict:
+    """The saved state of a training folder: of this recipe, undamaged, and with its snapshots as they were written.
+
+    Raises ValueError that names the file or the key.
+    """
+    advice = f"Delete {folder} and run the same command again: this training is made again, everything else is kept"
+    try:
+        state = records.read_state(folder / "state.pt", device)
+        records.check_same(state["identity"], identity, folder)
+        for name, sha256 in state.get("snapshots", {}).items():  # states of earlier versions have none
+            if not (folder / name).is_file():
+                raise records.DamagedError(f"{folder / name}: missing")
+            if files.sha256_of(folder / name) != sha256:
+                raise records.DamagedError(f"{folder / name}: damaged, its content is not what was written")
+    except records.DamagedError as error:
+        raise records.DamagedError(f"{error}. {advice}") from error
+    return state
+
+
+def is_finished(folder: Path, recipe: Training, identity: Mapping[str, object]) -> bool:
+    """Whether a training of this recipe has come to its end. The state is written after the last snapshot: without it,
+    the training is not finished. Raises ValueError as `read_progress`."""
+    if not (folder / "state.pt").is_file():
+        return False
+    return int(read_progress(folder, identity)["images_seen"]) >= recipe.images
 
 
 def snapshots(folder: Path) -> list[Path]:
@@ -118,8 +148,7 @@ def _truncate_log(folder: Path, step: int) -> None:
     """Drop the lines of updates that a killed run made after its last saved state: they are made again."""
     log = folder / "log.jsonl"
     if log.is_file():
-        lines = [line for line in records.read_lines(log) if line["step"] <= step]
-        files.write_text(log, "".join(json.dumps(line) + "\n" for line in lines))
+        records.write_lines(log, [line for line in records.read_lines(log) if line["step"] <= step])
 
 
 def _log(folder: Path, trainer: Trainer, loss: float, is_due: bool) -> None:

@@ -33,7 +33,7 @@ def test_values_arrive(line_config):
         ("synth.num_images=0", "synth.num_images must be >= 1 and <= 4294967296, got 0"),
         ("synth.num_images=many", "synth.num_images: expected a whole number, found 'many'"),
         ("synth.num_images=2.5", "synth.num_images: expected a whole number, found 2.5"),
-        ("sampling.uint8=floor", "sampling.uint8: expected one of 'edm', 'truncate', 'round', found 'floor'"),
+        ("sampling.uint8=floor", "sampling.uint8: expected one of 'edm', 'truncate', 'round', 'none', found 'floor'"),
         ("finetune.lr=0", "finetune.lr must be > 0 and <= 1000000.0, got 0"),
         ("finetune.ema_power=6.9", "choose one moving average"),
         ("finetune.objective.nois=1", "[finetune.objective] has no key 'nois'"),
