@@ -35,6 +35,11 @@ def started(*command: object, ranks: int = 1, cwd: Path = ROOT) -> dict:
     return last_object(done.stdout)
 
 
+def invoke(command: click.Command, *arguments: object) -> Result:
+    """A command in this process, successful or not."""
+    return CliRunner().invoke(command, list(map(str, arguments)))
+
+
 def last_object(stdout: str) -> dict:
     """The last line, the only JSON object there. Strict JSON: it knows no infinity (EDM's S_max is one by default) and
     no NaN."""

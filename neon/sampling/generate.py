@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from neon import first_batch
 from neon.family import Family
 from neon.networks import autoencoder
 from neon.quantize import to_uint8
@@ -74,8 +75,8 @@ def _generate(
             arithmetic(device, source.sampling.arithmetic),
             accelerated(model, family.graphed(model), family.compiled, speed),
         ):
-            codes, used = family.sample(model, rng, labels, source.options)
-        yield Batch(indices, codes, used)
+            returned = family.sample(model, rng, labels, source.options)
+        yield Batch(indices, *first_batch.sampled(family.name, returned, len(indices)))
 
 
 @torch.inference_mode()
@@ -86,4 +87,6 @@ def to_images(source: Source, codes: Tensor) -> Tensor:
         for network in source.family.autoencoder_modules():
             stack.enter_context(accelerated(network, None, autoencoder.COMPILED, speed))
         images = source.family.decode(codes)
-    return images if source.sampling.uint8 == "none" else to_uint8(images, source.sampling.uint8)
+    if source.sampling.uint8 == "none":
+        return images
+    return to_uint8(first_batch.decoded(source.family.name, images, len(codes)), source.sampling.uint8)

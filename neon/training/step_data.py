@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from neon import first_batch
 from neon.family import Draws, Trainable
 from neon.runtime.distributed import World
 from neon.seeds import SharedRng, derived_seed
@@ -78,6 +79,7 @@ def step_draws(family: Trainable, recipe: Training, step: int, codes: Tensor, la
         if not codes.is_meta:
             raise
         raise ValueError(_unseen(family)) from error
+    first_batch.drawn(type(family).__name__, draws, len(codes))
     if any(value.is_meta for value in draws.values()):
         raise ValueError(_unseen(family))
     return draws

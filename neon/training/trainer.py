@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from neon import first_batch
 from neon.family import Draws, Trainable
 from neon.runtime.distributed import World
 from neon.runtime.precision import arithmetic
@@ -51,7 +52,8 @@ class Trainer:
         """Add the gradient of sum(loss) / global_batch over these images; returns that part of the loss."""
         device, precision = self.world.device, self.recipe.precision
         with arithmetic(device, precision):
-            losses = self.family.loss(self.model, codes, labels, draws, self.recipe.objective)
+            returned = self.family.loss(self.model, codes, labels, draws, self.recipe.objective)
+            losses = first_batch.losses(type(self.family).__name__, returned, len(codes))
             with torch.autocast(device.type, enabled=False):  # gradients have the dtypes of the forward pass
                 loss = losses.sum() / global_batch
                 self.scaler.scale(loss * self.recipe.loss_scale).backward()
