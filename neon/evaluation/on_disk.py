@@ -21,8 +21,8 @@ log = logging.getLogger(__name__)
 def pass_over(
     source: Path, chosen: range | None, wanted: Wanted, batch: int, resume: Path | None, ranks: World, desc: str
 ) -> tuple[ImageSet, Collected]:
-    """One pass over an image set (or the part `chosen`) by all ranks. Warns of lossy formats; unreadable files are an
-    error that names and counts them.
+    """One pass over an image set (or the part `chosen`) by all ranks. Warns of what the set's remarks say; unreadable
+    files are an error that names and counts them.
 
     resume: a folder for the sums so far; what they depend on is in the name of the folder inside.
     """
@@ -34,8 +34,6 @@ def pass_over(
         )
     if len(images) < 2:
         raise ValueError(f"{source}: a covariance needs at least 2 images, found {len(images)}")
-    if images.is_lossy:
-        log.warning("%s holds files of a lossy format (jpg, webp): its artefacts change the value", source)
     partial = None
     if resume is not None:
         network = wanted.extractor
@@ -49,6 +47,10 @@ def pass_over(
         ]
         partial = resume / f"partial-{records.key_of(key)[:16]}"
     found = collect(images.parts, [wanted], chosen, batch, ranks, num_images=len(images), partial=partial, desc=desc)
+    for other in ranks.gather(images.remarks):
+        images.remarks.update(other)
+    for sentence in images.remarks.sentences():
+        log.warning("%s: %s", source, sentence)
     return images, found
 
 

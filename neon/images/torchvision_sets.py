@@ -12,7 +12,8 @@ import torchvision
 from PIL import Image
 from torch import Tensor
 
-from neon.images.image_set import ImageSet, UnreadableImagesError, pixels
+from neon.images.decode import pixels
+from neon.images.image_set import ImageSet, Remarks, UnreadableImagesError
 
 PREFIX = "torchvision:"
 FORM = "torchvision:NAME:SPLIT:FOLDER, for example torchvision:CIFAR10:train:/data (empty SPLIT: the set has none)"
@@ -53,13 +54,15 @@ def _split_option(kind: type, split: str) -> dict[str, bool | str]:
 
 
 def _image_set(path: Path, dataset: torchvision.datasets.VisionDataset) -> ImageSet:
+    remarks = Remarks()
+
     def image(index: int) -> Tensor:
         found = dataset[index][0]
         if not isinstance(found, Image.Image):
             raise UnreadableImagesError([f"{path}, item {index}: is {type(found).__name__}, expected an image"])
-        return torch.tensor(pixels(f"{path}, item {index}", found))
+        return torch.tensor(pixels(f"{path}, item {index}", found, remarks))
 
-    shape = tuple(image(0).shape)
+    channels, height, width = shape = tuple(image(0).shape)
 
     def read(indices: Sequence[int]) -> Tensor:
         images = [image(i) for i in indices]
@@ -73,4 +76,6 @@ def _image_set(path: Path, dataset: torchvision.datasets.VisionDataset) -> Image
     targets = torch.as_tensor(targets) if (targets := getattr(dataset, "targets", None)) is not None else None
     labels = targets.long() if targets is not None and targets.ndim == 1 else None
     size = len(dataset)
-    return ImageSet(path, [f"{i:08d}" for i in range(size)], shape, labels, read)  # type: ignore[arg-type]
+    said = "torchvision" if labels is not None else "none: the set has no class indices"
+    names = [f"{i:08d}" for i in range(size)]
+    return ImageSet(path, names, (channels, height, width), labels, read, said, remarks)

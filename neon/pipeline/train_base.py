@@ -79,7 +79,4 @@ def _in_memory(images: ImageSet) -> ImageSet:
     """The set with its pixels in memory, if they fit: decoding files at every step costs more than the step."""
     if len(images) * int(torch.tensor(images.shape).prod()) > IN_MEMORY_BYTES:
         return images
-    pixels = torch.cat(list(images.batches(1024)))
-    return ImageSet(
-        images.path, images.names, images.shape, images.labels, lambda indices: pixels[torch.as_tensor(list(indices))]
-    )
+    return images.in_memory()

@@ -69,11 +69,9 @@ def test_class_folders_and_dataset_json(tmp_path, pixels):
         open_images(folder)
 
 
-def test_mirror_and_pad(tmp_path, pixels):
+def test_pad(tmp_path, pixels):
     folder = save_folder(tmp_path / "set", pixels)
-    plain, both = open_images(folder), open_images(folder, mirror=True)
-    assert len(both) == 14
-    assert torch.equal(both.read([8]), plain.read([1]).flip(-1))
+    plain = open_images(folder)
     padded = open_images(folder, pad=2)
     assert padded.shape == (3, 10, 9)
     assert torch.equal(padded.read([0])[..., 2:-2, 2:-2], plain.read([0]))
@@ -93,7 +91,7 @@ def test_unusable_files_are_named_and_counted(tmp_path, pixels):
         "001.png: cannot be decoded",
         "002.png: is of mode RGBA (an alpha channel)",
         "003.png",
-        "004.png: size (3, 4, 5) differs",
+        "004.png: size (3, 4, 5) uint8 differs",
     ):
         assert reason in text
 
@@ -106,16 +104,19 @@ def test_nothing_there(tmp_path):
     with pytest.raises(ValueError, match=r"no images found; looked for \*\.png.* in 1 file"):
         open_images(tmp_path / "empty")
     np.savez(tmp_path / "other.npz", mu=np.zeros(3))
-    with pytest.raises(ValueError, match="found the keys mu"):
+    with pytest.raises(ValueError, match="found mu"):
         open_images(tmp_path / "other.npz")
     (tmp_path / "fake.zip").write_bytes(b"<html>")
-    with pytest.raises(ValueError, match="not a readable zip"):
+    with pytest.raises(ValueError, match="a web page"):
         open_images(tmp_path / "fake.zip")
 
 
 def test_pickled_arrays_are_refused(tmp_path):
-    np.savez(tmp_path / "evil.npz", images=np.array([print], dtype=object))
+    np.savez(tmp_path / "labels.npz", images=np.zeros((1, 4, 4), np.uint8), labels=np.array([print], dtype=object))
     with pytest.raises(ValueError, match="allow_pickle"):
+        open_images(tmp_path / "labels.npz")
+    np.savez(tmp_path / "evil.npz", images=np.array([print], dtype=object))
+    with pytest.raises(ValueError, match="found object"):
         open_images(tmp_path / "evil.npz")
 
 
@@ -134,7 +135,7 @@ def test_files_of_many_sizes_and_modes_are_cropped_to_one(tmp_path):
     Image.fromarray(ramp).save(tmp_path / "a.png")  # 64 wide, 32 high: scaled by 1/2, then 8 columns off either side
     colour = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
     Image.fromarray(colour).save(tmp_path / "b.png")
-    with pytest.raises(UnreadableImagesError, match=r"differs from the first image's"):
+    with pytest.raises(UnreadableImagesError, match=r"differs from a\.png's"):
         list(open_images(tmp_path).batches(2))
     images = open_images(tmp_path, size=16)
     assert images.shape == (3, 16, 16)

