@@ -89,7 +89,7 @@ def test_a_reference_of_another_extractor_is_an_error_before_any_image_is_read(c
     """Exited 0 with 1402.09; the extractor's own reference gives the same value as ever."""
     own = neon("calc", "--data", clothes, "--ref", ROOT / "demo/reference_fashion-cnn.npz", *NETWORK)
     assert own["metrics"]["fd101[fashion-cnn]"] > 0
-    monkeypatch.setattr("neon.cli.fid.pass_over", lambda *_: pytest.fail("images were read"))
+    monkeypatch.setattr("neon.evaluation.on_disk.pass_over", lambda *_: pytest.fail("images were read"))
     other = ROOT / "demo/reference_pixel-pca64.npz"
     message = refused("calc", "--data", clothes, "--ref", other, *NETWORK)
     assert "holds features of pixel-pca64, the images get those of fashion-cnn" in message
