@@ -12,7 +12,7 @@ from neon.cli.options import PATH
 
 def overview(root: Path) -> list[dict[str, object]]:
     """The table as data, with what is there."""
-    from neon.published.fetch import TABLE
+    from neon.published.table import TABLE
 
     return [
         {
@@ -47,7 +47,8 @@ def download(names: tuple[str, ...], models: bool, refs: bool, bases: bool, is_l
 
     What is there is skipped, what was cut is resumed, hashes are checked.
     """
-    from neon.published.fetch import GROUPS, DownloadError, fetch, select
+    from neon.published.fetch import DownloadError, NoNetworkError, by_hand, fetch, host_of
+    from neon.published.table import GROUPS, select
 
     if is_list:
         rows = overview(root)
@@ -61,11 +62,16 @@ def download(names: tuple[str, ...], models: bool, refs: bool, bases: bool, is_l
         return
     flags = {"models": models or not (names or refs or bases), "refs": refs, "bases": bases}
     done, failed = [], []
+    unreachable: set[str] = set()
     for item in select(names, [group for group in GROUPS if flags[group]]):
         try:
+            if host_of(item) in unreachable and not item.target(root).is_file():
+                raise DownloadError(f"{item.name}: not tried. {by_hand(item, item.target(root))}")
             done.append(fetch(item, root))
             click.echo(f"{done[-1]['status']:10} {done[-1]['path']}", err=True)
-        except DownloadError as error:  # the other files are still worth having
+        except DownloadError as error:  # files of other servers are still worth having
+            if isinstance(error, NoNetworkError):
+                unreachable.add(host_of(item))
             failed.append({"name": item.name, "error": str(error)})
             click.echo(f"FAILED     {error}", err=True)
     click.echo(json.dumps({"files": done, "failed": failed}))

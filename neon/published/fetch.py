@@ -1,4 +1,4 @@
-"""Published files: one table, and a download that resumes, verifies and explains itself.
+"""A download that resumes, verifies and explains itself.
 
     neon download --list
     neon download                       # what the eight published commands need, besides --refs
@@ -6,30 +6,27 @@
     neon download kl16.ckpt             # one file
 
 Hub files go through huggingface_hub (HF_ENDPOINT names a mirror, HF_HUB_OFFLINE=1 forbids the network), others through
-plain https. `bash download_models.sh` is the same without an installation.
+plain https, by code of our own: pooch and torch.hub.download_url_to_file do not resume.
+`bash download_models.sh` is the same without an installation.
 """
 
 from __future__ import annotations
 
 import http.client
 import os
+import socket
 import sys
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Sequence
-from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 
 from tqdm import tqdm
 
-from fid.inception import WEIGHTS
-from fid.weights import cache_folder
+from neon.published.table import Published
 from neon.store import files
 
-GROUPS = ("models", "refs", "bases")
 ATTEMPTS = 4
 CHUNK_BYTES = 1 << 20
 TIMEOUT_S = 60
@@ -39,102 +36,8 @@ class DownloadError(OSError):
     """A file could not be fetched, or what came is not the file; the message says what to do."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Published:
-    """A file that others publish.
-
-    source: "hub:OWNER/REPO" (the file has the same name there) or an https URL.
-    folder: where it goes, relative to the repository's root (or absolute).
-    sha256: its hash, or the first digits of it if no more is known; "" if nothing is.
-    """
-
-    name: str
-    group: str
-    source: str
-    folder: str = "checkpoints"
-    sha256: str = ""
-
-    def target(self, root: Path) -> Path:
-        return root / self.folder / self.name
-
-
-NEON = "hub:sinaalemohammad/Neon"
-EDM = "https://nvlabs-fi-cdn.nvidia.com/edm"
-TORCHCFM = "https://github.com/atong01/conditional-flow-matching/releases/download/1.0.4"
-
-TABLE: tuple[Published, ...] = (
-    Published(name="Neon_xARB_imagenet256.pth", group="models", source=NEON),
-    Published(name="Neon_xARL_imagenet256.pth", group="models", source=NEON),
-    Published(name="Neon_VARd16_imagenet256.pth", group="models", source=NEON),
-    Published(name="Neon_VARd36_imagenet512.pth", group="models", source=NEON),
-    Published(name="Neon_EDM_conditional_CIFAR10.pkl", group="models", source=NEON),
-    Published(name="Neon_EDM_unconditional_CIFAR10.pkl", group="models", source=NEON),
-    Published(name="Neon_EDM_FFHQ.pkl", group="models", source=NEON),
-    Published(name="Neon_imm_imagenet256.pkl", group="models", source=NEON),
-    Published(name="kl16.ckpt", group="models", source="hub:xwen99/mar-vae-kl16", folder="xar/pretrained"),
-    Published(name="vae_ch160v4096z32.pth", group="models", source="hub:FoundationVision/var"),
-    Published(
-        name="diffusion_pytorch_model.safetensors",
-        group="models",
-        source="hub:stabilityai/sd-vae-ft-ema",
-        folder="checkpoints/sd-vae-ft-ema",
-    ),
-    Published(name="adm_in256_stats.npz", group="models", source=NEON, folder="fid_stats"),
-    Published(name="adm_in512_stats.npz", group="models", source=NEON, folder="fid_stats"),
-    Published(name="cifar10-32x32.npz", group="refs", source=f"{EDM}/fid-refs/cifar10-32x32.npz", folder="fid_stats"),
-    Published(name="ffhq-64x64.npz", group="refs", source=f"{EDM}/fid-refs/ffhq-64x64.npz", folder="fid_stats"),
-    Published(
-        name=WEIGHTS.files[0],
-        group="refs",
-        source=WEIGHTS.url,
-        folder=str(cache_folder()),
-        sha256=WEIGHTS.sha256_prefix,
-    ),
-    Published(name="xAR-B.pth", group="bases", source="hub:OliverRen/xAR"),
-    Published(name="xAR-L.pth", group="bases", source="hub:OliverRen/xAR"),
-    Published(name="var_d16.pth", group="bases", source="hub:FoundationVision/var"),
-    Published(name="var_d36.pth", group="bases", source="hub:FoundationVision/var"),
-    Published(name="imagenet256_ts_a2.pkl", group="bases", source="hub:lumaai/imm"),
-    Published(
-        name="edm-cifar10-32x32-cond-vp.pkl", group="bases", source=f"{EDM}/pretrained/edm-cifar10-32x32-cond-vp.pkl"
-    ),
-    Published(
-        name="edm-cifar10-32x32-uncond-vp.pkl",
-        group="bases",
-        source=f"{EDM}/pretrained/edm-cifar10-32x32-uncond-vp.pkl",
-    ),
-    Published(
-        name="edm-ffhq-64x64-uncond-vp.pkl", group="bases", source=f"{EDM}/pretrained/edm-ffhq-64x64-uncond-vp.pkl"
-    ),
-    Published(
-        name="cfm_cifar10_weights_step_400000.pt",
-        group="bases",
-        source=f"{TORCHCFM}/cfm_cifar10_weights_step_400000.pt",
-    ),
-)
-"""Names on the Hub are those of the papers' pages; none of these addresses could be opened where this table was
-written."""
-
-
-def select(names: Sequence[str], groups: Sequence[str]) -> list[Published]:
-    """The table's rows of these names (with or without suffix) and groups; an https address is a row of its own.
-
-    Raises ValueError for a name that is not there.
-    """
-    chosen = [item for item in TABLE if item.group in groups]
-    for name in names:
-        found = [item for item in TABLE if name in (item.name, Path(item.name).stem)]
-        if name.startswith("https://"):
-            found = [Published(name=Path(urllib.parse.urlsplit(name).path).name, group="", source=name)]
-        if not found:
-            near = get_close_matches(name, [item.name for item in TABLE], n=3, cutoff=0.4)
-            raise ValueError(
-                f"no published file {name!r}"
-                + (f"; did you mean {', '.join(near)}?" if near else "")
-                + " (neon download --list)"
-            )
-        chosen += [item for item in found if item not in chosen]
-    return chosen
+class NoNetworkError(DownloadError):
+    """The name of a server cannot be resolved: trying again, or another file of the same server, is of no use."""
 
 
 def fetch(item: Published, root: Path) -> dict[str, object]:
@@ -149,6 +52,7 @@ def fetch(item: Published, root: Path) -> dict[str, object]:
         target.parent.mkdir(parents=True, exist_ok=True)
         if is_offline():
             raise DownloadError(f"HF_HUB_OFFLINE is set: nothing is downloaded. {by_hand(item, target)}")
+        check_name(item, target)
         fetch_hub(item, target) if item.source.startswith("hub:") else fetch_url(item, target)
     sha256 = check(item, target, status)
     return {"name": item.name, "path": str(target), "status": status, "bytes": target.stat().st_size, "sha256": sha256}
@@ -172,6 +76,29 @@ def check(item: Published, target: Path, status: str) -> str | None:
         os.replace(target, aside)
         raise DownloadError(f"what {item.source} sent {what}; it is kept as {aside}. {by_hand(item, target)}")
     raise DownloadError(f"{target} {what}. Move it away and run this again")
+
+
+def host_of(item: Published) -> str:
+    """The server of a file."""
+    return urllib.parse.urlsplit(hub_endpoint() if item.source.startswith("hub:") else item.source).hostname or ""
+
+
+def hub_endpoint() -> str:
+    return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+
+
+def check_name(item: Published, target: Path) -> None:
+    """Raise NoNetworkError at once if the server's name cannot be resolved. (A proxy resolves names itself.)"""
+    host = host_of(item)
+    if urllib.request.getproxies().get("https") and not urllib.request.proxy_bypass(host):
+        return
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError as error:
+        raise NoNetworkError(
+            f"{item.name}: the name {host} cannot be resolved ({error}): no network, or none to there. "
+            f"{by_hand(item, target)}"
+        ) from error
 
 
 def fetch_hub(item: Published, target: Path) -> None:
@@ -282,9 +209,8 @@ def download_rest(url: str, part: Path) -> None:
 
 def by_hand(item: Published, target: Path) -> str:
     """What to do where the network does not reach."""
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     url = (
-        f"{endpoint}/{item.source.removeprefix('hub:')}/resolve/main/{item.name}"
+        f"{hub_endpoint()}/{item.source.removeprefix('hub:')}/resolve/main/{item.name}"
         if item.source.startswith("hub:")
         else item.source
     )

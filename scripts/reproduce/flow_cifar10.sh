@@ -8,7 +8,7 @@ cd "$(dirname "$0")/../.."
 gpus="${1:-8}" what="${2:-all}"
 base=otcfm_cifar10_weights_step_400000.pt
 
-bash download_models.sh --refs "https://github.com/atong01/conditional-flow-matching/releases/download/1.0.4/$base"
+bash download_models.sh cifar10-32x32.npz weights-inception-2015-12-05-6726825d.pth "$base"
 
 if [[ $what == all || $what == base ]]; then                                                    # 3.50
     torchrun --standalone --nproc_per_node="$gpus" flow/calculate_fid.py --model_ckpt "checkpoints/$base" \

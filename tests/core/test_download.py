@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -16,7 +17,8 @@ from click.testing import CliRunner
 from fid.inception import WEIGHTS
 from neon.cli.download import download
 from neon.published import fetch
-from neon.published.fetch import DownloadError, Published
+from neon.published.fetch import DownloadError, NoNetworkError
+from neon.published.table import GROUPS, TABLE, Published, select
 
 ROOT = Path(__file__).parents[2]
 CONTENT = bytes(range(256)) * 4000  # about 1 MB
@@ -224,6 +226,47 @@ def test_without_a_network_or_offline_the_message_says_what_to_do(tmp_path, serv
     assert fetch.fetch(item, tmp_path)["status"] == "there"
 
 
+@pytest.fixture
+def no_names(monkeypatch) -> list[str]:
+    """A machine without a network: no name resolves. Remembers which were asked for."""
+    asked: list[str] = []
+
+    def getaddrinfo(host: str, *arguments: object, **options: object) -> None:
+        asked.append(host)
+        raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    for variable in ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY", "HF_ENDPOINT", "HF_HUB_OFFLINE"):
+        monkeypatch.delenv(variable, raising=False)
+    return asked
+
+
+def test_a_name_that_does_not_resolve_is_an_error_at_once(tmp_path, no_names):
+    for name in ("kl16", "edm-ffhq-64x64-uncond-vp"):
+        (item,) = select([name], [])
+        with pytest.raises(NoNetworkError, match=r"the name [\w.-]+ cannot be resolved .*By hand: fetch https://"):
+            fetch.fetch(item, tmp_path)
+    assert no_names == ["huggingface.co", "nvlabs-fi-cdn.nvidia.com"]
+
+
+def test_without_a_network_each_server_is_asked_for_once(tmp_path, no_names):
+    """Not five times for each of thirteen files; every file's way by hand is still said."""
+    done = CliRunner().invoke(download, ["--models", "--bases", "--root", str(tmp_path)])
+    assert done.exit_code == 1
+    assert no_names == ["huggingface.co", "nvlabs-fi-cdn.nvidia.com", "github.com"]
+    failed = json.loads(done.stdout.splitlines()[-1])["failed"]
+    assert len(failed) == len(select([], ["models", "bases"]))
+    assert all("By hand: fetch https://" in row["error"] for row in failed)
+    assert sum("cannot be resolved" in row["error"] for row in failed) == 3
+
+
+def test_a_proxy_resolves_names_itself(tmp_path, no_names, monkeypatch):
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    (item,) = select(["edm-ffhq-64x64-uncond-vp"], [])
+    fetch.check_name(item, tmp_path / "x")
+    assert no_names == []
+
+
 def run(tmp_path: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     env = {
         **os.environ,
@@ -259,7 +302,7 @@ def test_the_hub_without_a_network(tmp_path, monkeypatch):
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # huggingface_hub tries again for half a minute
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    (item,) = fetch.select(["kl16"], [])
+    (item,) = select(["kl16"], [])
     with pytest.raises(
         DownloadError,
         match=r"the Hub could not be reached for xwen99/mar-vae-kl16/kl16\.ckpt .*By hand: fetch http://127\.0\.0\.1:9/",
@@ -278,23 +321,26 @@ def test_the_script_names_missing_modules(tmp_path):
 
 
 def test_names_groups_and_the_table():
-    models = fetch.select([], ["models"])
+    models = select([], ["models"])
     assert len(models) == 8 + 3 + 2  # checkpoints, autoencoders, statistics
     assert {item.name for item in models} >= {
         "Neon_xARL_imagenet256.pth",
         "Neon_imm_imagenet256.pkl",
         "adm_in512_stats.npz",
     }
-    assert [item.name for item in fetch.select(["var_d16", "var_d16.pth"], [])] == ["var_d16.pth"]
+    assert [item.name for item in select(["var_d16", "var_d16.pth"], [])] == ["var_d16.pth"]
+    assert [item.name for item in select(["otcfm_cifar10_weights_step_400000"], [])] == [
+        "otcfm_cifar10_weights_step_400000.pt"
+    ]
     with pytest.raises(ValueError, match=r"no published file 'var_d17'; did you mean var_d16\.pth"):
-        fetch.select(["var_d17"], [])
-    (other,) = fetch.select(["https://example.org/releases/1.0/weights.pt?download=1"], [])
+        select(["var_d17"], [])
+    (other,) = select(["https://example.org/releases/1.0/weights.pt?download=1"], [])
     assert other.target(Path()) == Path("checkpoints/weights.pt")
-    targets = [item.target(Path()) for item in fetch.TABLE]
+    targets = [item.target(Path()) for item in TABLE]
     assert len(set(targets)) == len(targets)
-    (inception,) = fetch.select([WEIGHTS.files[0]], [])
+    (inception,) = select([WEIGHTS.files[0]], [])
     assert inception.sha256 == "6726825d"
-    assert all(item.group in fetch.GROUPS and item.source.startswith(("hub:", "https://")) for item in fetch.TABLE)
+    assert all(item.group in GROUPS and item.source.startswith(("hub:", "https://")) for item in TABLE)
 
 
 def test_list_fetches_nothing_and_says_what_is_there(tmp_path):

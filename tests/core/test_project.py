@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from neon.cli.main import main
 from neon.pipeline.experiment import load
-from neon.published.fetch import select
+from neon.published.table import select
 
 ROOT = Path(__file__).resolve().parents[2]
 
