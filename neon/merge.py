@@ -14,9 +14,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from neon.buffers import buffers_among
 from neon.seeds import derived_seed
 
 OnMismatch = Literal["error", "keep_base"]
+CHUNK = 1 << 20
+"""Numbers that are worked on at a time where a wider copy of them is needed."""
 
 
 def reverse_merge(
@@ -29,10 +32,11 @@ def reverse_merge(
 ) -> dict[str, Tensor]:
     """base - w (synth - base) for every parameter; everything else is the base's.
 
-    base, synth: state dicts with equal keys and shapes; any float dtype, mixed allowed. The arithmetic is at least
-        float32 and is rounded once, to the base's dtype.
+    base, synth: state dicts with equal keys and shapes; any float dtype, mixed allowed. The arithmetic is that of
+        `difference` and `extrapolate`: at least float32, rounded to the base's dtype at the end.
     w: any finite number, same units as the paper's.
-    parameters: names that are extrapolated, all others are buffers and come from the base; None means every name.
+    parameters: names that are extrapolated, all others are buffers and come from the base. None: every name that is
+        not a buffer's (`neon.buffers`). Integers and masks (every entry 0 or infinite) always come from the base.
     on_mismatch: "error" refuses missing or extra names and entries that differ without being finite floats in both;
         "keep_base" keeps the base's entries there, which is what the published scripts did.
     Raises ValueError naming the first offending entries.
@@ -52,8 +56,9 @@ def merged_entries(
     if not math.isfinite(w):
         raise ValueError(f"w must be a finite number, got {w}")
     check_same_names(base, synth, on_mismatch)
+    moving = set(base) - buffers_among(base) if parameters is None else set(parameters)
     for name in base:
-        if name in synth and (parameters is None or name in parameters):
+        if name in synth and name in moving:
             yield name, _merge_tensor(name, base[name], synth[name], w, on_mismatch)
         else:
             yield name, base[name]
@@ -65,9 +70,7 @@ def _merge_tensor(name: str, base: Tensor, synth: Tensor, w: float, on_mismatch:
             f"{name}: the base has shape {tuple(base.shape)}, the self-trained model {tuple(synth.shape)}; not the "
             "same network"
         )
-    if w == 0 or (
-        base.dtype == synth.dtype and torch.equal(base, synth)
-    ):  # -inf masks, counters, frozen tensors: nothing to extrapolate
+    if w == 0 or is_discrete(base) or same(base, synth):  # counters, frozen tensors: nothing to extrapolate
         return base
     extrapolable = base.is_floating_point() and synth.is_floating_point()
     if extrapolable and is_finite(base) and is_finite(synth):
@@ -77,6 +80,8 @@ def _merge_tensor(name: str, base: Tensor, synth: Tensor, w: float, on_mismatch:
         return extrapolate(
             base, step, w, out=step if step.dtype == base.dtype else None
         )  # three tensors in memory, not four
+    if is_mask(base):
+        return base
     if on_mismatch == "error":
         what = (
             "contains entries that are not finite"
@@ -85,31 +90,66 @@ def _merge_tensor(name: str, base: Tensor, synth: Tensor, w: float, on_mismatch:
         )
         raise ValueError(
             f"{name}: differs between base and self-trained model and {what}; it cannot be extrapolated. "
-            "If it is no parameter, keep the base's entries with on_mismatch='keep_base' (--on-mismatch keep_base)"
+            "If it is no parameter, say so: on_mismatch 'keep_base' keeps the base's entries there"
         )
     if not extrapolable:
         return base
-    finite = base.isfinite() & synth.isfinite()
+    finite = is_finite_each(base) & is_finite_each(synth)
     return torch.where(finite, extrapolate(base, difference(base, synth), w), base)
+
+
+def is_discrete(tensor: Tensor) -> bool:
+    """Whether a tensor holds integers or flags: a counter, an index table, a mask."""
+    return not (tensor.is_floating_point() or tensor.is_complex())
+
+
+def same(base: Tensor, synth: Tensor) -> bool:
+    return base.dtype == synth.dtype and torch.equal(comparable(base), comparable(synth))
+
+
+def comparable(tensor: Tensor) -> Tensor:
+    """Float8 as float32, which holds all its values: torch compares no float8."""
+    return tensor.float() if tensor.is_floating_point() and tensor.itemsize == 1 else tensor
 
 
 def is_finite(tensor: Tensor) -> bool:
     """Whether every entry is finite, without the temporary tensors of isfinite()."""
-    return tensor.numel() == 0 or all(bound.isfinite().item() for bound in tensor.aminmax())
+    return tensor.numel() == 0 or all(bound.isfinite().item() for bound in comparable(tensor).aminmax())
+
+
+def is_finite_each(tensor: Tensor) -> Tensor:
+    return comparable(tensor).isfinite()
+
+
+def is_mask(tensor: Tensor) -> bool:
+    """Whether every entry is 0 or infinite, and some are infinite."""
+    values = comparable(tensor)
+    return bool(values.isinf().any()) and bool((values.isinf() | (values == 0)).all())
 
 
 def difference(base: Tensor, synth: Tensor) -> Tensor:
-    """synth - base in at least float32: bfloat16 would lose most of a short fine-tune."""
-    dtype = torch.promote_types(torch.promote_types(base.dtype, synth.dtype), torch.float32)
+    """synth - base in float32, or in float64 if one of them is: bfloat16 would lose most of a short fine-tune."""
+    dtype = torch.float64 if torch.float64 in (base.dtype, synth.dtype) else torch.float32
     return synth.to(dtype) - base.to(dtype)
 
 
 def extrapolate(base: Tensor, step: Tensor, w: float, out: Tensor | None = None) -> Tensor:
-    """base - w step, rounded once to the base's dtype; written into `out` (of that dtype) if given."""
+    """base - w step in the base's dtype; written into `out` (of that dtype) if given.
+
+    float32 and float64: in that precision, as torch.add does it. Narrower: w times the step and the sum in float64,
+    rounded to float32 and then to the base's dtype; w as a float32 would send ties of bfloat16 to the wrong side.
+    """
     if base.dtype == step.dtype:
         return torch.add(base, step, alpha=-w) if out is None else torch.add(base, step, alpha=-w, out=out)
-    merged = torch.add(base.to(step.dtype), step, alpha=-w).to(base.dtype)
-    return merged if out is None else out.copy_(merged)
+    merged = torch.empty_like(base, memory_format=torch.contiguous_format) if out is None else out
+    if not merged.is_contiguous():
+        return merged.copy_(extrapolate(base, step, w))
+    device = torch.device("cpu") if base.device.type == "mps" else base.device  # MPS has no float64
+    pieces = zip(*(t.reshape(-1).split(CHUNK) for t in (merged, base, step)), strict=True)
+    for to, b, s in pieces:
+        exact = torch.add(b.to(device, torch.float64), s.to(device, torch.float64), alpha=-w)
+        to.copy_(exact.float() if to.itemsize < 4 else exact)
+    return merged
 
 
 def check_same_names(base: Mapping[str, Tensor], synth: Mapping[str, Tensor], on_mismatch: OnMismatch) -> None:
@@ -197,7 +237,10 @@ def step_size(
     moved = unchanged = 0
     step_squares = base_squares = 0.0
     for name in parameters:
-        b, step = base[name], difference(base[name], synth[name])
+        b = base[name]
+        if is_discrete(b) or name not in synth or is_mask(b):
+            continue
+        step = difference(b, synth[name])
         step_squares += step.double().square().sum().item()
         base_squares += b.double().square().sum().item()
         does_move = step != 0

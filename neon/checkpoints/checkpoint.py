@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from neon.checkpoints import weight_sets
 from neon.checkpoints.lazy import Source, StoredTensors
+from neon.checkpoints.limits import clean, first_of, shown
 from neon.checkpoints.safetensors_format import metas, write_safetensors
-from neon.checkpoints.weight_sets import UNNAMED, Contents
+from neon.checkpoints.weight_sets import KNOWN, UNNAMED, Contents, WeightSet
 from neon.store import files
 
 log = logging.getLogger(__name__)
@@ -34,9 +35,11 @@ class Checkpoint:
 
     tensors: name -> tensor, read from the file at each access; names carry no `module.` or `_orig_mod.`.
     arch: constructor arguments where the file has them (pickles add `class_name`).
-    weights: "ema", "raw" or what our own files say; "unnamed" if the file holds one set and does not say which.
+    weights: "ema", "raw", what our own files say, or the set's place in the file; "unnamed" if the file holds one set
+        and does not say which.
     meta: our own metadata, or what else the file says about itself.
     shards: the files that an index names.
+    texts: metadata of a safetensors file that is not ours ({"format": "pt"} in every Hugging Face file).
     """
 
     tensors: Mapping[str, Tensor]
@@ -46,11 +49,17 @@ class Checkpoint:
     path: Path
     meta: dict = field(default_factory=dict)
     shards: tuple[str, ...] = ()
+    texts: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def sha256(self) -> str:
         """Of the file; of an index, over the hashes of its shards in the order of their names."""
         return content_hash(self.path, self.shards)
+
+    @property
+    def files(self) -> list[Path]:
+        """Every file that holds a part of it."""
+        return [self.path, *(self.path.with_name(shard) for shard in self.shards)]
 
     @property
     def specs(self) -> Mapping[str, Tensor]:
@@ -89,7 +98,7 @@ class Checkpoint:
         both_float = value.is_floating_point() and target.is_floating_point()
         if not both_float and not torch.equal(cast.to(value.dtype), value):
             raise ValueError(
-                f"{self.path}: {name} is stored as {value.dtype} with values that {target.dtype} cannot hold"
+                f"{self.path}: {shown(name)} is stored as {value.dtype} with values that {target.dtype} cannot hold"
             )
         return cast.contiguous()
 
@@ -98,7 +107,7 @@ class Checkpoint:
         missing = [name for name in targets if name not in specs]
         unexpected = [name for name in specs if name not in targets]
         misshapen = [
-            f"{name} {tuple(specs[name].shape)} instead of {tuple(target.shape)}"
+            f"{shown(name)} {tuple(specs[name].shape)} instead of {tuple(target.shape)}"
             for name, target in targets.items()
             if name in specs and specs[name].shape != target.shape
         ]
@@ -108,28 +117,37 @@ class Checkpoint:
                 f"{weight_sets.looks_like(specs)[1]} {size_of(specs)}; {len(missing)} missing, {len(unexpected)} "
                 "unexpected, "
                 f"{len(misshapen)} of another shape; first: "
-                f"{', '.join([*misshapen[:3], *missing[:3], *unexpected[:3]][:3])}. "
+                f"{first_of([*misshapen[:3], *missing[:3], *unexpected[:3]])}. "
                 "Name the file that belongs to this model, or the model that belongs to this file"
             )
 
 
-def read(path: str | Path, *, weights: str = "ema") -> Checkpoint:
+def read(path: str | Path, *, weights: str = "ema", option: str = "weights = ...") -> Checkpoint:
     """Open a checkpoint of any layout; tensors stay in the file until they are asked for.
 
-    weights: "ema" or "raw" (or the name that our own file gives its set); "any" takes the only set of a file,
-        whatever it is. A file with one set that does not say which it is (a bare state dict) answers to every name.
+    weights: "ema" or "raw"; the name that our own file gives its set; or the place of any set ("params_ema",
+        "trainer/vae_local"; "/ema" where that is no label). "any" takes the only set of a file, whatever it is, "auto"
+        the average if there is one and the only set otherwise. A file with one set that does not say which it is (a
+        bare state dict) answers to every name.
+    option: what the caller's user would write to name another set, for the message.
     Raises FileNotFoundError, or ValueError naming the file: not a checkpoint, damaged, refused, or without that weight
     set.
     """
     path = Path(path)
-    contents = open_checked(path)
-    label = choose(contents, weights, path)
-    found = contents.sets[label]
+    found = choose(open_checked(path), weights, path, option)
+    if found.problem:
+        raise ValueError(f"{path}: its {found.label!r} weights ({found.where}) cannot be used: {found.problem}")
+    if found.dropped:
+        log.warning(
+            "%s: %d entries are no tensors and were left out: %s", path, len(found.dropped), first_of(found.dropped)
+        )
     entries, stripped = weight_sets.without_prefixes(found.entries)
     if stripped:
         log.warning("%s: dropped the prefix %s of its names", path, "".join(stripped))
     family = found.family or weight_sets.looks_like(entries)[0]
-    return Checkpoint(StoredTensors(entries), found.arch, family, label, path, found.meta, found.shards)
+    return Checkpoint(
+        StoredTensors(entries), found.arch, family, found.label, path, found.meta, found.shards, found.texts
+    )
 
 
 def open_checked(path: Path) -> Contents:
@@ -137,17 +155,27 @@ def open_checked(path: Path) -> Contents:
     try:
         return weight_sets.open_file(source)
     except (ValueError, RecursionError) as error:  # a container that contains itself
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"{path}: {clean(str(error))}") from error
 
 
-def choose(contents: Contents, weights: str, path: Path) -> str:
-    labels = list(contents.sets)
-    if weights in labels:
-        return weights
-    if labels == [UNNAMED] or (weights == "any" and len(labels) == 1):
-        return labels[0]
-    there = ", ".join(f"{label!r} (under {found.where})" for label, found in contents.sets.items())
-    raise ValueError(f"{path} holds no {weights!r} weights; it holds {there}. Ask for one of these with weights = ...")
+def choose(contents: Contents, weights: str, path: Path, option: str) -> WeightSet:
+    """The set of a file that `weights` means (see `read`)."""
+    labelled = [found for found in contents.sets if found.label == weights]
+    if len(labelled) > 1:
+        places = " and ".join(shown(found.where) for found in labelled)
+        slashed = " or ".join(f"'/{shown(found.where)}'" for found in labelled)
+        raise ValueError(f"{path}: it holds two sets of {weights} weights, {places}. Name one with {option}: {slashed}")
+    placed = [found for found in contents.sets if found.where in (weights, weights.removeprefix("/"))]
+    known = [found for found in contents.sets if found.label in KNOWN] or list(contents.sets)
+    if weights == "auto":
+        placed = [found for found in contents.sets if found.label == "ema"]
+    if len(labelled or placed) == 1:
+        return (labelled or placed)[0]
+    if len(known) == 1 and (known[0].label == UNNAMED or weights in ("any", "auto")):
+        return known[0]
+    there = ", ".join(f"{shown(found.label)!r} (under {shown(found.where)})" for found in contents.sets)
+    what = "more than one set of" if weights in ("any", "auto") else f"no {weights!r}"
+    raise ValueError(f"{path} holds {what} weights; it holds {there}. Ask for one of these with {option}")
 
 
 def write(path: str | Path, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, object]) -> None:
@@ -164,27 +192,47 @@ def write_streaming(
     values: Iterable[tuple[str, Tensor]],
     *,
     metadata: Mapping[str, object],
+    texts: Mapping[str, str] | None = None,
 ) -> None:
     """`write` for tensors that are still to be made: `specs` (say, a checkpoint's `tensors`) gives names, shapes,
-    dtypes, ties."""
-    write_safetensors(Path(path), specs, values, metadata={"neon": json.dumps({"format": 1, **metadata})})
+    dtypes, ties. texts: a foreign file's own metadata, which stays beside ours."""
+    write_safetensors(Path(path), specs, values, metadata=file_metadata(metadata, texts))
 
 
-def convert(source: str | Path, target: str | Path, *, weights: str = "ema") -> Checkpoint:
+def file_metadata(metadata: Mapping[str, object], texts: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The texts in a safetensors file: ours as JSON under `neon`; without "format" transformers refuses a file."""
+    return {"format": "pt", **(texts or {}), "neon": json.dumps({**metadata, "format": 1})}
+
+
+def about(checkpoint: Checkpoint) -> dict[str, object]:
+    """What a checkpoint says about itself, as metadata of a file made from it."""
+    said = {} if checkpoint.meta == checkpoint.texts else checkpoint.meta
+    label = {} if checkpoint.weights == UNNAMED else {"weights": checkpoint.weights}
+    return {**said, "family": checkpoint.family, "arch": checkpoint.arch, **label}
+
+
+def convert(
+    source: str | Path, target: str | Path, *, weights: str = "auto", option: str = "weights = ..."
+) -> Checkpoint:
     """Write one weight set of any checkpoint as safetensors; what the file says about itself goes into the metadata."""
-    checkpoint = read(source, weights=weights)
-    metadata = {
-        **checkpoint.meta,
-        "family": checkpoint.family,
-        "arch": checkpoint.arch,
-        "source_sha256": checkpoint.sha256,
-    }
-    write(
-        target,
-        checkpoint.tensors,
-        metadata=metadata | ({} if checkpoint.weights == UNNAMED else {"weights": checkpoint.weights}),
-    )
+    checkpoint = read(source, weights=weights, option=option)
+    check_target(Path(target), checkpoint.files)
+    metadata = {**about(checkpoint), "source_sha256": checkpoint.sha256}
+    tensors = checkpoint.tensors
+    write_streaming(target, tensors, tensors.items(), metadata=metadata, texts=checkpoint.texts)
     return read(target, weights="any")
+
+
+def check_target(path: Path, inputs: Iterable[Path]) -> None:
+    """Raises ValueError unless `path` may be written: a .safetensors file, not special, and none of the inputs (also
+    not through a link)."""
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{path}: what is written is safetensors; expected a name ending in .safetensors")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is a folder, a pipe or a device; name a file that may be replaced")
+    same = [read_from for read_from in inputs if path.exists() and path.samefile(read_from)]
+    if same:
+        raise ValueError(f"{path} is the same file as the input {same[0]}, which it would replace; name another file")
 
 
 def content_hash(path: Path, shards: Iterable[str]) -> str:

@@ -23,8 +23,11 @@ def describe(path: str | Path) -> dict[str, object]:
     if is_npz(path):
         return about | {"format": "npz", "arrays": npz_arrays(path), "sha256": files.sha256_of(path)}
     contents = open_checked(path)
-    sets = {label: describe_set(found) for label, found in contents.sets.items()}
-    shards = [shard for found in contents.sets.values() for shard in found.shards]
+    count = Counter(found.label for found in contents.sets)
+    sets = {
+        (found.label if count[found.label] == 1 else f"/{found.where}"): describe_set(found) for found in contents.sets
+    }
+    shards = [shard for found in contents.sets for shard in found.shards]
     return about | {"format": contents.format, "weights": sets, "sha256": content_hash(path, shards)}
 
 
@@ -41,6 +44,8 @@ def describe_set(found: weight_sets.WeightSet) -> dict[str, object]:
         "elements": sum(spec.numel() for spec in specs.values()),
         "dtypes": dict(Counter(str(spec.dtype).removeprefix("torch.") for spec in specs.values())),
         "dropped_prefixes": stripped,
+        "no_tensors": list(found.dropped),
+        **({"problem": found.problem} if found.problem else {}),
         "meta": found.meta,
     }
 

@@ -13,10 +13,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 import torch
 from torch import Tensor
+
+from neon.checkpoints.limits import shown
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,39 @@ class Source:
         return open(self.path, "rb")
 
 
+class Window(io.RawIOBase):
+    """`size` bytes of a file from `start` on, as a file of its own. The file's own position is not kept."""
+
+    def __init__(self, file: BinaryIO, start: int, size: int) -> None:
+        self.inner, self.start, self.size, self.position = file, start, size, 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self.position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.size}[whence]
+        if self.position < 0:
+            raise ValueError(f"it points {-self.position} bytes before its beginning: damaged or hostile")
+        return self.position
+
+    def tell(self) -> int:
+        return self.position
+
+    def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]  # typeshed asks for a wider argument
+        view = memoryview(buffer)[: max(0, self.size - self.position)]
+        self.inner.seek(self.start + self.position)
+        count = self.inner.readinto(view)  # type: ignore[attr-defined]  # every binary file has it
+        self.position += count
+        return count
+
+
+def window(file: BinaryIO, start: int, size: int) -> BinaryIO:
+    return cast(BinaryIO, io.BufferedReader(Window(file, start, size)))
+
+
 @dataclass(eq=False)
 class Storage:
     """A flat run of `num_elements` elements, `offset` bytes into a file (or into bytes that were embedded as text)."""
@@ -51,6 +86,10 @@ class Storage:
     dtype: torch.dtype
     num_elements: int
     offset: int = 0
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_elements * self.dtype.itemsize
 
     def open(self) -> BinaryIO:
         return io.BytesIO(self.source) if isinstance(self.source, bytes) else self.source.open()
@@ -67,14 +106,16 @@ class StoredTensor:
     offset: int
     shape: tuple[int, ...]
     stride: tuple[int, ...]
+    is_conj: bool = False
+    is_neg: bool = False
 
     def __post_init__(self) -> None:
-        if len(self.shape) != len(self.stride) or min((self.offset, *self.shape, *self.stride)) < 0:
-            raise ValueError(f"impossible tensor: offset {self.offset}, shape {self.shape}, stride {self.stride}")
+        if len(self.shape) != len(self.stride):
+            raise ValueError(f"impossible tensor: shape {shown(self.shape)}, stride {shown(self.stride)}")
         claimed = max(self.offset + self.extent, math.prod(self.shape))
         if claimed > self.storage.num_elements:
             raise ValueError(
-                f"a tensor of shape {self.shape} claims {claimed} elements, its storage holds "
+                f"a tensor of shape {shown(self.shape)} claims {claimed} elements, its storage holds "
                 f"{self.storage.num_elements}: "
                 "the file is damaged or hostile, nothing was allocated"
             )
@@ -100,7 +141,10 @@ class StoredTensor:
                 file.seek(self.storage.offset + self.offset * flat.itemsize)
                 if file.readinto(buffer) != len(buffer):  # type: ignore[attr-defined]  # every binary file has it
                     raise ValueError(f"{self.storage} ends inside a tensor of shape {self.shape}: it is truncated")
-        return flat.as_strided(self.shape, self.stride)
+        tensor = flat.as_strided(self.shape, self.stride)
+        if self.is_conj:
+            tensor = tensor.conj().resolve_conj()
+        return -tensor if self.is_neg else tensor
 
 
 class StoredTensors(Mapping[str, Tensor]):
@@ -132,7 +176,7 @@ class StoredTensors(Mapping[str, Tensor]):
         first: dict[tuple[object, ...], str] = {}
         found = {}
         for name, entry in self.entries.items():
-            address = (id(entry.storage), entry.offset, entry.shape, entry.stride)
+            address = (id(entry.storage), entry.offset, entry.shape, entry.stride, entry.is_conj, entry.is_neg)
             kept = first.setdefault(address, name)
             if kept != name and entry.extent:
                 found[name] = kept

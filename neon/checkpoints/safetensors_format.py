@@ -3,6 +3,10 @@
 Format: 8 bytes header length, a JSON header {name: {dtype, shape, data_offsets}, "__metadata__": {text: text}}, the
 data. Tensors that were one when saved are stored once; the metadata names the others, as `safetensors.torch.save_model`
 does.
+
+Our own reader and writer: the library's `safe_open` maps the whole file, so that what was read counts as our memory,
+and it tells no offsets, so that a tensor cannot be read in pieces; its writer wants all tensors at once. `safe_open`
+checks what was written (`read_back`).
 """
 
 from __future__ import annotations
@@ -13,13 +17,14 @@ from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from pathlib import Path
 
+import safetensors
 import torch
 from torch import Tensor
 
 from neon.checkpoints.lazy import Source, Storage, StoredTensor, StoredTensors
+from neon.checkpoints.limits import MAX_JSON_BYTES, clean, first_of, natural, shape_of, shown
 from neon.store import files
 
-MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -36,8 +41,8 @@ def read_safetensors(source: Source) -> tuple[dict[str, StoredTensor], dict[str,
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
         raise ValueError("its metadata is not a mapping of texts")
     entries = {name: locate(source, start, name, entry) for name, entry in header.items()}
-    spans = sorted(entry["data_offsets"] for entry in header.values())
-    if any(end > begin for (_, end), (begin, _) in pairwise(spans)):
+    spans = sorted((entry.storage.offset, entry.storage.num_bytes) for entry in entries.values())
+    if any(begin + length > following for (begin, length), (following, _) in pairwise(spans)):
         raise ValueError("its tensors overlap")
     for alias, kept in metadata.items():
         if kept in entries and alias not in entries:
@@ -45,43 +50,62 @@ def read_safetensors(source: Source) -> tuple[dict[str, StoredTensor], dict[str,
     return entries, metadata
 
 
+def is_safetensors(head: bytes, size: int) -> bool:
+    """Whether a file of `size` bytes that begins with these is one: a length that the file can hold, then a `{`."""
+    return head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= max(size, MAX_JSON_BYTES)
+
+
 def read_header(source: Source) -> tuple[dict, int]:
     with source.open() as file:
         length = int.from_bytes(file.read(8), "little")
-        if length > min(source.size - 8, MAX_HEADER_BYTES):
+        if length > min(source.size - 8, MAX_JSON_BYTES):
             raise ValueError(
                 f"its header claims {length} bytes of a file of {source.size}: truncated, or no safetensors file"
             )
-        try:
-            header = json.loads(file.read(length))
-        except ValueError as error:
-            raise ValueError(f"its header is not JSON ({error})") from error
-    if not isinstance(header, dict):
-        raise ValueError("its header is not a JSON object")
-    return header, 8 + length
+        return read_json(file.read(length), "its header"), 8 + length
+
+
+def read_json(text: bytes, what: str) -> dict:
+    """A JSON object. Raises ValueError if it is none, or names a thing twice."""
+
+    def unique(pairs: list[tuple[str, object]]) -> dict:
+        entries = dict(pairs)
+        if len(entries) != len(pairs):
+            raise ValueError("a name comes twice")
+        return entries
+
+    try:
+        value = json.loads(text, object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{what} is not JSON ({clean(str(error), 200)})") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{what} is not a JSON object")
+    return value
 
 
 def locate(source: Source, start: int, name: str, entry: object) -> StoredTensor:
-    try:
-        fields: dict = entry  # type: ignore[assignment] # anything else raises below
-        dtype, shape = DTYPES[fields["dtype"]], tuple(map(int, fields["shape"]))
-        begin, end = map(int, fields["data_offsets"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{name}: header entry {entry!s:.120} is not understood ({error!r})") from error
+    keys = {"dtype", "shape", "data_offsets"}
+    if not isinstance(entry, dict) or not keys <= entry.keys() or not isinstance(entry["data_offsets"], list):
+        raise ValueError(f"{shown(name)}: its header entry is {shown(entry)}, expected dtype, shape and data_offsets")
+    dtype = DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
+    if dtype is None:
+        raise ValueError(f"{shown(name)} has dtype {shown(entry['dtype'])}; supported are {', '.join(DTYPES)}")
+    shape = shape_of(entry["shape"])
+    offsets = [natural(offset, "an offset") for offset in entry["data_offsets"]]
+    begin, end = offsets if len(offsets) == 2 else (1, 0)
     num_elements = math.prod(shape)
-    if not (
-        0 <= begin <= end <= source.size - start
-        and end - begin == num_elements * dtype.itemsize
-        and min(shape, default=0) >= 0
-    ):
+    if not (begin <= end <= source.size - start and end - begin == num_elements * dtype.itemsize):
         raise ValueError(
-            f"{name}: {list(shape)} {entry['dtype']} claims {num_elements * dtype.itemsize} bytes at {begin}..{end}, "  # type: ignore[index]
-            f"the file has {source.size - start} bytes of data: truncated, damaged or hostile; nothing was allocated"
+            f"{shown(name)}: {shown(shape)} {entry['dtype']} claims {num_elements * dtype.itemsize} bytes at "
+            f"{begin}..{end}, the file has {source.size - start} bytes of data: truncated, damaged or hostile; nothing "
+            "was allocated"
         )
     return StoredTensor(Storage(source, dtype, num_elements, start + begin), 0, shape, contiguous_stride(shape))
 
 
 def contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
+    if 0 in shape:
+        return (0,) * len(shape)  # the sizes beside a 0 may be anything
     return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
 
 
@@ -93,13 +117,11 @@ def write_safetensors(
     specs: name -> tensor of the final shape and dtype, in the order of the file (real or on the meta device);
         `StoredTensors` and tensors that share memory keep their aliasing.
     Raises ValueError if a value is missing, comes twice, or differs from its spec. `path` is replaced at the end, in
-    one step.
+    one step, after the new file was read back.
     """
     aliases = aliases_of(specs)
     kept = {name: spec for name, spec in metas(specs).items() if name not in aliases}
-    clash = [name for name in specs if name in metadata or name == "__metadata__"]
-    if clash:
-        raise ValueError(f"writing {path}: {clash[0]!r} names both a tensor and metadata")
+    check_metadata(path, specs, metadata)
     offsets = lay_out(kept)
     header = encode_header(kept, offsets, {**metadata, **aliases})
     written: set[str] = set()
@@ -118,7 +140,7 @@ def write_safetensors(
                     else f"{tuple(spec.shape)} {spec.dtype}"
                 )
                 raise ValueError(
-                    f"writing {path}: {name} is {tuple(value.shape)} {value.dtype}, announced was {expected}"
+                    f"writing {path}: {shown(name)} is {tuple(value.shape)} {value.dtype}, announced was {expected}"
                 )
             file.seek(len(header) + offsets[name])
             file.write(raw_bytes(value))
@@ -127,8 +149,34 @@ def write_safetensors(
         missing = [name for name in kept if name not in written]
         if missing:
             raise ValueError(
-                f"writing {path}: {len(missing)} of {len(kept)} tensors did not come; first: {', '.join(missing[:3])}"
+                f"writing {path}: {len(missing)} of {len(kept)} tensors did not come; first: {first_of(missing)}"
             )
+        file.flush()
+        read_back(Path(file.name), kept)
+
+
+def check_metadata(path: Path, specs: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    clash = [name for name in specs if name in metadata or name == "__metadata__"]
+    if clash:
+        raise ValueError(f"writing {path}: {shown(clash[0])} names both a tensor and metadata")
+
+
+def read_back(path: Path, specs: Mapping[str, Tensor]) -> None:
+    """Raises ValueError unless the safetensors library and our reader find these tensors in a file just written."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            library = set(file.keys())
+        entries, _ = read_safetensors(Source.of(path))
+    except (safetensors.SafetensorError, ValueError) as error:
+        raise ValueError(f"what was written cannot be read again ({error}); the old file was kept") from error
+    found = {name: entry.meta for name, entry in entries.items() if name in specs}
+    different = [
+        name
+        for name, spec in specs.items()
+        if name not in library or found[name].shape != spec.shape or found[name].dtype != spec.dtype
+    ]
+    if different:
+        raise ValueError(f"what was written reads differently ({first_of(different)}); the old file was kept")
 
 
 def metas(specs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -164,7 +212,7 @@ def encode_header(specs: Mapping[str, Tensor], offsets: Mapping[str, int], metad
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     for name, spec in specs.items():
         if spec.dtype not in DTYPE_NAMES:
-            raise ValueError(f"{name}: safetensors cannot hold {spec.dtype}")
+            raise ValueError(f"{shown(name)}: safetensors cannot hold {spec.dtype}")
         end = offsets[name] + spec.numel() * spec.itemsize
         header[name] = {
             "dtype": DTYPE_NAMES[spec.dtype],
@@ -177,5 +225,7 @@ def encode_header(specs: Mapping[str, Tensor], offsets: Mapping[str, int], metad
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:
-    flat = tensor.detach().cpu().contiguous().flatten()
+    flat = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().flatten()
+    if flat.numel() == 1:
+        flat = flat.clone(memory_format=torch.contiguous_format).as_strided((1,), (1,))  # torch may keep a stride > 1
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")

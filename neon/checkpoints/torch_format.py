@@ -18,11 +18,15 @@ from typing import BinaryIO
 import numpy as np
 import torch
 
-from neon.checkpoints.inert_pickle import Bounded, Global, Machine, Rebuilder, Record, Span
-from neon.checkpoints.lazy import Source, Storage, StoredTensor
+from neon.checkpoints.inert_pickle import Bounded, Global, Machine, Rebuilder, Record, Span, checked_keys
+from neon.checkpoints.lazy import Source, Storage, StoredTensor, window
+from neon.checkpoints.limits import Budget, clean, first_of, natural, shape_of, shown
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 MAX_DEPTH = 100
+MAX_MODULES = 1_000_000
+MAX_PICKLE_BYTES = 512 << 20  # of the table of contents in an archive: 300,000 tensors have 40 MB
+MAX_PLAIN_NODES = 100_000  # of constructor arguments and options, as they unfold
 
 STORAGE_DTYPES = {
     "Double": torch.float64, "Float": torch.float32, "Half": torch.float16, "BFloat16": torch.bfloat16,
@@ -31,43 +35,53 @@ STORAGE_DTYPES = {
 }  # fmt: skip
 
 
-def read_zip(source: Source) -> object:
-    """The value that torch.save wrote to a zip archive. Raises ValueError for a damaged file or one of another kind."""
-    with source.open() as file:
+def read_zip(source: Source, start: int = 0, size: int | None = None) -> object:
+    """The value that torch.save wrote to a zip archive (`size` bytes from `start` on; the whole file by default).
+
+    Raises ValueError for a damaged file or one of another kind.
+    """
+    with source.open() as whole:
+        file = window(whole, start, source.size - start if size is None else size)
         try:
             members = {info.filename.partition("/")[2]: info for info in zipfile.ZipFile(file).infolist()}
         except (
             zipfile.BadZipFile,
             NotImplementedError,
-        ) as error:  # the second is zipfile's word for "made by a newer zip"
+            ValueError,
+        ) as error:  # the second is zipfile's word for "made by a newer zip", the third for a name that is no text
             raise ValueError(
-                f"the zip archive has no readable directory ({error}): truncated, copy or download it again"
+                f"the zip archive has no readable directory ({clean(str(error), 100)}): truncated, copy or download it "
+                "again"
             ) from error
         if "data.pkl" not in members or "constants.pkl" in members:
-            names = [info.filename for info in members.values()]
-            what = "a TorchScript program" if "constants.pkl" in members else f"an archive of {', '.join(names[:3])}"
+            names = first_of(info.filename for info in members.values())
+            what = "a TorchScript program" if "constants.pkl" in members else f"an archive of {names}"
             raise ValueError(f"expected what torch.save writes, found {what}")
-        if "byteorder" in members and read_record(file, members["byteorder"]) != b"little":
+        if "byteorder" in members and read_record(file, members["byteorder"], 16) != b"little":
             raise ValueError("it was written on a big-endian machine")
         storages: dict[str, Storage] = {}
 
-        def storage(identity: tuple) -> Storage:
-            dtype, key, num_elements = storage_type(identity), str(identity[2]), int(identity[4])
+        def storage(identity: object) -> Storage:
+            dtype, key, num_elements = storage_type(identity)
             if key not in storages:
                 offset, num_bytes = locate_record(file, members[f"data/{key}"])
-                if num_elements * dtype.itemsize > min(num_bytes, source.size - offset):
+                if num_elements * dtype.itemsize > min(num_bytes, source.size - start - offset):
                     raise ValueError(
-                        f"storage {key} claims {num_elements * dtype.itemsize} bytes, its record has {num_bytes}"
+                        f"storage {shown(key)} claims {num_elements * dtype.itemsize} bytes, its record has {num_bytes}"
                     )
-                storages[key] = Storage(source, dtype, num_elements, offset)
+                storages[key] = Storage(source, dtype, num_elements, start + offset)
             return storages[key]
 
-        content = Bounded(io.BytesIO(read_record(file, members["data.pkl"])))
+        content = Bounded(io.BytesIO(read_record(file, members["data.pkl"], MAX_PICKLE_BYTES)))
         return Machine(content, rebuilders(content, source), storage).load()
 
 
-def read_record(file: BinaryIO, info: zipfile.ZipInfo) -> bytes:
+def read_record(file: BinaryIO, info: zipfile.ZipInfo, limit: int) -> bytes:
     offset, num_bytes = locate_record(file, info)
+    if num_bytes > limit:
+        raise ValueError(
+            f"its record {shown(info.filename)} claims {num_bytes} bytes: refused, at most {limit} are read"
+        )
     bounded = Bounded(file)
     bounded.seek(offset)
     return bounded.read(num_bytes)
@@ -76,11 +90,11 @@ def read_record(file: BinaryIO, info: zipfile.ZipInfo) -> bytes:
 def locate_record(file: BinaryIO, info: zipfile.ZipInfo) -> tuple[int, int]:
     """(offset, size) of a record's bytes: its local header repeats the name and pads with an extra field."""
     if info.compress_type != zipfile.ZIP_STORED:
-        raise ValueError(f"{info.filename} is compressed; torch.save stores its records as they are")
+        raise ValueError(f"{shown(info.filename)} is compressed; torch.save stores its records as they are")
     file.seek(max(info.header_offset, 0) + 26)
     lengths = file.read(4)
     if info.header_offset < 0 or len(lengths) < 4:
-        raise ValueError(f"{info.filename} lies outside of the file: truncated or damaged")
+        raise ValueError(f"{shown(info.filename)} lies outside of the file: truncated or damaged")
     return info.header_offset + 30 + int.from_bytes(lengths[:2], "little") + int.from_bytes(
         lengths[2:], "little"
     ), info.file_size
@@ -98,64 +112,70 @@ def read_legacy(content: Bounded, source: Source | bytes, start: int) -> object:
     """torch.save's older format, after its magic number; its storages lie `start` bytes further on in `source`."""
     storages: dict[str, Storage] = {}
 
-    def storage(identity: tuple) -> Storage:
-        if len(identity) > 5 and identity[5] is not None:
+    def storage(identity: object) -> Storage:
+        dtype, key, num_elements = storage_type(identity)
+        if isinstance(identity, tuple) and len(identity) > 5 and identity[5] is not None:
             raise ValueError(
                 "it was written by torch < 0.4 (views of storages); load and save it with torch >= 1.0 first"
             )
-        return storages.setdefault(str(identity[2]), Storage(source, storage_type(identity), int(identity[4])))
+        return storages.setdefault(key, Storage(source, dtype, num_elements))
 
     tables = rebuilders(content, source)
     protocol, system = (Machine(content, tables).load() for _ in range(2))
     if protocol != 1001 or not isinstance(system, dict) or not system.get("little_endian"):
-        raise ValueError(f"unknown version of torch.save's older format ({protocol}, {system})")
+        raise ValueError(f"unknown version of torch.save's older format ({shown(protocol)})")
     value = Machine(content, tables, storage).load()
     keys = Machine(content, tables).load()
-    if not isinstance(keys, list) or set(map(str, keys)) != storages.keys():
+    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys) or {*keys} != storages.keys():
         raise ValueError("the list of storages does not belong to the tensors")
-    for key in map(str, keys):
+    for key in keys:
         num_elements = int.from_bytes(content.read(8), "little", signed=True)
         if num_elements != storages[key].num_elements:
-            raise ValueError(f"storage {key} has {num_elements} elements, announced were {storages[key].num_elements}")
+            raise ValueError(
+                f"storage {shown(key)} has {num_elements} elements, announced were {storages[key].num_elements}"
+            )
         storages[key].offset = start + content.tell()
         num_bytes = num_elements * storages[key].dtype.itemsize
         if num_bytes > content.size - content.tell():
             raise ValueError(
-                f"storage {key} claims {num_bytes} bytes, the file has {content.size - content.tell()} left: "
+                f"storage {shown(key)} claims {num_bytes} bytes, the file has {content.size - content.tell()} left: "
                 "truncated or damaged"
             )
         content.seek(content.tell() + num_bytes)
     return value
 
 
-def storage_type(identity: tuple) -> torch.dtype:
-    """dtype of ('storage', type, key, location, number of elements, ...); 'Untyped' ones are bytes."""
-    if len(identity) < 5 or identity[0] != "storage" or not isinstance(identity[1], Global):
-        raise ValueError(f"expected a reference to a storage, found {identity!s:.80}")
-    name = identity[1].name.rpartition(".")[2].removesuffix("Storage")
-    if name not in STORAGE_DTYPES or int(identity[4]) < 0:
-        raise ValueError(f"storage of type {identity[1].name} with {identity[4]} elements is not supported")
-    return STORAGE_DTYPES[name]
+def storage_type(identity: object) -> tuple[torch.dtype, str, int]:
+    """(dtype, key, number of elements) of ('storage', type, key, location, number, ...); 'Untyped' ones are bytes."""
+    if not isinstance(identity, tuple) or len(identity) < 5 or identity[0] != "storage":
+        raise ValueError(f"expected a reference to a storage, found {shown(identity)}")
+    kind, key, number = identity[1], identity[2], natural(identity[4], "the number of elements of a storage")
+    name = kind.name.rpartition(".")[2].removesuffix("Storage") if isinstance(kind, Global) else ""
+    if name not in STORAGE_DTYPES or not isinstance(key, str):
+        raise ValueError(f"a storage of type {shown(name)} called {shown(key)} is not supported")
+    return STORAGE_DTYPES[name], key, number
 
 
 def rebuilders(content: Bounded, source: Source | bytes) -> dict[str, Rebuilder]:
     """What stands for the calls that checkpoints contain."""
 
     def load_from_bytes(value: object) -> object:
-        embedded = content.bytes_of(value)
-        nested = Bounded(io.BytesIO(embedded))
+        here, nested = content.tell(), content.part(value)
         if Machine(nested, {}).load() != LEGACY_MAGIC:
             raise ValueError("an embedded tensor is not in torch.save's older format")
-        return (
-            read_legacy(nested, source, value.offset) if isinstance(value, Span) else read_legacy(nested, embedded, 0)
-        )
+        at = (source, value.offset) if isinstance(value, Span) else (content.bytes_of(value), 0)
+        tensor = read_legacy(nested, *at)
+        content.seek(here)  # both read the same file
+        return tensor
 
     def scalar(dtype: object, value: object) -> object:
+        if isinstance(value, Span) and value.length > 32:
+            raise ValueError(f"a numpy scalar of {value.length} bytes")
         return numpy_scalar(dtype, content.bytes_of(value))
 
     table: dict[str, Rebuilder] = {
-        "collections.OrderedDict": lambda pairs=(): dict(pairs),
-        "collections.defaultdict": lambda factory=None, pairs=(): dict(pairs),
+        "collections.OrderedDict": dict_of,
+        "collections.defaultdict": lambda factory=None, pairs=(): dict_of(pairs),
         "_codecs.encode": lambda text, encoding="latin1": text.encode("latin1"),
         "torch.Size": tuple,
         "torch.storage._load_from_bytes": load_from_bytes,
@@ -167,28 +187,61 @@ def rebuilders(content: Bounded, source: Source | bytes) -> dict[str, Rebuilder]
         "torch_utils.persistence._reconstruct_persistent_obj": persistent_object,
     }
     for builtins in ("builtins", "__builtin__"):
-        table |= {f"{builtins}.{kind.__name__}": kind for kind in (set, frozenset, list, tuple, dict)}
+        table |= {f"{builtins}.{kind.__name__}": kind for kind in (list, tuple)}
+        table |= {f"{builtins}.dict": dict_of, f"{builtins}.set": set_of, f"{builtins}.frozenset": set_of}
     for multiarray in ("numpy.core.multiarray", "numpy._core.multiarray"):
         table[f"{multiarray}.scalar"] = scalar
     return table
 
 
-def rebuild_tensor(storage: object, offset: int, shape: tuple, stride: tuple, *_: object) -> StoredTensor:
-    """torch._utils._rebuild_tensor(_v2)."""
+def dict_of(pairs: object = ()) -> dict:
+    entries = list(pairs.items()) if isinstance(pairs, Mapping) else list(pairs)  # type: ignore[call-overload]
+    checked_keys(key for key, _ in entries)
+    return dict(entries)
+
+
+def set_of(values: object = ()) -> set:
+    entries = list(values)  # type: ignore[call-overload]
+    checked_keys(entries)
+    return set(entries)
+
+
+def rebuild_tensor(
+    storage: object,
+    offset: object,
+    shape: object,
+    stride: object,
+    grad: object = None,
+    hooks: object = None,
+    views: object = None,
+    *_: object,
+) -> StoredTensor:
+    """torch._utils._rebuild_tensor(_v2). views: {"conj": True} of a conjugate, {"neg": True} of a negative view."""
     if not isinstance(storage, Storage):
-        raise ValueError(f"a tensor without a storage ({type(storage).__name__})")
-    return StoredTensor(storage, offset, tuple(shape), tuple(stride))
+        raise ValueError(f"a tensor without a storage ({shown(storage)})")
+    marks = views if isinstance(views, dict) else {}
+    if not marks.keys() <= {"conj", "neg"}:
+        raise ValueError(f"a tensor with properties that are not known here: {first_of(map(str, marks))}")
+    is_conj, is_neg = marks.get("conj") is True, marks.get("neg") is True
+    return StoredTensor(storage, natural(offset, "an offset"), shape_of(shape), shape_of(stride), is_conj, is_neg)
 
 
 def rebuild_untyped(
-    storage: object, offset: int, shape: tuple, stride: tuple, grad: bool, hooks: object, dtype: object, *_: object
+    storage: object,
+    offset: object,
+    shape: object,
+    stride: object,
+    grad: object,
+    hooks: object,
+    dtype: object,
+    *_: object,
 ) -> StoredTensor:
     """torch._utils._rebuild_tensor_v3: a storage of bytes and a dtype."""
     wanted = getattr(torch, dtype.name.removeprefix("torch."), None) if isinstance(dtype, Global) else None
     if not isinstance(wanted, torch.dtype) or not isinstance(storage, Storage):
-        raise ValueError(f"a tensor of unknown dtype {dtype}")
+        raise ValueError(f"a tensor of unknown dtype {shown(dtype)}")
     typed = Storage(storage.source, wanted, storage.num_elements // wanted.itemsize, storage.offset)
-    return StoredTensor(typed, offset, tuple(shape), tuple(stride))
+    return rebuild_tensor(typed, offset, shape, stride, grad, hooks, *_)
 
 
 def persistent_object(meta: object) -> Record:
@@ -207,43 +260,65 @@ def numpy_scalar(dtype: object, raw: bytes) -> object:
     return np.frombuffer(raw, np.dtype(order + code))[0].item()
 
 
-def state_dict_of(module: object, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, StoredTensor]]:
+def state_dict_of(
+    module: object, prefix: str = "", depth: int = 0, budget: Budget | None = None
+) -> Iterator[tuple[str, StoredTensor]]:
     """state_dict() of a pickled module: own parameters, own persistent buffers, then the children."""
+    budget = budget or Budget(MAX_MODULES, "modules and tensors")
     state = module.state if isinstance(module, Record) else None
     tables = (
         [state.get(name) for name in ("_parameters", "_buffers", "_modules")] if isinstance(state, dict) else [None]
     )
     if not isinstance(state, dict) or not all(isinstance(table, dict) for table in tables) or depth > MAX_DEPTH:
-        raise ValueError(f"{prefix or 'the model'} is not a pickled module")
+        raise ValueError(f"{shown(prefix) or 'the model'} is not a pickled module")
     transient = state.get("_non_persistent_buffers_set") or ()
+    if not isinstance(transient, (set, frozenset, tuple, list)):
+        raise ValueError(f"{shown(prefix) or 'the model'} is not a pickled module")
     buffers = {name: value for name, value in state["_buffers"].items() if name not in transient}
+    budget.spend(1 + len(state["_parameters"]) + len(buffers))
     for name, value in (state["_parameters"] | buffers).items():
         if isinstance(value, StoredTensor):
-            yield prefix + name, value
+            yield f"{prefix}{name}", value
         elif value is not None:
-            raise ValueError(f"{prefix}{name} is a {type(value).__name__}, expected a tensor")
+            raise ValueError(f"{shown(prefix)}{shown(name)} is {shown(value)}, expected a tensor")
     for name, child in state["_modules"].items():
         if child is not None:
-            yield from state_dict_of(child, f"{prefix}{name}.", depth + 1)
+            yield from state_dict_of(child, f"{prefix}{name}.", depth + 1, budget)
 
 
-def plain(value: object) -> object:
+def plain(value: object, budget: Budget | None = None, depth: int = 0) -> object:
     """Configuration values as JSON-like data: omegaconf, EasyDict and Namespace unwrapped, tuples as lists.
 
-    What has no such form (an enum of timm, say) becomes the text <name>.
+    What has no such form (an enum of timm, say) becomes the text <name>. Raises ValueError if the values unfold to
+    more than any configuration: they may hold each other.
     """
+    budget = budget or Budget(MAX_PLAIN_NODES, "values of a configuration")
+    budget.spend()
+    if depth > MAX_DEPTH:
+        raise ValueError(f"values of a configuration are nested deeper than {MAX_DEPTH}: refused as hostile")
     if isinstance(value, Record):
         state = value.state if isinstance(value.state, Mapping) else {}
         for wrapped in ("_content", "_val"):  # omegaconf's containers and leaves
             if wrapped in state:
-                return plain(state[wrapped])
+                return plain(state[wrapped], budget, depth + 1)
         if value.name in ("dnnlib.util.EasyDict", "argparse.Namespace"):
-            return plain(value.items or state)
-        return f"<{value.name}>"
+            return plain(value.items or state, budget, depth + 1)
+        return f"<{shown(value.name)}>"
     if isinstance(value, Global):
         return value.name
     if isinstance(value, Mapping):
-        return {str(key): plain(inner) for key, inner in value.items()}
+        return {key_text(key, budget): plain(inner, budget, depth + 1) for key, inner in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):
-        return [plain(inner) for inner in value]
-    return value if isinstance(value, (str, int, float, bool, type(None))) else f"<{type(value).__name__}>"
+        return [plain(inner, budget, depth + 1) for inner in value]
+    if isinstance(value, str):
+        budget.spend(len(value) // 1000)
+        return value
+    if isinstance(value, int) and value.bit_length() > 64:
+        return f"<{shown(value)}>"
+    return value if isinstance(value, (int, float, bool, type(None))) else f"<{type(value).__name__}>"
+
+
+def key_text(key: object, budget: Budget) -> str:
+    text = str(key) if isinstance(key, (str, int, float, bool, type(None))) else f"<{shown(key)}>"
+    budget.spend(len(text) // 1000)
+    return text

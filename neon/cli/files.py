@@ -13,10 +13,14 @@ import click
 from neon.cli.options import PATH
 
 if TYPE_CHECKING:
-    from neon.checkpoints.checkpoint import Checkpoint
     from neon.merge import OnMismatch
 
 log = logging.getLogger(__name__)
+
+
+WEIGHTS_HELP = (
+    "Weight set: ema, raw, or its place in the file.  [default: the average if there is one, else the only set]"
+)
 
 
 @click.command("merge")
@@ -29,7 +33,13 @@ log = logging.getLogger(__name__)
     help="theta_base - W (theta_syn - theta_base): W > 0 moves away from SYNTH, 0 is BASE, -1 is SYNTH.",
 )
 @click.option("--out", type=PATH, required=True, help="The safetensors file to write.")
-@click.option("--weights", default="ema", show_default=True, help="Weight set of both files.")
+@click.option("--weights", help=WEIGHTS_HELP)
+@click.option("--base-weights", help="Weight set of BASE alone.")
+@click.option("--synth-weights", help="Weight set of SYNTH alone.")
+@click.option(
+    "--family",
+    help="Family of both files, to tell parameters from buffers.  [default: a shipped one that the file names]",
+)
 @click.option(
     "--on-mismatch",
     type=click.Choice(["error", "keep_base"]),
@@ -37,50 +47,26 @@ log = logging.getLogger(__name__)
     show_default=True,
     help="What to do with entries that cannot be extrapolated.",
 )
-def merge_files(base: Path, synth: Path, w: float, out: Path, weights: str, on_mismatch: OnMismatch) -> None:
+def merge_files(
+    base: Path,
+    synth: Path,
+    w: float,
+    out: Path,
+    weights: str | None,
+    base_weights: str | None,
+    synth_weights: str | None,
+    family: str | None,
+    on_mismatch: OnMismatch,
+) -> None:
     """Merge two checkpoints of one network, tensor by tensor: memory for three tensors is enough.
 
     BASE and SYNTH may be of any supported layout (.pkl, .pth, .pt, .ckpt, .safetensors, a sharded index).
     """
-    from neon import merge
-    from neon.checkpoints import checkpoint
-    from neon.store import files
+    from neon.pipeline import merging
 
-    b, s = checkpoint.read(base, weights=weights), checkpoint.read(synth, weights=weights)
-    parameters = parameter_names(b)
-    entries = merge.merged_entries(b.tensors, s.tensors, w, parameters=parameters, on_mismatch=on_mismatch)
-    metadata = {
-        **b.meta,
-        "family": b.family,
-        "arch": b.arch,
-        "weights": b.weights,
-        "w": w,
-        "base_sha256": b.sha256,
-        "synth_sha256": s.sha256,
-    }
-    checkpoint.write_streaming(out, b.tensors, entries, metadata=metadata)
-    step = merge.step_size(
-        b.tensors, s.tensors, w, parameters or [name for name in b.tensors if b.tensors[name].is_floating_point()]
-    )
-    if step["swallowed"] > 0.01:
-        log.warning(
-            "%.0f %% of the moved entries did not change: their dtype is too coarse for this step",
-            100 * step["swallowed"],
-        )
-    formula = "theta_base - w (theta_syn - theta_base)"
-    click.echo(json.dumps({"out": str(out), "w": w, "formula": formula, "sha256": files.sha256_of(out), **step}))
-
-
-def parameter_names(found: Checkpoint) -> set[str] | None:
-    """Names of the network's parameters, if the file says how it is built; None: every entry counts as one."""
-    import torch
-
-    from neon.family import resolve
-
-    if found.family is None or found.arch is None:
-        return None
-    with torch.device("meta"):
-        return {name for name, _ in resolve(found.family).build(found.arch).named_parameters()}
+    b, s = merging.read_pair(base, synth, base_weights or weights, synth_weights or weights)
+    about = merging.merge(b, s, w, out, merging.parameter_names(b, family), on_mismatch)
+    click.echo(json.dumps(about))
 
 
 @click.command()
@@ -96,12 +82,12 @@ def info(file: Path) -> None:
 @click.command()
 @click.argument("source", type=PATH)
 @click.option("--out", type=PATH, required=True, help="The safetensors file to write.")
-@click.option("--weights", default="ema", show_default=True, help="Weight set to take.")
+@click.option("--weights", default="auto", help=WEIGHTS_HELP)
 def convert(source: Path, out: Path, weights: str) -> None:
     """Convert any supported checkpoint to safetensors. The embedded code of NVIDIA's pickles is not run."""
     from neon.checkpoints import checkpoint
 
-    found = checkpoint.convert(source, out, weights=weights)
+    found = checkpoint.convert(source, out, weights=weights, option="--weights")
     click.echo(
         json.dumps(
             {

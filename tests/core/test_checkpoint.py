@@ -51,7 +51,7 @@ LAYOUTS = {
     ),
     "VAR trainer": (
         {"epoch": 1, "trainer": {"config": None, "var_wo_ddp": RAW, "vae_local": EMA}, "args": {}},
-        {"raw": RAW},
+        {"raw": RAW, "trainer/vae_local": EMA},
     ),
     "KL-16": ({"model": RAW}, {"raw": RAW}),
     "bare": (RAW, {"unnamed": RAW}),
@@ -85,7 +85,7 @@ def test_any_takes_the_only_set_and_refuses_to_choose(tmp_path):
     torch.save({"model": RAW}, tmp_path / "one.pth")
     assert_equal(checkpoint.read(tmp_path / "one.pth", weights="any").tensors, RAW)
     torch.save({"ema": EMA, "model": RAW}, tmp_path / "two.pth")
-    with pytest.raises(ValueError, match=r"holds no 'any' weights; it holds 'ema'.*'raw'"):
+    with pytest.raises(ValueError, match=r"holds more than one set of weights; it holds 'ema'.*'raw'"):
         checkpoint.read(tmp_path / "two.pth", weights="any")
 
 

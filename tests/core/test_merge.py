@@ -33,8 +33,8 @@ def test_fixed_points_bit_for_bit(dtype):
 def test_half_precision_is_rounded_once():
     base, synth = state(0, torch.bfloat16), state(1, torch.bfloat16)
     merged = reverse_merge(base, synth, 0.3)["a.weight"]
-    b, s = base["a.weight"].float(), synth["a.weight"].float()
-    assert torch.equal(merged, torch.add(b, s - b, alpha=-0.3).bfloat16())
+    b, s = base["a.weight"].double(), synth["a.weight"].double()
+    assert torch.equal(merged, (b - 0.3 * (s - b)).float().bfloat16())
     half = base["a.weight"] - torch.tensor(0.3, dtype=torch.bfloat16) * (synth["a.weight"] - base["a.weight"])
     assert not torch.equal(merged, half)  # arithmetic in bfloat16 is measurably something else
 
@@ -81,11 +81,47 @@ def test_entries_that_are_not_finite(bad):
     )
 
 
-def test_integers_that_differ():
-    base, synth = {"n": torch.tensor([1])}, {"n": torch.tensor([2])}
-    with pytest.raises(ValueError, match="n: differs"):
-        reverse_merge(base, synth, 1.0)
-    assert reverse_merge(base, synth, 1.0, on_mismatch="keep_base")["n"].item() == 1
+def test_ties_of_half_precision_round_as_w_says():
+    """-0.875 - 2.6 * 2.734375 = -7.984375 lies halfway between two bfloat16s; 2.6 as a float32 is a little less."""
+    base, synth = torch.tensor([-0.875]).bfloat16(), torch.tensor([1.859375]).bfloat16()
+    assert reverse_merge({"p": base}, {"p": synth}, 2.6)["p"].item() == -8.0
+    live = nn.ParameterList([nn.Parameter(base.clone())])
+    LiveMerge(live, {"0": base}, {"0": synth}).set_w(2.6)
+    assert live[0].item() == -8.0
+
+
+def test_integers_that_differ_are_counters_and_come_from_the_base():
+    assert reverse_merge({"n": torch.tensor([1])}, {"n": torch.tensor([2])}, 1.0)["n"].item() == 1
+    with pytest.raises(ValueError, match="n: differs.*float32 in the base and torch.int64"):
+        reverse_merge({"n": torch.tensor([1.0])}, {"n": torch.tensor([2])}, 1.0)
+
+
+def test_running_statistics_and_masks_are_the_bases_where_nobody_names_the_parameters():
+    def trained(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.utils.spectral_norm(nn.Linear(3, 4)), nn.BatchNorm1d(4))
+        model(torch.randn(20, 3) * (1 + seed))
+        nn.init.normal_(model[1].weight), nn.init.normal_(model[1].bias)
+        model.register_buffer("attn_mask", torch.full((2, 2), -torch.inf).triu(1 + seed))
+        model.register_buffer("table", torch.zeros(2).where(torch.tensor([seed == 0, False]), -torch.inf))
+        return model
+
+    base, synth = trained(0), trained(1)
+    merged = reverse_merge(base.state_dict(), synth.state_dict(), 2.0)
+    parameters = {name for name, _ in base.named_parameters()}
+    assert len(parameters) == 4
+    for name, value in base.state_dict().items():
+        assert torch.equal(merged[name], value) == (name not in parameters), name
+    weight_norm = {"v.weight_g": torch.ones(1), "v.weight_v": torch.ones(2)}
+    moved = reverse_merge(weight_norm, {name: value + 1 for name, value in weight_norm.items()}, 1.0)
+    assert moved["v.weight_v"].tolist() == [0, 0]  # weight norm's direction is a parameter
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_float8_is_computed_as_float32(dtype):
+    base, synth = torch.tensor([1.0, 2.0, -0.5]).to(dtype), torch.tensor([2.0, 2.0, -1.0]).to(dtype)
+    assert reverse_merge({"p": base}, {"p": synth}, 0.5)["p"].float().tolist() == [0.5, 2.0, -0.25]
+    assert reverse_merge({"p": base}, {"p": base.clone()}, 0.5)["p"] is base
 
 
 def test_names_and_shapes_that_differ():
