@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from neon.checkpoints import weight_sets
 from neon.checkpoints.lazy import Source, StoredTensors
 from neon.checkpoints.limits import clean, first_of, shown
-from neon.checkpoints.safetensors_format import metas, write_safetensors
+from neon.checkpoints.safetensors_format import aliases_of, metas, write_safetensors
 from neon.checkpoints.weight_sets import KNOWN, UNNAMED, Contents, WeightSet
 from neon.store import files
 
@@ -60,6 +60,11 @@ class Checkpoint:
     def files(self) -> list[Path]:
         """Every file that holds a part of it."""
         return [self.path, *(self.path.with_name(shard) for shard in self.shards)]
+
+    @property
+    def ties(self) -> Mapping[str, str]:
+        """later name -> first name of entries that are one tensor."""
+        return aliases_of(self.tensors)
 
     @property
     def specs(self) -> Mapping[str, Tensor]:

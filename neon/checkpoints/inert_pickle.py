@@ -132,6 +132,7 @@ CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()
 ARGUMENTS = {"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"} | {
     "STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8",
 }  # fmt: skip
+OPCODES = {opcode.code: opcode for opcode in pickletools.opcodes}
 LENGTH_BYTES = {"SHORT_BINBYTES": 1, "BINBYTES": 4, "BINBYTES8": 8}
 TEXT_LENGTH_BYTES = {"BINSTRING": 4, "BINUNICODE": 4, "BINUNICODE8": 8, "LONG4": 4}
 PUT = {"PUT", "BINPUT", "LONG_BINPUT"}
@@ -146,7 +147,7 @@ def opcodes(file: Bounded) -> Iterator[tuple[str, object]]:
     while True:
         budget.spend()
         start = file.tell()
-        opcode = pickletools.code2op.get(file.read(1).decode("latin1"))
+        opcode = OPCODES.get(file.read(1).decode("latin1"))
         if opcode is None:
             raise ValueError(f"damaged pickle: no opcode at byte {start}")
         name = opcode.name

@@ -92,7 +92,7 @@ def test_ties_of_half_precision_round_as_w_says():
 
 def test_integers_that_differ_are_counters_and_come_from_the_base():
     assert reverse_merge({"n": torch.tensor([1])}, {"n": torch.tensor([2])}, 1.0)["n"].item() == 1
-    with pytest.raises(ValueError, match="n: differs.*float32 in the base and torch.int64"):
+    with pytest.raises(ValueError, match=r"n: differs.*float32 in the base and torch\.int64"):
         reverse_merge({"n": torch.tensor([1.0])}, {"n": torch.tensor([2])}, 1.0)
 
 

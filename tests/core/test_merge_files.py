@@ -209,7 +209,7 @@ def test_a_shard_of_an_input_is_never_replaced(tmp_path, pair):
 
 
 def test_what_may_be_written(tmp_path, pair):
-    with pytest.raises(ValueError, match="expected a name ending in .safetensors"):
+    with pytest.raises(ValueError, match=r"expected a name ending in \.safetensors"):
         neon("merge", *pair, "--w", 1, "--out", tmp_path / "out.pth")
     os.mkfifo(tmp_path / "pipe.safetensors")
     with pytest.raises(ValueError, match="a pipe or a device"):
