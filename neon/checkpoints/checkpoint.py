@@ -229,12 +229,11 @@ def convert(
 
 
 def check_target(path: Path, inputs: Iterable[Path]) -> None:
-    """Raises ValueError unless `path` may be written: a .safetensors file, not special, and none of the inputs (also
-    not through a link)."""
+    """Raises ValueError or OSError unless `path` may be written: a .safetensors file, in a folder that is there, and
+    none of the inputs (also not through a link)."""
     if path.suffix != ".safetensors":
         raise ValueError(f"{path}: what is written is safetensors; expected a name ending in .safetensors")
-    if path.exists() and not path.is_file():
-        raise ValueError(f"{path} is a folder, a pipe or a device; name a file that may be replaced")
+    files.check_writable(path)
     same = [read_from for read_from in inputs if path.exists() and path.samefile(read_from)]
     if same:
         raise ValueError(f"{path} is the same file as the input {same[0]}, which it would replace; name another file")

@@ -106,7 +106,7 @@ def test_weight_sets_by_default_and_by_name(tmp_path):
         neon("merge", both, raw, "--w", 1, "--weights", "ema", "--out", out)
     checkpoint.write(tmp_path / "trained.safetensors", BASE, metadata={"weights": "raw"})  # as `neon train` writes
     neon("merge", tmp_path / "trained.safetensors", raw, "--w", 1, "--out", out)
-    neon("convert", tmp_path / "trained.safetensors", tmp_path / "again.safetensors")
+    neon("convert", tmp_path / "trained.safetensors", "--out", tmp_path / "again.safetensors")
 
 
 LAYOUTS = {
@@ -194,7 +194,7 @@ def test_an_input_is_never_replaced(tmp_path, command, link):
         if link is not None:
             out = tmp_path / f"link-to-{victim.name}"
             link(victim, out)
-        given = (base, synth, "--w", 1, "--out", out) if command == "merge" else (base, out)
+        given = (base, synth, "--w", 1, "--out", out) if command == "merge" else (base, "--out", out)
         with pytest.raises(ValueError, match="is the same file as the input"):
             neon(command, *given)
     assert (base.read_bytes(), synth.read_bytes()) == before
@@ -212,7 +212,7 @@ def test_what_may_be_written(tmp_path, pair):
     with pytest.raises(ValueError, match=r"expected a name ending in \.safetensors"):
         neon("merge", *pair, "--w", 1, "--out", tmp_path / "out.pth")
     os.mkfifo(tmp_path / "pipe.safetensors")
-    with pytest.raises(ValueError, match="a pipe or a device"):
+    with pytest.raises(ValueError, match="a device or a pipe"):
         neon("merge", *pair, "--w", 1, "--out", tmp_path / "pipe.safetensors")
     assert (tmp_path / "pipe.safetensors").is_fifo()
 
@@ -228,7 +228,7 @@ def test_metadata_of_a_hugging_face_file_stays_and_ours_is_beside_it(tmp_path):
     assert (texts["format"], texts["license"]) == ("pt", "mit")
     assert json.loads(texts["neon"])["w"] == 1.5
     assert neon("info", out)["weights"]["unnamed"]["meta"]["w"] == 1.5
-    neon("convert", files[0], tmp_path / "converted.safetensors")
+    neon("convert", files[0], "--out", tmp_path / "converted.safetensors")
     assert_same(dict(checkpoint.read(tmp_path / "converted.safetensors").tensors), BASE)
 
 
@@ -238,7 +238,7 @@ def test_an_old_output_stays_where_the_new_one_fails(tmp_path, texts):
     out = saved(tmp_path / "out.safetensors", BASE)
     before = out.read_bytes()
     with pytest.raises(ValueError, match=r"odd\.safetensors"):
-        neon("convert", tmp_path / "odd.safetensors", out)
+        neon("convert", tmp_path / "odd.safetensors", "--out", out)
     assert out.read_bytes() == before
 
 
@@ -263,7 +263,7 @@ def test_conjugate_and_negative_views_keep_their_signs(tmp_path, view):
     value = {"conj": z.conj(), "neg": z.conj().imag, "imag": z.imag}[view]
     path = saved(tmp_path / "a.pth", {"x": value})
     assert torch.equal(checkpoint.read(path).tensors["x"], value)
-    neon("convert", path, tmp_path / "a.safetensors")
+    neon("convert", path, "--out", tmp_path / "a.safetensors")
     assert torch.equal(safetensors.torch.load_file(tmp_path / "a.safetensors")["x"], value)
 
 
