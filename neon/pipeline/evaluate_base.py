@@ -5,6 +5,7 @@ from __future__ import annotations
 from neon.binding import to_plain
 from neon.evaluation.evaluate import evaluate, spread, why_not_comparable
 from neon.evaluation.options import Report
+from neon.pipeline.preflight import need_guidance
 from neon.pipeline.run import Run
 from neon.store import records
 
@@ -17,7 +18,7 @@ def evaluate_base(run: Run, repeats: int) -> dict[str, object]:
             "report.cfg_scale = 'selected' means nothing without a search; give a number with --set "
             "report.cfg_scale=..."
         )
-    run.check_guidance("report", config.cfg_scale)
+    need_guidance(run.family, "report", config.cfg_scale)
     metric = run.metric(config.num_images, None)
     evaluations = []
     for repeat in range(repeats):

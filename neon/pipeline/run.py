@@ -20,6 +20,7 @@ from neon.evaluation.yardsticks import open_yardsticks
 from neon.family import Family, source_sha256
 from neon.pipeline import page
 from neon.pipeline.experiment import Base, Experiment
+from neon.pipeline.preflight import preflight
 from neon.runtime.distributed import World
 from neon.runtime.progress import say
 from neon.sampling.generate import Source
@@ -105,8 +106,8 @@ class Run:
 
     def synth(self) -> Shards:
         """Stage 1: S."""
+        preflight(self.config, self.family, ["synth"])
         config = self.config.need("synth", Synth)
-        self.check_guidance("synth", config.cfg_scale)
         say(self.world, f"synth: {config.num_images} images by the base model")
         sampling = config.sampling or self.sampling
         identity = {**self.identity, "sampling": to_plain(sampling)}
@@ -116,8 +117,11 @@ class Run:
 
     def finetune(self) -> list[Path]:
         """Stage 2: the short fine-tune on S. Returns the snapshots."""
+        preflight(self.config, self.family, ["synth", "finetune"])
         recipe = self.config.need("finetune", Training)
         synth_config = self.config.need("synth", Synth)
+        if recipe.arch:
+            self._trainable_model(recipe)  # whether the arguments fit is said before S is made
         corpus = self.synth()
         folder = self.folder / "finetune"
         synth_manifest = records.read_manifest(self.folder / "synth")
@@ -144,8 +148,13 @@ class Run:
 
     def _trainable_model(self, recipe: Training) -> torch.nn.Module:
         """The base's weights in the network that the recipe trains."""
-        model = self.family.build({**self.family.arch_of(self.base), **recipe.arch})
-        self.base.load_into(model)
+        try:
+            model = self.family.build({**self.family.arch_of(self.base), **recipe.arch})
+            self.base.load_into(model)
+        except (TypeError, ValueError) as error:
+            if recipe.arch:
+                raise ValueError(f"finetune.arch: {error}") from error
+            raise
         return model
 
     def _snapshot_writer(self, recipe: Training) -> Callable[[Trainer, Path], None]:
@@ -198,11 +207,8 @@ class Run:
     def select(self) -> tuple[Score, list[Score]]:
         """Stage 3: the grid on the selection block. Returns the chosen score and all scores (the random control
         last)."""
+        preflight(self.config, self.family, ["select"])
         config = self.config.need("select", Select)
-        if self.family.is_guided and config.cfg_scale is None:
-            raise ValueError(
-                "select.cfg_scale: this family is guided, name the values to try (there is no hidden default)"
-            )
         names = [path.stem.removeprefix("snapshot-") for path in snapshots(self.folder / "finetune")]
         chosen = names if config.snapshots == "all" else names[-1:]
         block = Block(labels=config.labels, first_seed=config.first_seed, num_images=config.num_images)
@@ -265,6 +271,7 @@ class Run:
     def all(self) -> dict[str, object]:
         """Everything; returns the result that is also written to result.json."""
         started = time.perf_counter()
+        preflight(self.config, self.family, ["synth", "finetune", "select", "report"])
         self.yardsticks  # noqa: B018 - a missing reference or extractor is said before any image is made
         self.finetune()
         winner, scores = self.select()
@@ -340,7 +347,3 @@ class Run:
         return checkpoint.read(
             self.folder / "finetune" / f"snapshot-{point.snapshot}.safetensors", weights="any"
         ).tensors
-
-    def check_guidance(self, section: str, cfg_scale: float | None) -> None:
-        if self.family.is_guided and cfg_scale is None:
-            raise ValueError(f"{section}.cfg_scale: this family is guided, name the scale (there is no hidden default)")

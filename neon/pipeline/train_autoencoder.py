@@ -25,11 +25,14 @@ from neon.runtime.progress import say
 from neon.store import records
 from neon.training.loop import train
 from neon.training.recipe import Autoencoder
+from neon.training.step_data import check_groups
 from neon.training.trainer import Trainer
 
 BATCH = 250
 """Images per call outside training."""
 CALIBRATION_IMAGES = 1000
+FINGERPRINT_IMAGES = 10_000
+"""Of the training images; more are told by their names alone."""
 
 
 def train_autoencoder(config: Experiment, folder: Path, world: World) -> dict[str, object]:
@@ -41,6 +44,7 @@ def train_autoencoder(config: Experiment, folder: Path, world: World) -> dict[st
     section, data = config.need("autoencoder", Autoencoder), config.need("data", Data)
     trainable = config.family().trainable_autoencoder
     assert trainable is not None  # neon.pipeline.experiment refuses an [autoencoder] of a family without one
+    check_groups("autoencoder.train", trainable, section.train)
     training, held_out = split(open_images(data.path, use_labels=False, size=data.size, pad=data.pad), section.held_out)
     torch.manual_seed(section.train.seed)  # initial weights
     model = trainable.build(section.arch)
@@ -60,6 +64,7 @@ def train_autoencoder(config: Experiment, folder: Path, world: World) -> dict[st
         )
 
     source = {"path": data.path, "pad": data.pad, "num_images": len(training)}
+    source["data_sha256"] = training.fingerprint(FINGERPRINT_IMAGES)
     identity = {"autoencoder": to_plain(section), "data": source}
     shots = train(trainable, model, training, section.train, folder / "autoencoder", identity, write, world)
     checkpoint.read(shots[-1], weights="any").load_into(model)

@@ -9,18 +9,22 @@ import torch
 
 from neon.binding import to_plain
 from neon.checkpoints import checkpoint
+from neon.family import source_sha256
 from neon.images.formats import open_images
 from neon.images.image_set import ImageSet
 from neon.pipeline.experiment import Data, Experiment
 from neon.runtime.distributed import World
 from neon.runtime.progress import say
-from neon.store import records
+from neon.store import files, records
 from neon.training.encoding import encoded
 from neon.training.loop import train
 from neon.training.recipe import Training
+from neon.training.step_data import check_groups
 from neon.training.trainer import Trainer
 
 IN_MEMORY_BYTES = 8 << 30
+FINGERPRINT_IMAGES = 10_000
+"""Of a set that does not fit into memory."""
 
 
 def train_base(config: Experiment, folder: Path, world: World) -> dict[str, object]:
@@ -30,6 +34,7 @@ def train_base(config: Experiment, folder: Path, world: World) -> dict[str, obje
     if config.model is None:
         raise ValueError("the config has no [model] section: the constructor arguments of the network to train")
     family = config.family()
+    check_groups("train", family, recipe)
     arch: Mapping[str, object] = {**config.model, **recipe.arch}
     torch.manual_seed(recipe.seed)  # initial weights
     model = family.build(arch)
@@ -43,13 +48,21 @@ def train_base(config: Experiment, folder: Path, world: World) -> dict[str, obje
         raise ValueError(
             f"{data.path}: the model is class-conditional ({classes} classes) and the images have no labels"
         )
+    images, most = _in_memory(images)
+    inputs: dict[str, object] = {
+        "data_sha256": images.fingerprint(most),
+        "autoencoder_sha256": None if autoencoder is None else files.sha256_of(autoencoder),
+    }
+    source = source_sha256(type(family))
     identity = {
         "model": to_plain(config.model),
         "recipe": to_plain(recipe),
         "data": to_plain(data),
         "num_images": len(images),
+        **inputs,
+        **({} if source is None else {"family_source": source}),
     }
-    corpus = encoded(family, _in_memory(images), folder / "encoded", {"data": data.path}, world, 256)
+    corpus = encoded(family, images, folder / "encoded", {"data": data.path, **inputs}, world, 256)
     say(
         world,
         f"train: {sum(p.numel() for p in model.parameters()):,} parameters, {len(images):,} images, {recipe.images:,} "
@@ -75,8 +88,9 @@ def train_base(config: Experiment, folder: Path, world: World) -> dict[str, obje
     return {"model": str(final), "images_seen": log[-1]["images"], "loss": log[-1]["loss"], "steps": log[-1]["step"]}
 
 
-def _in_memory(images: ImageSet) -> ImageSet:
-    """The set with its pixels in memory, if they fit: decoding files at every step costs more than the step."""
+def _in_memory(images: ImageSet) -> tuple[ImageSet, int]:
+    """The set with its pixels in memory, if they fit: decoding files at every step costs more than the step. And how
+    many images its fingerprint may read."""
     if len(images) * int(torch.tensor(images.shape).prod()) > IN_MEMORY_BYTES:
-        return images
-    return images.in_memory()
+        return images, FINGERPRINT_IMAGES
+    return images.in_memory(), len(images)

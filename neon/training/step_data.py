@@ -47,12 +47,19 @@ def step_data(family: Trainable, recipe: Training, step: int, corpus: Corpus, wo
     return StepData(codes, None if labels is None else labels[share], own)
 
 
+def check_groups(section: str, family: Trainable, recipe: Training) -> None:
+    """Raise ValueError if a batch of the recipe would split images whose loss is computed together."""
+    group = family.group(recipe.objective)
+    for name, value in (("batch", recipe.batch), ("micro_batch", recipe.micro_batch)):
+        if value is not None and value % group:
+            raise ValueError(
+                f"{section}.{name} must be a multiple of {group}, the images whose loss is computed together; "
+                f"got {value}"
+            )
+
+
 def share_of(recipe: Training, world: World, group: int) -> slice:
     """The positions in the global batch that are this rank's, in whole groups of images."""
-    if recipe.batch % group or (recipe.micro_batch or group) % group:
-        raise ValueError(
-            f"batch and micro_batch must be multiples of {group}, the images whose loss is computed together"
-        )
     start, stop = (recipe.batch // group * r // world.size * group for r in (world.rank, world.rank + 1))
     return slice(start, stop)
 
