@@ -16,8 +16,10 @@ from edm.layers import UNetBlock
 from edm.loss import Objective, pixel_losses
 from edm.precond import PRECONDITIONERS, Denoiser, Preconditioner
 from edm.sampler import Churn, noise_levels, sample_heun
+from neon.binding import construct
 from neon.checkpoints.checkpoint import Checkpoint
 from neon.family import Draws, Family
+from neon.quantize import from_uint8
 from neon.seeds import Rng
 
 STATES = {"float64": torch.float64, "float32": torch.float32}
@@ -74,10 +76,7 @@ class EDM(Family[Denoiser, Objective, Sampling]):
         return model.model if isinstance(model, Preconditioner) else None
 
     def load(self, checkpoint: Checkpoint) -> Denoiser:
-        with torch.device("meta"):  # memory and initial values are only for what the file brings
-            model = self.build(self.arch_of(checkpoint))
-        checkpoint.load_into(model)
-        return model
+        return checkpoint.filled(lambda: self.build(self.arch_of(checkpoint)))
 
     def build(self, arch: Mapping[str, object]) -> Preconditioner:
         """arch: `class_name` (EDMPrecond, VPPrecond, VEPrecond or iDDPMPrecond) and that class's constructor
@@ -86,10 +85,7 @@ class EDM(Family[Denoiser, Objective, Sampling]):
         class_name = arguments.pop("class_name", None)
         if class_name not in PRECONDITIONERS:
             raise ValueError(f"arch.class_name must be one of {', '.join(PRECONDITIONERS)}, got {class_name!r}")
-        try:
-            return PRECONDITIONERS[str(class_name)](**arguments)  # type: ignore[arg-type] # names and values come from a file
-        except TypeError as error:
-            raise ValueError(f"the constructor arguments in arch do not fit {class_name}: {error}") from error
+        return construct(PRECONDITIONERS[str(class_name)], arguments, "arch")
 
     def num_classes(self, model: Denoiser) -> int:
         return model.label_dim
@@ -149,7 +145,7 @@ class EDM(Family[Denoiser, Objective, Sampling]):
     ) -> Tensor:
         """The weighted squared error of every pixel, (B, C, R, R)."""
         net = _trainable(model)
-        images = codes.float() / 127.5 - 1 if codes.dtype == torch.uint8 else codes.float()
+        images = from_uint8(codes) if codes.dtype == torch.uint8 else codes.float()
         images, augment_labels = _augmented(net, images, draws, how)
         class_labels = one_hot(labels, net.label_dim)
         label_drop = net.model.label_dropout if how.label_drop is None else how.label_drop

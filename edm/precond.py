@@ -79,7 +79,6 @@ class Preconditioner(Denoiser):
         unknown = sorted(set(model_kwargs) - set(inspect.signature(network).parameters))
         if unknown:
             raise ValueError(f"{type(self).__name__}({model_type}): unknown constructor arguments {', '.join(unknown)}")
-        self.augment_dim = int(model_kwargs.get("augment_dim", 0))  # type: ignore[call-overload]
         channels = img_channels * pixel_unshuffle**2
         self.model = network(
             img_resolution=img_resolution // pixel_unshuffle,
@@ -88,6 +87,8 @@ class Preconditioner(Denoiser):
             label_dim=label_dim,
             **model_kwargs,
         )
+
+        self.augment_dim = self.model.augment_dim
 
     def coefficients(self, sigma: Tensor) -> Coefficients:
         """sigma: (B or 1, 1, 1, 1) float32."""

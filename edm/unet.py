@@ -58,6 +58,7 @@ class SongUNet(nn.Module):
         _one_of("encoder_type", encoder_type, "standard", "skip", "residual")
         _one_of("decoder_type", decoder_type, "standard", "skip")
         self.label_dim = label_dim
+        self.augment_dim = augment_dim
         self.label_dropout = label_dropout  # applied by the loss, which owns all random numbers of a training step
         emb_channels, noise_channels = model_channels * channel_mult_emb, model_channels * channel_mult_noise
 
@@ -163,6 +164,7 @@ class DhariwalUNet(nn.Module):
         label_dropout: float = 0.0,
     ):
         super().__init__()
+        self.augment_dim = augment_dim
         self.label_dropout = label_dropout  # applied by the loss, which owns all random numbers of a training step
         emb_channels = model_channels * channel_mult_emb
         label_init = Init("kaiming_normal", weight=math.sqrt(label_dim))

@@ -13,6 +13,7 @@ from flow.loss import Objective, path
 from flow.presets import MODELS
 from flow.sampler import ErrorNorm, dopri5, euler
 from flow.unet import AttentionBlock, ResBlock, UNet
+from neon.binding import construct
 from neon.checkpoints.checkpoint import Checkpoint
 from neon.family import Draws, Family
 from neon.seeds import Rng
@@ -64,10 +65,7 @@ class Flow(Family[UNet, Objective, Sampling]):
     def build(self, arch: Mapping[str, object]) -> UNet:
         if arch.get("learn_sigma"):
             raise ValueError("arch.learn_sigma: a velocity has as many channels as the image")
-        try:
-            return UNet(**arch)  # type: ignore[arg-type]  # names and values come from a file
-        except TypeError as error:
-            raise ValueError(f"the constructor arguments in arch do not fit the U-Net: {error}") from error
+        return construct(UNet, arch, "arch")
 
     def arch_of(self, checkpoint: Checkpoint) -> Mapping[str, object]:
         """TorchCFM's files hold tensors only. Heads, dropout and image size are not in their shapes, so only networks
@@ -93,10 +91,7 @@ class Flow(Family[UNet, Objective, Sampling]):
             return {name: tuple(value.shape) for name, value in self.build(arch).state_dict().items()}
 
     def load(self, checkpoint: Checkpoint) -> UNet:
-        with torch.device("meta"):  # memory and initial values are only for what the file brings
-            model = self.build(self.arch_of(checkpoint))
-        checkpoint.load_into(model)
-        return model
+        return checkpoint.filled(lambda: self.build(self.arch_of(checkpoint)))
 
     def num_classes(self, model: UNet) -> int:
         return model.num_classes

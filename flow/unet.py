@@ -135,10 +135,10 @@ class AttentionBlock(nn.Module):
         return (pixels + self.proj_out(attended)).view(x.shape)
 
 
-class Stage(nn.Sequential):
+class Stage(nn.ModuleList):
     """Layers one after the other, of which the residual blocks also take the embedding."""
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         for layer in self:
             x = layer(x, emb) if isinstance(layer, ResBlock) else layer(x)
         return x
@@ -177,17 +177,17 @@ class Blocks:
     def encoder(self, channels: int, widths: Sequence[int], num_heads: int) -> tuple[nn.ModuleList, list[int]]:
         """The stages, and the width of each one's output."""
         width = widths[0]
-        stages, skips = [Stage(nn.Conv2d(channels, width, 3, padding=1))], [width]
+        stages, skips = [Stage([nn.Conv2d(channels, width, 3, padding=1)])], [width]
         for level, level_width in enumerate(widths):
             for _ in range(self.num_res_blocks):
                 layers: list[nn.Module] = [self.residual(width, level_width)]
                 width = level_width
                 if 2**level in self.attended:
                     layers.append(self.attention(width, num_heads))
-                stages.append(Stage(*layers))
+                stages.append(Stage(layers))
                 skips.append(width)
             if level < len(widths) - 1:
-                stages.append(Stage(self.residual(width, width, "down") if self.is_updown else Downsample(width)))
+                stages.append(Stage([self.residual(width, width, "down") if self.is_updown else Downsample(width)]))
                 skips.append(width)
         return nn.ModuleList(stages), skips
 
@@ -201,7 +201,7 @@ class Blocks:
                     layers.append(self.attention(width, num_heads))
                 if level and i == self.num_res_blocks:
                     layers.append(self.residual(width, width, "up") if self.is_updown else Upsample(width))
-                stages.append(Stage(*layers))
+                stages.append(Stage(layers))
         return nn.ModuleList(stages)
 
 
@@ -263,7 +263,7 @@ class UNet(nn.Module):
         self.input_blocks, skips = make.encoder(channels, widths, num_heads)
         deepest = widths[-1]
         self.middle_block = Stage(
-            make.residual(deepest, deepest), make.attention(deepest, num_heads), make.residual(deepest, deepest)
+            [make.residual(deepest, deepest), make.attention(deepest, num_heads), make.residual(deepest, deepest)]
         )
         self.output_blocks = make.decoder(skips, widths, num_heads if num_heads_upsample == -1 else num_heads_upsample)
         last = nn.Conv2d(widths[0], channels * (2 if learn_sigma else 1), 3, padding=1)

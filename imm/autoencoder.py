@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import torch
-
 from imm.vae import SD_VAE, StabilityEncoder, from_diffusers, layout_from_diffusers
 from neon.checkpoints import checkpoint
 from neon.networks.autoencoder import ConvLayout, KLAutoencoder
@@ -39,11 +37,9 @@ def read_autoencoder(path: Path) -> StabilityEncoder:
     """
     file = autoencoder_file(path)
     layout = _layout(file.with_name("config.json"))
-    with torch.device("meta"):
-        vae = KLAutoencoder(layout)
     found = checkpoint.read(file, weights="any")
     tensors = from_diffusers(dict(found.tensors), layout)
-    checkpoint.Checkpoint(tensors, None, "imm", found.weights, file).load_into(vae)
+    vae = checkpoint.Checkpoint(tensors, None, "imm", found.weights, file).filled(lambda: KLAutoencoder(layout))
     return StabilityEncoder(vae).eval().requires_grad_(False)
 
 

@@ -7,7 +7,7 @@ Attribute names are the published state-dict keys. B batch, N tokens, D width, P
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -92,7 +92,7 @@ class PatchEmbedding(nn.Module):
         super().__init__()
         self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
         nn.init.xavier_uniform_(self.proj.weight.view(hidden_size, -1))
-        nn.init.zeros_(self.proj.bias)  # type: ignore[arg-type]  # a convolution has one unless told otherwise
+        nn.init.zeros_(self.proj.get_parameter("bias"))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.proj(x).flatten(2).transpose(1, 2)
@@ -206,7 +206,8 @@ class DiT(nn.Module):
         if temb_mult != 1:
             raise ValueError(f"temb_mult must be 1 (no other value ever worked), got {temb_mult}")
         self.img_resolution, self.patch_size, self.in_channels = img_resolution, patch_size, in_channels
-        time_embedding = partial(TimeEmbedding, hidden_size, **(embedding_kwargs or {}))  # type: ignore[arg-type]
+        make: Callable[..., TimeEmbedding] = TimeEmbedding  # the arguments come from a file
+        time_embedding = partial(make, hidden_size, **(embedding_kwargs or {}))
         self.pos_embed = nn.Parameter(position_table(hidden_size, img_resolution // patch_size).float()[None])
         self.s_embedder = time_embedding() if s_embed else None
         self.x_embedder = PatchEmbedding(in_channels, hidden_size, patch_size)

@@ -18,6 +18,7 @@ from imm.loss import Objective, imm_loss
 from imm.precond import IMMPrecond
 from imm.sampler import edm_grid, explicit_grid, pushforward, restart, uniform_grid
 from imm.vae import PixelEncoder, StabilityEncoder
+from neon.binding import construct
 from neon.checkpoints.checkpoint import Checkpoint
 from neon.family import Draws, Family
 from neon.seeds import Rng
@@ -89,16 +90,10 @@ class IMM(Family[IMMPrecond, Objective, Sampling]):
         if class_name != "IMMPrecond":
             raise ValueError(f"arch.class_name: the imm family builds IMMPrecond, the checkpoint holds a {class_name}")
         arguments = {key: value for key, value in arch.items() if key != "class_name"}
-        try:
-            return IMMPrecond(**arguments)  # type: ignore[arg-type]  # names and values come from a file
-        except TypeError as error:
-            raise ValueError(f"the constructor arguments in arch do not fit IMMPrecond: {error}") from error
+        return construct(IMMPrecond, arguments, "arch")
 
     def load(self, checkpoint: Checkpoint) -> IMMPrecond:
-        with torch.device("meta"):  # memory and initial values are only for what the file brings
-            model = self.build(self.arch_of(checkpoint))
-        checkpoint.load_into(model)
-        return model
+        return checkpoint.filled(lambda: self.build(self.arch_of(checkpoint)))
 
     def open(self, autoencoder: Path | None, device: torch.device) -> None:
         self.encoder = PixelEncoder() if autoencoder is None else read_autoencoder(autoencoder).to(device)

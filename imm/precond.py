@@ -7,6 +7,7 @@ float32.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Collection
 from contextlib import nullcontext
 
 import torch
@@ -181,7 +182,6 @@ def arguments_of(network: type[nn.Module]) -> set[str]:
     return {name for cls in classes for name in inspect.signature(cls).parameters} - {"options"}
 
 
-def _expect(name: str, value: object, choices: object) -> None:
-    options = list(choices)  # type: ignore[call-overload]
-    if value not in options:
-        raise ValueError(f"IMMPrecond: {name} must be one of {', '.join(map(repr, options))}, got {value!r}")
+def _expect(name: str, value: object, choices: Collection[object]) -> None:
+    if value not in choices:
+        raise ValueError(f"IMMPrecond: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}")

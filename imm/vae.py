@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from neon.networks.autoencoder import ConvLayout, KLAutoencoder, mean_and_std
+from neon.quantize import from_uint8
 
 SD_VAE = ConvLayout(ch=128, ch_mult=(1, 2, 4, 4), num_res_blocks=2, z_channels=4, has_moments=True)
 """Layout of stabilityai/sd-vae-ft-ema and sd-vae-ft-mse."""
@@ -154,7 +155,7 @@ class StabilityEncoder(nn.Module):
 
         This is what IMM's latent datasets hold (not the log variance).
         """
-        moments = self.vae.encode(images.float() / 127.5 - 1)
+        moments = self.vae.encode(from_uint8(images))
         return torch.cat(mean_and_std(moments), dim=1).float()
 
     def to_latents(self, mean_std: Tensor, noise: Tensor) -> Tensor:
@@ -173,7 +174,7 @@ class PixelEncoder(nn.Module):
 
     def to_latents(self, images: Tensor) -> Tensor:
         """uint8 images (B, C, R, R) -> [-1, 1] float32."""
-        return images.float() / 127.5 - 1
+        return from_uint8(images)
 
     def decode(self, latents: Tensor) -> Tensor:
         """The network's images are images already."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TypeVar, Union
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 Section = TypeVar("Section", bound="DataclassInstance")
+Made = TypeVar("Made")
 LARGEST = 2**63 - 1
 """Of a whole number: what fits into the 64 bits of a tensor's size or a seed."""
 
@@ -96,21 +97,33 @@ ADDED = {"added": True}
 """Metadata of a field that came later: at its default it is left out, so that older folders and ledgers still fit."""
 
 
+def construct(make: Callable[..., Made], arguments: Mapping[str, object], where: str) -> Made:
+    """`make(**arguments)` with arguments from a file or a table; ValueError if their names do not fit."""
+    try:
+        return make(**arguments)
+    except TypeError as error:
+        name = getattr(make, "__name__", "it")
+        raise ValueError(f"the constructor arguments in {where} do not fit {name}: {error}") from error
+
+
 def to_plain(value: object) -> object:
     """Dataclasses, tuples and paths as JSON values, for manifests, ledger keys and results."""
     if is_dataclass(value) and not isinstance(value, type):
-        known = {f.name: (f, getattr(value, f.name)) for f in fields(value)}
-        return {
-            name: to_plain(item)
-            for name, (f, item) in known.items()
-            if not ("added" in f.metadata and item == f.default)
-        }
+        return to_table(value)
     if isinstance(value, Mapping):
         return {str(key): to_plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [to_plain(item) for item in value]
     is_not_json = isinstance(value, Path) or (isinstance(value, float) and not math.isfinite(value))
     return str(value) if is_not_json else value
+
+
+def to_table(value: DataclassInstance) -> dict[str, object]:
+    """A dataclass as a JSON object; see `to_plain`."""
+    known = {f.name: (f, getattr(value, f.name)) for f in fields(value)}
+    return {
+        name: to_plain(item) for name, (f, item) in known.items() if not ("added" in f.metadata and item == f.default)
+    }
 
 
 def with_family_options(

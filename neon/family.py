@@ -9,7 +9,7 @@ import importlib
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar, cast
 
@@ -135,6 +135,10 @@ class Family(Trainable[Model, Objective], Generic[Model, Objective, Sampling]):
     def is_guided(self) -> bool:
         """Whether the sampler takes a cfg_scale."""
         return any(field.name == "cfg_scale" for field in fields(self.sampling))
+
+    def with_guidance(self, how: Sampling, cfg_scale: float) -> Sampling:
+        """The sampler's options with this guidance."""
+        return replace(how, cfg_scale=cfg_scale)
 
     def open(self, autoencoder: Path | None, device: torch.device) -> None:
         """Make `encode` and `decode` ready. Latent and token families read their autoencoder here."""

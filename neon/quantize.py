@@ -1,5 +1,5 @@
-"""float -> uint8: the one place of the rounding rules. They change an FID, so the config names one and the result
-repeats it."""
+"""Between float images in [-1, 1] and uint8 ones. The rounding rules change an FID, so the config names one and the
+result repeats it."""
 
 from __future__ import annotations
 
@@ -36,3 +36,8 @@ def to_uint8(images: Tensor, rule: Rule) -> Tensor:
     if rule == "truncate":
         return ((x + 1) / 2).clamp(0, 1).mul(255).to(torch.uint8)
     return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def from_uint8(images: Tensor) -> Tensor:
+    """uint8 images of any shape as float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from neon import binding
 from neon.family import Draws, Family
+from neon.quantize import from_uint8
 from neon.seeds import ImageRng, Rng
 from var.crops import resized_crops, resized_size
 from var.layout import check_derived
@@ -70,10 +71,7 @@ class VAR(Family[Transformer, Objective, Sampling]):
     def load(self, checkpoint: Checkpoint) -> Transformer:
         """Also verifies what a checkpoint stores beside its parameters: a merge of the original extrapolates that
         too."""
-        arch = self.arch_of(checkpoint)
-        with torch.device("meta"):  # initial weights would be overwritten
-            model = self.build(arch)
-        checkpoint.load_into(model)
+        model = checkpoint.filled(lambda: self.build(self.arch_of(checkpoint)))
         check_derived(model.patch_nums, checkpoint.tensors, checkpoint.path)
         return model
 
@@ -159,7 +157,7 @@ class VAR(Family[Transformer, Objective, Sampling]):
             left=draws["left"],
             is_flipped=draws["flipped"],
         )
-        return tokeniser.image_to_indices(crops.float() / 127.5 - 1)
+        return tokeniser.image_to_indices(from_uint8(crops))
 
     def img_size(self, model: Transformer) -> int:
         encoder = self.tokeniser(model.patch_nums).encoder

@@ -98,7 +98,4 @@ def read_tokeniser(path: Path) -> VQVAE:
         arch = tokeniser_arch_of(metas(file.tensors)) if file.arch is None else file.arch
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    with torch.device("meta"):
-        tokeniser = VQVAE(binding.build(VQVAEArch, arch, "autoencoder.arch"))
-    file.load_into(tokeniser)
-    return tokeniser
+    return file.filled(lambda: VQVAE(binding.build(VQVAEArch, arch, "autoencoder.arch")))

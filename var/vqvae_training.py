@@ -15,6 +15,7 @@ from torch import Tensor
 
 from neon import binding
 from neon.family import Draws, TrainableAutoencoder
+from neon.quantize import from_uint8
 from neon.seeds import Rng
 from var.vqvae import VQVAE, VQVAEArch
 
@@ -38,7 +39,7 @@ class TrainableVQVAE(TrainableAutoencoder[VQVAE, VQObjective]):
     def loss(self, model: VQVAE, codes: Tensor, labels: Tensor | None, draws: Draws, how: VQObjective) -> Tensor:
         """mean |x - decode(f_hat)| + mean over scales of (|f_hat_k - sg f|^2 + beta |f - sg f_hat_k|^2), f_hat_k up to
         scale k."""
-        images = codes.float() / 127.5 - 1
+        images = from_uint8(codes)
         f = model.encode(images)
         scales = [f_hat for _, f_hat in model.quantize.scales(f.detach())]
         straight = f + (scales[-1] - f).detach()
@@ -48,4 +49,4 @@ class TrainableVQVAE(TrainableAutoencoder[VQVAE, VQObjective]):
         return errors + codebook + how.commitment * commitment
 
     def reconstruct(self, model: VQVAE, images: Tensor) -> Tensor:
-        return model.indices_to_image(model.image_to_indices(images.float() / 127.5 - 1))
+        return model.indices_to_image(model.image_to_indices(from_uint8(images)))

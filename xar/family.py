@@ -13,6 +13,7 @@ from neon import binding
 from neon.checkpoints.checkpoint import Checkpoint, read
 from neon.checkpoints.safetensors_format import metas
 from neon.family import Draws, Family
+from neon.quantize import from_uint8
 from neon.seeds import Rng
 from xar.cells import CELL_TOKENS, CHANNELS, GRID, NUM_CELLS
 from xar.loss import velocity_loss
@@ -121,7 +122,7 @@ class XAR(Family[XARTransformer, XARObjective, XARSampling]):
         return self.autoencoder.from_latents(codes)
 
     def encode(self, images: Tensor) -> Tensor:
-        pixels = images.float() / 127.5 - 1
+        pixels = from_uint8(images)
         both = torch.stack([pixels, pixels.flip(-1)], dim=1)
         return self.autoencoder.encode(both.flatten(0, 1)).unflatten(0, both.shape[:2])
 

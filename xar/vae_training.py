@@ -14,6 +14,7 @@ from torch import Tensor
 from neon import binding
 from neon.family import Draws, TrainableAutoencoder
 from neon.networks.autoencoder import kl_to_unit_normal, mean_and_std, sample_posterior
+from neon.quantize import from_uint8
 from neon.seeds import ImageRng, Rng
 from xar.vae import KL16, KL16Arch
 
@@ -36,7 +37,7 @@ class TrainableKL16(TrainableAutoencoder[KL16, KLObjective]):
 
     def loss(self, model: KL16, codes: Tensor, labels: Tensor | None, draws: Draws, how: KLObjective) -> Tensor:
         """(|x - decode(z)|_1 + kl_weight KL) / number of pixel values, z one sample of the posterior."""
-        images = codes.float() / 127.5 - 1
+        images = from_uint8(codes)
         moments = model.encode(images)
         mean, _ = mean_and_std(moments)
         noise = ImageRng(draws["noise_seed"].tolist(), images.device).normal(mean.shape[1:])
@@ -45,10 +46,10 @@ class TrainableKL16(TrainableAutoencoder[KL16, KLObjective]):
 
     def reconstruct(self, model: KL16, images: Tensor) -> Tensor:
         """Through the mean of the posterior."""
-        mean, _ = mean_and_std(model.encode(images.float() / 127.5 - 1))
+        mean, _ = mean_and_std(model.encode(from_uint8(images)))
         return model.decode(mean)
 
     def calibrated(self, model: KL16, images: Tensor, arch: Mapping[str, object]) -> dict[str, object]:
         """latent_scale = 1 / standard deviation of the posterior's samples over all images, channels and positions."""
-        mean, std = mean_and_std(model.encode(images.float() / 127.5 - 1))
+        mean, std = mean_and_std(model.encode(from_uint8(images)))
         return {**arch, "latent_scale": float((mean.double().var() + std.double().square().mean()).rsqrt())}

@@ -11,10 +11,11 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ from neon.checkpoints.weight_sets import KNOWN, UNNAMED, Contents, WeightSet
 from neon.store import files
 
 log = logging.getLogger(__name__)
+Model = TypeVar("Model", bound=nn.Module)
 
 
 @dataclass(eq=False)
@@ -97,6 +99,16 @@ class Checkpoint:
                 target.data = value.to(
                     target.device
                 )  # frees the old memory at once: the peak is the model and one tensor
+
+    def filled(self, build: Callable[[], Model]) -> Model:
+        """The network that `build` makes, with these weights; its own initial values cost neither time nor memory.
+
+        For networks whose every tensor is in the state dict: they are built on the meta device.
+        """
+        with torch.device("meta"):
+            model = build()
+        self.load_into(model)
+        return model
 
     def _fitted(self, name: str, value: Tensor, target: Tensor) -> Tensor:
         cast = value.to(target.dtype)

@@ -31,6 +31,7 @@ from neon.runtime.precision import Precision
 from neon.runtime.progress import say
 from neon.sampling import options
 from neon.sampling.generate import Source
+from neon.sampling.options import Labels
 from neon.store import files
 
 log = logging.getLogger(__name__)
@@ -142,7 +143,7 @@ class Request:
     options: object
     """The family's sampling options."""
     uint8: quantize.Rule
-    labels: Literal["balanced", "drawn"] = "balanced"
+    labels: Labels = "balanced"
     images: Images
     common: Common
 

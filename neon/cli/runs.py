@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from neon.binding import to_plain
+from neon.binding import to_table
 from neon.cli.options import PATH, RANK_OPTIONS, gathered
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class OnConfig:
         experiment = load(self.config, self.overrides)
         folder = self.out or Path("runs") / self.config.stem
         if self.dry_run:
-            click.echo(json.dumps({"out": str(folder), **to_plain(experiment)}))  # type: ignore[dict-item]
+            click.echo(json.dumps({"out": str(folder), **to_table(experiment)}))
             return
         with world(self.device, self.timeout) as ranks:
             if ranks.is_main:
@@ -113,8 +113,8 @@ def select(on: OnConfig) -> None:
 
     def work(experiment: Experiment, folder: Path, ranks: World) -> dict[str, object]:
         winner, scores = Run(experiment, folder, ranks).select()
-        points = [{**to_plain(s.point), "metrics": s.metrics} for s in scores]  # type: ignore[dict-item]
-        return {"chosen": {**to_plain(winner.point), "metrics": winner.metrics}, "points": points}  # type: ignore[dict-item]
+        points = [{**to_table(s.point), "metrics": s.metrics} for s in scores]
+        return {"chosen": {**to_table(winner.point), "metrics": winner.metrics}, "points": points}
 
     on.do(work)
 

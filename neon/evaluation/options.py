@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from neon.binding import Range, Seed, check_fields
+from neon.sampling.options import Labels
 from neon.seeds import NUM_SEEDS
 
 
@@ -18,7 +19,7 @@ class Report:
     first_seed: Seed
     extractors: Mapping[str, str]
     """Extractor name -> reference statistics file; the first one is the headline."""
-    labels: Literal["balanced", "drawn"] = "balanced"
+    labels: Labels = "balanced"
     cfg_scale: float | Literal["selected"] | None = None
     inception: str | None = None
     """Weights of the FID Inception; None: the cache."""

@@ -134,7 +134,7 @@ def parse(table: Mapping[str, object], family: Family | None = None) -> Experime
             sections[key] = replace(build(Synth, own, key), sampling=sampling)
         else:
             sections[key] = build(known[key], value, key)
-    result = Experiment(family_name=name, **sections)  # type: ignore[arg-type]
+    result = Experiment(family_name=name, **sections)  # type: ignore[arg-type]  # each was built as its class above
     _check_together(result, family)
     return result
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from neon import merge
-from neon.binding import to_plain
+from neon.binding import to_plain, to_table
 from neon.checkpoints import checkpoint
 from neon.evaluation.evaluate import Yardstick, why_not_comparable
 from neon.evaluation.options import Report
@@ -24,13 +24,13 @@ from neon.pipeline.preflight import preflight
 from neon.runtime.distributed import World
 from neon.runtime.progress import say
 from neon.sampling.generate import Source
-from neon.sampling.options import Sampling, Synth
+from neon.sampling.options import Labels, Sampling, Synth
 from neon.sampling.synthesize import synthesize
 from neon.search.grid import Grid
 from neon.search.options import Select
 from neon.search.points import Block, Point, Score, best, parabola_minimum, points_to_try
 from neon.store import files, records
-from neon.store.shards import Shards
+from neon.store.shards import Corpus, Shards
 from neon.training.encoding import encoded
 from neon.training.loop import is_finished, snapshots, train
 from neon.training.recipe import Training
@@ -92,13 +92,13 @@ class Run:
         return {} if source is None else {"family_source": source}
 
     def source(
-        self, labels: str, first_seed: int, cfg_scale: float | None = None, sampling: Sampling | None = None
+        self, labels: Labels, first_seed: int, cfg_scale: float | None = None, sampling: Sampling | None = None
     ) -> Source:
         classes = self.family.num_classes(self.model)
         return Source(
             family=self.family,
             sampling=sampling or self.sampling,
-            labels=labels,  # type: ignore[arg-type]
+            labels=labels,
             first_seed=first_seed,
             num_classes=classes,
             cfg_scale=cfg_scale,
@@ -129,11 +129,11 @@ class Run:
         if self.world.broadcast(self.world.is_main and is_finished(folder, recipe, identity)):
             say(self.world, f"finetune: found finished in {folder}")
             return snapshots(folder)
-        codes = corpus
+        codes: Corpus = corpus
         if synth_config.store == "images":
             codes = encoded(
                 self.family, corpus, folder / "encoded", {"synth": synth_manifest}, self.world, self.sampling.batch
-            )  # type: ignore[assignment]
+            )
         say(self.world, f"finetune: {recipe.images} images seen, batch {recipe.batch}, lr {recipe.lr:g}")
         return train(
             self.family,
@@ -319,7 +319,7 @@ class Run:
             "select": {
                 "metric": select_metric,
                 "parabola_w": parabola_minimum(curve, select_metric),
-                "points": [{**to_plain(s.point), "metrics": s.metrics, "seconds": s.seconds} for s in scores],  # type: ignore[dict-item]
+                "points": [{**to_table(s.point), "metrics": s.metrics, "seconds": s.seconds} for s in scores],
             },
             "config": to_plain(self.config),
             "hashes": {

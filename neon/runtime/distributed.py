@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -50,7 +50,7 @@ class World:
             return [value]
         values: list[T | None] = [None] * self.size
         dist.all_gather_object(values, value, group=_control_group)
-        return values  # type: ignore[return-value]
+        return cast("list[T]", values)
 
     def broadcast(self, value: T) -> T:
         """Rank 0's value."""
@@ -92,7 +92,7 @@ def world(device: str | None = None, timeout_s: float = TIMEOUT_S) -> Iterator[W
         return
     limit = timedelta(seconds=timeout_s)
     dist.init_process_group("nccl" if where.type == "cuda" else "gloo", rank=rank, world_size=size, timeout=limit)
-    _control_group = dist.new_group(backend="gloo", timeout=limit)  # type: ignore[assignment] # every rank is a member
+    _control_group = cast("dist.ProcessGroup", dist.new_group(backend="gloo", timeout=limit))  # every rank is a member
     try:
         yield World(rank, size, where, timeout_s)
         dist.barrier(group=_control_group)

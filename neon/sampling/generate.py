@@ -5,8 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +16,7 @@ from neon.networks import autoencoder
 from neon.quantize import to_uint8
 from neon.runtime.precision import arithmetic
 from neon.runtime.speed import accelerated
-from neon.sampling.options import Sampling
+from neon.sampling.options import Labels, Sampling
 from neon.seeds import image_rng
 
 
@@ -27,7 +26,7 @@ class Source:
 
     family: Family
     sampling: Sampling
-    labels: Literal["balanced", "drawn"]
+    labels: Labels
     first_seed: int
     num_classes: int
     """Of the network; 0 if it takes no labels."""
@@ -38,7 +37,7 @@ class Source:
         """The family's sampling options at this cfg_scale."""
         if self.cfg_scale is None:
             return self.sampling.options
-        return replace(self.sampling.options, cfg_scale=self.cfg_scale)  # type: ignore[type-var]
+        return self.family.with_guidance(self.sampling.options, self.cfg_scale)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,10 @@ from neon.runtime.precision import Precision
 from neon.runtime.speed import Speed
 from neon.seeds import NUM_SEEDS
 
+Labels = Literal["balanced", "drawn"]
+"""balanced: image i has class i mod num_classes. drawn: from the image's own stream, as the family's published script
+does."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sampling:
@@ -50,9 +54,7 @@ class Synth:
     num_images: Annotated[int, Range(least=1, most=NUM_SEEDS)]
     first_seed: Seed = 0
     """Image i has seed first_seed + i on any number of GPUs."""
-    labels: Literal["balanced", "drawn"] = "balanced"
-    """balanced: image i has class i mod num_classes. drawn: from the image's own stream, as the family's published
-    script."""
+    labels: Labels = "balanced"
     store: Literal["images", "codes"] = "images"
     """images: decoded uint8, encoded again for training (published). codes: what the sampler made, nothing
     recomputed."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from neon.binding import Range, Seed, check_fields
+from neon.sampling.options import Labels
 from neon.seeds import NUM_SEEDS
 
 
@@ -18,7 +19,7 @@ class Select:
     first_seed: Seed
     snapshots: Literal["all", "last"] = "last"
     cfg_scale: tuple[float, ...] | None = None
-    labels: Literal["balanced", "drawn"] = "balanced"
+    labels: Labels = "balanced"
     metric: str | None = None
     """Extractor whose Frechet distance chooses; None: the first of report.extractors."""
 

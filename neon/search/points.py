@@ -8,6 +8,8 @@ from typing import Literal
 
 import numpy as np
 
+from neon.sampling.options import Labels
+
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
@@ -32,7 +34,7 @@ class Point:
 class Block:
     """The images that a point is judged by."""
 
-    labels: Literal["balanced", "drawn"]
+    labels: Labels
     first_seed: int
     num_images: int
     num_shown: int = 0

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 
 import torch
 from torch import Tensor
@@ -89,4 +91,5 @@ def cosine(metric: Weights, a: Weights, b: Weights) -> Tensor:
 
 def inner(metric: Weights, a: Weights, b: Weights) -> Tensor:
     """<a, P b> of every replica, (R,)."""
-    return sum((metric[name] * a[name] * b[name]).double().flatten(1).sum(1) for name in metric)  # type: ignore[return-value]
+    products = ((metric[name] * a[name] * b[name]).double().flatten(1).sum(1) for name in metric)
+    return reduce(add, products)

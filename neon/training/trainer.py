@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,17 @@ from neon.runtime.distributed import World
 from neon.runtime.precision import arithmetic
 from neon.training.recipe import Training
 from neon.training.schedules import ema_beta, lr_at
+
+
+class State(TypedDict):
+    """Exactly what resume needs."""
+
+    model: dict[str, Tensor]
+    ema: dict[str, Tensor] | None
+    optimizer: dict[str, Any]
+    scaler: dict[str, Any]
+    images_seen: int
+    step: int
 
 
 @dataclass
@@ -120,8 +131,7 @@ class Trainer:
                     "snapshot is written. Lower lr, or set max_grad_norm"
                 )
 
-    def state(self) -> dict[str, object]:
-        """Exactly what resume needs."""
+    def state(self) -> State:
         return {
             "model": self.model.state_dict(),
             "ema": self.ema,
@@ -131,11 +141,12 @@ class Trainer:
             "step": self.step,
         }
 
-    def restore(self, state: Mapping[str, object]) -> None:
-        self.model.load_state_dict(state["model"])  # type: ignore[arg-type]
-        self.optimizer.load_state_dict(state["optimizer"])  # type: ignore[arg-type]
-        self.scaler.load_state_dict(state["scaler"])  # type: ignore[arg-type]
-        self.images_seen, self.step = int(state["images_seen"]), int(state["step"])  # type: ignore[call-overload]
+    def restore(self, state: State) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.images_seen, self.step = state["images_seen"], state["step"]
         if self.ema is not None:
-            for name, value in state["ema"].items():  # type: ignore[attr-defined]
+            assert state["ema"] is not None  # the state is of the same recipe
+            for name, value in state["ema"].items():
                 self.ema[name].copy_(value)
