@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import nn
@@ -23,7 +24,7 @@ from neon.store.shards import Corpus
 from neon.training.recipe import Training
 from neon.training.schedules import lr_at
 from neon.training.step_data import OneStepAhead, StepData, step_data
-from neon.training.trainer import Trainer
+from neon.training.trainer import State, Trainer
 
 
 def train_step(trainer: Trainer, corpus: Corpus, data: StepData | None = None) -> float:
@@ -80,7 +81,7 @@ def train(
     written: dict[str, str] = {}
     if saver.path.is_file():
         state = read_progress(folder, identity, world.device)
-        trainer.restore(state)
+        trainer.restore(cast("State", state))
         written = dict(state.get("snapshots", {}))
         say(world, f"train: found {trainer.images_seen:,} of {recipe.images:,} images in {folder}, going on")
     if world.is_main:
