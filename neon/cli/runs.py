@@ -51,18 +51,19 @@ class OnConfig:
                 ranks.barrier()
 
 
+set_option = click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="SECTION.KEY=VALUE",
+    help="Replace a value of the config; repeatable.",
+)
 config_options = gathered(
     OnConfig,
     "on",
     [
         click.argument("config", type=PATH),
-        click.option(
-            "--set",
-            "overrides",
-            multiple=True,
-            metavar="SECTION.KEY=VALUE",
-            help="Replace a value of the config; repeatable.",
-        ),
+        set_option,
         click.option("--out", type=PATH, help="Folder of the run.  [default: runs/NAME-OF-CONFIG]"),
         *RANK_OPTIONS,
         click.option("--dry-run", is_flag=True, help="Check the config, print the resolved plan as JSON and stop."),
@@ -77,6 +78,32 @@ def run(on: OnConfig) -> None:
     from neon.pipeline.run import Run
 
     on.do(lambda e, folder, ranks: Run(e, folder, ranks).all())
+
+
+@click.command()
+@click.argument("config", type=PATH)
+@set_option
+@click.option("--device", help="cpu, cuda, cuda:1 or mps.  [default: CUDA if there is one]")
+def check(config: Path, overrides: tuple[str, ...], device: str | None) -> None:
+    """Try a config and its family on a few images, in seconds: missing files, shapes, ranges, batch independence, same
+    seed same image, loss per image, save and load.
+
+    Start here with a model of your own. Exit code 1 if anything is wrong.
+    """
+    from neon.pipeline import check as trial
+    from neon.pipeline.experiment import load
+    from neon.runtime.distributed import world
+
+    experiment = load(config, overrides)
+    with world(device) as ranks:
+        found = []
+        for finding in trial.check(experiment, config, ranks.device):
+            click.echo(f"{'ok  ' if finding.is_ok else 'FAIL'}  {finding.name}: {finding.text}", err=True)
+            found.append(to_plain(finding))
+    failed = [one for one in found if not one["is_ok"]]  # type: ignore[index]
+    click.echo(json.dumps({"is_ok": not failed, "checks": found}))
+    if failed:
+        raise SystemExit(1)
 
 
 @click.command()
@@ -163,4 +190,4 @@ def autoencoder(on: OnConfig) -> None:
     on.do(train_autoencoder)
 
 
-commands: Sequence[click.Command] = (run, synth, finetune, select, evaluate, train, autoencoder)
+commands: Sequence[click.Command] = (check, run, synth, finetune, select, evaluate, train, autoencoder)

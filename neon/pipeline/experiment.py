@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -72,9 +73,14 @@ class Experiment:
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Experiment:
-    """Read a TOML config; overrides are "section.key=value" with a TOML value (a bare word is a string)."""
+    """Read a TOML config; overrides are "section.key=value" with a TOML value (a bare word is a string).
+
+    The config's folder joins the end of the module path: a family or extractor of one's own may lie beside it.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"no config file {path}")
+    if (folder := str(path.resolve().parent)) not in sys.path:
+        sys.path.append(folder)
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -19,6 +19,7 @@ from neon.evaluation.options import Report
 from neon.evaluation.yardsticks import open_yardsticks
 from neon.family import Family, source_sha256
 from neon.pipeline import page
+from neon.pipeline.check import check_first_images
 from neon.pipeline.experiment import Base, Experiment
 from neon.pipeline.preflight import preflight
 from neon.runtime.distributed import World
@@ -112,6 +113,7 @@ class Run:
         sampling = config.sampling or self.sampling
         identity = {**self.identity, "sampling": to_plain(sampling)}
         identity |= {"labels": config.labels, "first_seed": config.first_seed, "cfg_scale": config.cfg_scale}
+        check_first_images(self.config, self.family, self.model, self.world.device)
         source = self.source(config.labels, config.first_seed, config.cfg_scale, sampling)
         return synthesize(source, self.model, config, self.folder / "synth", identity, self.world)
 

@@ -1,0 +1,90 @@
+"""A few images of a config's model, to try things on before anything expensive starts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from neon.checkpoints import checkpoint
+from neon.family import Family
+from neon.pipeline.experiment import Experiment
+from neon.sampling.generate import Batch, Source, generate, to_images
+from neon.sampling.options import Sampling
+from neon.training.recipe import Training
+
+
+@dataclass
+class Probe:
+    """The model of a config: the base's weights if the file is there, else a fresh one of [model]."""
+
+    config: Experiment
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @cached_property
+    def family(self) -> Family:
+        family = self.config.family()
+        base = self.config.base
+        family.open(None if base is None or base.autoencoder is None else Path(base.autoencoder), self.device)
+        return family
+
+    @property
+    def is_trained(self) -> bool:
+        return self.config.base is not None and Path(self.config.base.checkpoint).exists()
+
+    @cached_property
+    def base(self) -> checkpoint.Checkpoint | None:
+        base = self.config.base
+        return checkpoint.read(base.checkpoint, weights=base.weights) if base is not None and self.is_trained else None
+
+    @property
+    def arch(self) -> Mapping[str, object]:
+        """The constructor arguments. Raises ValueError if nothing names them."""
+        if self.base is not None:
+            return self.family.arch_of(self.base)
+        if self.config.model is None:
+            raise ValueError(
+                "there is no model to try: base.checkpoint does not name a file that is there, and the config has no "
+                "[model]"
+            )
+        return self.config.model
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """In evaluation mode."""
+        model = self.family.build(self.arch) if self.base is None else self.family.load(self.base)
+        return model.to(self.device).eval()
+
+    @cached_property
+    def source(self) -> Source:
+        """What decides the images of [synth], or of [select] where there is no [synth]."""
+        sampling = self.config.need("sampling", Sampling)
+        synth, select = self.config.synth, self.config.select
+        scale = synth.cfg_scale if synth is not None else None
+        if scale is None and select is not None and select.cfg_scale:
+            scale = select.cfg_scale[0]
+        return Source(
+            family=self.family,
+            sampling=(synth.sampling if synth is not None and synth.sampling is not None else sampling),
+            labels="balanced" if synth is None else synth.labels,
+            first_seed=0 if synth is None else synth.first_seed,
+            num_classes=self.family.num_classes(self.model),
+            cfg_scale=scale if self.family.is_guided else None,
+        )
+
+    @property
+    def recipe(self) -> Training | None:
+        """The fine-tune's recipe, or the base's."""
+        return self.config.finetune or self.config.train
+
+    def sample(self, *batches: range) -> list[Batch]:
+        """Images of the synthetic set by their indices, every range in one batch."""
+        return list(generate(self.source, self.model, batches, self.device))
+
+    def bytes_of(self, codes: Tensor) -> Tensor:
+        """The images of these codes as the run keeps them."""
+        return to_images(self.source, codes)
