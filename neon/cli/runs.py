@@ -99,8 +99,8 @@ def check(config: Path, overrides: tuple[str, ...], device: str | None) -> None:
         found = []
         for finding in trial.check(experiment, config, ranks.device):
             click.echo(f"{'ok  ' if finding.is_ok else 'FAIL'}  {finding.name}: {finding.text}", err=True)
-            found.append(to_plain(finding))
-    failed = [one for one in found if not one["is_ok"]]  # type: ignore[index]
+            found.append(to_table(finding))
+    failed = [one for one in found if not one["is_ok"]]
     click.echo(json.dumps({"is_ok": not failed, "checks": found}))
     if failed:
         raise SystemExit(1)
