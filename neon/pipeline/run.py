@@ -187,10 +187,7 @@ class Run:
         shots = {path.stem.removeprefix("snapshot-"): path for path in snapshots(self.folder / "finetune")}
         if not shots:
             raise ValueError(f"{self.folder / 'finetune'}: no snapshots; run `neon finetune` first")
-        protocol = {
-            **self.identity,
-            "metrics": [y.identity for y in self.yardsticks],
-        }
+        protocol = {**self.identity, "metrics": [y.identity for y in self.yardsticks]}
         readers = {
             name: (files.sha256_of(path), lambda path=path: dict(checkpoint.read(path, weights="any").tensors))
             for name, path in shots.items()
