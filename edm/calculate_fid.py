@@ -17,8 +17,9 @@ if __name__ == "__main__":
 
 import click  # noqa: E402
 
-from edm.family import EDM, Sampling  # noqa: E402
+from edm.family import EDM  # noqa: E402
 from edm.guidance import GuidedEDM  # noqa: E402
+from edm.options import Sampling  # noqa: E402
 from neon import quantize  # noqa: E402
 from neon.cli.published_flags import (  # noqa: E402
     PATH,
@@ -109,9 +110,16 @@ def main(
 
     Published images were drawn on the GPU; --draw_on device repeats that stream.
     """
-    solver = {"num_steps": num_steps, "sigma_min": sigma_min, "sigma_max": sigma_max, "rho": rho}
-    churn = {"S_churn": s_churn, "S_min": s_min, "S_max": s_max, "S_noise": s_noise}
-    options = Sampling(**solver, **churn)  # type: ignore[arg-type]
+    options = Sampling(
+        num_steps=num_steps,
+        sigma_min=sigma_min,
+        sigma_max=sigma_max,
+        rho=rho,
+        S_churn=s_churn,
+        S_min=s_min,
+        S_max=s_max,
+        S_noise=s_noise,
+    )
     calculate_fid(
         Request(
             family=EDM() if guide is None else GuidedEDM(guide, guidance, weights=common.weights),

@@ -1,67 +1,24 @@
-"""EDM (Karras et al. 2022, arXiv 2206.00364) as a family of generators. Codes are pixels."""
+"""EDM (Karras et al. 2022, arXiv 2206.00364) as a Neon family: codes are pixels."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edm import augment
+from edm import augment, load
 from edm.layers import UNetBlock
-from edm.loss import Objective, pixel_losses
-from edm.precond import PRECONDITIONERS, Denoiser, Preconditioner
+from edm.loss import pixel_losses
+from edm.options import Objective, Sampling
+from edm.precond import PRECONDITIONERS, Denoiser, Preconditioner, one_hot
 from edm.sampler import Churn, noise_levels, sample_heun
-from neon.binding import construct
 from neon.checkpoints.checkpoint import Checkpoint
 from neon.family import Draws, Family
 from neon.quantize import from_uint8
 from neon.seeds import Rng
 
-STATES = {"float64": torch.float64, "float32": torch.float32}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """Options of Heun's method; the defaults are EDM's for 32 x 32 images."""
-
-    num_steps: int = 18
-    """Solver steps; network calls = 2 num_steps - 1."""
-    sigma_min: float = 0.002
-    """Smallest noise level, raised to the network's own."""
-    sigma_max: float = 80.0
-    """Largest noise level, lowered to the network's own."""
-    rho: float = 7.0
-    """Larger values put more steps at small noise levels."""
-    S_churn: float = 0.0
-    """Total noise added and removed again along the way; 0 is deterministic."""
-    S_min: float = 0.0
-    """Churn only noise levels above."""
-    S_max: float = math.inf
-    """Churn only noise levels below."""
-    S_noise: float = 1.0
-    """Standard deviation of the churned noise."""
-    state: Literal["float64", "float32"] = "float64"
-    """dtype of the image between network calls and of the churned noise. float32 is the published script for guided
-    sampling, which also draws no noise in steps that S_min and S_max exclude."""
-
-    def __post_init__(self) -> None:
-        if self.num_steps < 2:
-            raise ValueError(f"sampling.num_steps must be >= 2, got {self.num_steps}")
-        if not 0 < self.sigma_min < self.sigma_max < math.inf:
-            raise ValueError(
-                f"sampling needs 0 < sigma_min < sigma_max < inf, got {self.sigma_min} and {self.sigma_max}"
-            )
-        if not self.rho > 0:
-            raise ValueError(f"sampling.rho must be > 0, got {self.rho}")
-        if self.state not in STATES:
-            raise ValueError(f"sampling.state must be float64 or float32, got {self.state!r}")
-        if not self.S_churn >= 0:
-            raise ValueError(f"sampling.S_churn must be >= 0, got {self.S_churn}")
+DTYPES = {"float64": torch.float64, "float32": torch.float32}
 
 
 class EDM(Family[Denoiser, Objective, Sampling]):
@@ -75,17 +32,11 @@ class EDM(Family[Denoiser, Objective, Sampling]):
     def graphed(self, model: nn.Module) -> nn.Module | None:
         return model.model if isinstance(model, Preconditioner) else None
 
-    def load(self, checkpoint: Checkpoint) -> Denoiser:
-        return checkpoint.filled(lambda: self.build(self.arch_of(checkpoint)))
-
     def build(self, arch: Mapping[str, object]) -> Preconditioner:
-        """arch: `class_name` (EDMPrecond, VPPrecond, VEPrecond or iDDPMPrecond) and that class's constructor
-        arguments."""
-        arguments = dict(arch)
-        class_name = arguments.pop("class_name", None)
-        if class_name not in PRECONDITIONERS:
-            raise ValueError(f"arch.class_name must be one of {', '.join(PRECONDITIONERS)}, got {class_name!r}")
-        return construct(PRECONDITIONERS[str(class_name)], arguments, "arch")
+        return load.denoiser(arch)
+
+    def load(self, checkpoint: Checkpoint) -> Denoiser:
+        return checkpoint.filled(self.build, self.arch_of(checkpoint))
 
     def num_classes(self, model: Denoiser) -> int:
         return model.label_dim
@@ -108,7 +59,7 @@ class EDM(Family[Denoiser, Objective, Sampling]):
             labels = None
         class_labels = one_hot(labels, model.label_dim)
         sigma_min, sigma_max = max(how.sigma_min, model.sigma_min), min(how.sigma_max, model.sigma_max)
-        dtype = STATES[how.state]
+        dtype = DTYPES[how.state]
         sigmas = noise_levels(how.num_steps, sigma_min=sigma_min, sigma_max=sigma_max, rho=how.rho, dtype=dtype)
         churn = Churn(S_churn=how.S_churn, S_min=how.S_min, S_max=how.S_max, S_noise=how.S_noise)
 
@@ -163,23 +114,9 @@ def _augmented(net: Preconditioner, images: Tensor, draws: Draws, how: Objective
     if net.augment_dim != pipe.label_dim:
         raise ValueError(
             f"objective.augment needs a network with augment_dim {pipe.label_dim}, this one has {net.augment_dim}: "
-            "without "
-            "augmentation labels it would learn to generate augmented images. Set augment = 0"
+            "without augmentation labels it would learn to generate augmented images. Set augment = 0"
         )
     return augment.augment(pipe, images, draws)
-
-
-def one_hot(labels: Tensor | None, label_dim: int) -> Tensor | None:
-    """(B,) class indices -> (B, label_dim) float32; None for an unconditional network."""
-    if label_dim == 0:
-        return None
-    if labels is None:
-        raise ValueError(f"the network takes {label_dim} classes, but the images have no labels")
-    if labels.min() < 0 or labels.max() >= label_dim:
-        raise ValueError(
-            f"class labels must be in 0 .. {label_dim - 1}, got {int(labels.min())} .. {int(labels.max())}"
-        )
-    return F.one_hot(labels, label_dim).float()
 
 
 def _trainable(model: Denoiser) -> Preconditioner:

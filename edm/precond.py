@@ -255,6 +255,19 @@ class iDDPMPrecond(Preconditioner):  # noqa: N801 - the class name stored in che
         return distance.argmin(dim=1).reshape(sigma.shape)
 
 
+def one_hot(labels: Tensor | None, label_dim: int) -> Tensor | None:
+    """(B,) class indices -> (B, label_dim) float32; None for an unconditional network."""
+    if label_dim == 0:
+        return None
+    if labels is None:
+        raise ValueError(f"the network takes {label_dim} classes, but the images have no labels")
+    if labels.min() < 0 or labels.max() >= label_dim:
+        raise ValueError(
+            f"class labels must be in 0 .. {label_dim - 1}, got {int(labels.min())} .. {int(labels.max())}"
+        )
+    return F.one_hot(labels, label_dim).float()
+
+
 PRECONDITIONERS: dict[str, type[Preconditioner]] = {
     preconditioner.__name__: preconditioner for preconditioner in (EDMPrecond, VPPrecond, VEPrecond, iDDPMPrecond)
 }

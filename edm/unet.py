@@ -1,7 +1,7 @@
 """The two U-Nets of EDM: SongUNet (DDPM++ and NCSN++, arXiv 2011.13456) and DhariwalUNet (ADM, arXiv 2105.05233).
 
 Attribute names and constructor arguments are those of the published checkpoints. A network is a mapping (scalars to the
-embedding `emb`) followed by an encoder and a decoder, which `edm.layout` builds and runs; another mapping can be put
+embedding `emb`) followed by an encoder and a decoder, which edm/levels.py builds and runs; another mapping can be put
 before them.
 """
 
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edm.layers import BlockStyle, Conv2d, FourierEmbedding, GroupNorm, Init, Linear, PositionalEmbedding
-from edm.layout import Layout, decode, encode
+from edm.levels import Levels, decode, encode
 
 SONG_INIT = Init("xavier_uniform")
 SONG_INIT_OUT = Init("xavier_uniform", weight=1e-5)
@@ -71,7 +71,7 @@ class SongUNet(nn.Module):
         self.map_augment = Linear(augment_dim, noise_channels, init=SONG_INIT, bias=False) if augment_dim else None
         self.map_layer0 = Linear(noise_channels, emb_channels, init=SONG_INIT)
         self.map_layer1 = Linear(emb_channels, emb_channels, init=SONG_INIT)
-        layout = Layout(
+        levels = Levels(
             img_resolution=img_resolution,
             in_channels=in_channels,
             out_channels=out_channels,
@@ -83,8 +83,8 @@ class SongUNet(nn.Module):
             decoder_type=decoder_type,
             style=song_style(emb_channels=emb_channels, dropout=dropout, resample_filter=resample_filter),
         )
-        self.enc = layout.encoder()
-        self.dec = layout.decoder(self.enc)
+        self.enc = levels.encoder()
+        self.dec = levels.decoder(self.enc)
 
     def embed(self, noise_labels: Tensor, class_labels: Tensor | None, augment_labels: Tensor | None) -> Tensor:
         """The embedding (B or 1, emb_channels) that conditions every block, before its last silu."""
@@ -103,9 +103,7 @@ class SongUNet(nn.Module):
     def forward(
         self, x: Tensor, noise_labels: Tensor, class_labels: Tensor | None, augment_labels: Tensor | None = None
     ) -> Tensor:
-        with torch.autocast(
-            x.device.type, enabled=False
-        ):  # cheap, and bfloat16 cannot tell neighbouring noise levels apart
+        with torch.autocast(x.device.type, enabled=False):  # cheap; bfloat16 cannot tell noise levels apart
             emb = F.silu(self.embed(noise_labels, class_labels, augment_labels))
         return self.blocks(x, emb)
 
@@ -174,7 +172,7 @@ class DhariwalUNet(nn.Module):
         self.map_layer0 = Linear(model_channels, emb_channels, init=ADM_INIT)
         self.map_layer1 = Linear(emb_channels, emb_channels, init=ADM_INIT)
         self.map_label = Linear(label_dim, emb_channels, init=label_init, bias=False) if label_dim else None
-        layout = Layout(
+        levels = Levels(
             img_resolution=img_resolution,
             in_channels=in_channels,
             out_channels=out_channels,
@@ -187,8 +185,8 @@ class DhariwalUNet(nn.Module):
             decoder_type="plain",
             style=adm_style(emb_channels=emb_channels, dropout=dropout),
         )
-        self.enc = layout.encoder()
-        self.dec = layout.decoder(self.enc)
+        self.enc = levels.encoder()
+        self.dec = levels.decoder(self.enc)
         self.out_norm = GroupNorm(model_channels * channel_mult[0], eps=1e-5)
         self.out_conv = Conv2d(model_channels * channel_mult[0], out_channels, 3, init=ADM_INIT_OUT)
 
@@ -209,9 +207,7 @@ class DhariwalUNet(nn.Module):
     def forward(
         self, x: Tensor, noise_labels: Tensor, class_labels: Tensor | None, augment_labels: Tensor | None = None
     ) -> Tensor:
-        with torch.autocast(
-            x.device.type, enabled=False
-        ):  # cheap, and bfloat16 cannot tell neighbouring noise levels apart
+        with torch.autocast(x.device.type, enabled=False):  # cheap; bfloat16 cannot tell noise levels apart
             emb = F.silu(self.embed(noise_labels, class_labels, augment_labels))
         return self.blocks(x, emb)
 

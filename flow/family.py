@@ -91,7 +91,7 @@ class Flow(Family[UNet, Objective, Sampling]):
             return {name: tuple(value.shape) for name, value in self.build(arch).state_dict().items()}
 
     def load(self, checkpoint: Checkpoint) -> UNet:
-        return checkpoint.filled(lambda: self.build(self.arch_of(checkpoint)))
+        return checkpoint.filled(self.build, self.arch_of(checkpoint))
 
     def num_classes(self, model: UNet) -> int:
         return model.num_classes

@@ -39,7 +39,7 @@ def read_autoencoder(path: Path) -> StabilityEncoder:
     layout = _layout(file.with_name("config.json"))
     found = checkpoint.read(file, weights="any")
     tensors = from_diffusers(dict(found.tensors), layout)
-    vae = checkpoint.Checkpoint(tensors, None, "imm", found.weights, file).filled(lambda: KLAutoencoder(layout))
+    vae = checkpoint.Checkpoint(tensors, None, "imm", found.weights, file).filled(KLAutoencoder, layout)
     return StabilityEncoder(vae).eval().requires_grad_(False)
 
 

@@ -93,7 +93,7 @@ class IMM(Family[IMMPrecond, Objective, Sampling]):
         return construct(IMMPrecond, arguments, "arch")
 
     def load(self, checkpoint: Checkpoint) -> IMMPrecond:
-        return checkpoint.filled(lambda: self.build(self.arch_of(checkpoint)))
+        return checkpoint.filled(self.build, self.arch_of(checkpoint))
 
     def open(self, autoencoder: Path | None, device: torch.device) -> None:
         self.encoder = PixelEncoder() if autoencoder is None else read_autoencoder(autoencoder).to(device)

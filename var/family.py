@@ -71,7 +71,7 @@ class VAR(Family[Transformer, Objective, Sampling]):
     def load(self, checkpoint: Checkpoint) -> Transformer:
         """Also verifies what a checkpoint stores beside its parameters: a merge of the original extrapolates that
         too."""
-        model = checkpoint.filled(lambda: self.build(self.arch_of(checkpoint)))
+        model = checkpoint.filled(self.build, self.arch_of(checkpoint))
         check_derived(model.patch_nums, checkpoint.tensors, checkpoint.path)
         return model
 

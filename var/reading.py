@@ -98,4 +98,4 @@ def read_tokeniser(path: Path) -> VQVAE:
         arch = tokeniser_arch_of(metas(file.tensors)) if file.arch is None else file.arch
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    return file.filled(lambda: VQVAE(binding.build(VQVAEArch, arch, "autoencoder.arch")))
+    return file.filled(VQVAE, binding.build(VQVAEArch, arch, "autoencoder.arch"))

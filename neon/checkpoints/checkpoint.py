@@ -29,6 +29,7 @@ from neon.store import files
 
 log = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=nn.Module)
+Arch = TypeVar("Arch")
 
 
 @dataclass(eq=False)
@@ -100,13 +101,13 @@ class Checkpoint:
                     target.device
                 )  # frees the old memory at once: the peak is the model and one tensor
 
-    def filled(self, build: Callable[[], Model]) -> Model:
-        """The network that `build` makes, with these weights; its own initial values cost neither time nor memory.
+    def filled(self, build: Callable[[Arch], Model], arch: Arch) -> Model:
+        """The network build(arch) with these weights; its own initial values cost neither time nor memory.
 
         For networks whose every tensor is in the state dict: they are built on the meta device.
         """
         with torch.device("meta"):
-            model = build()
+            model = build(arch)
         self.load_into(model)
         return model
 

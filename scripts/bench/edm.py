@@ -22,8 +22,8 @@ from measuring import ROOT, about, flops_of, matmul_flops_per_second, peak_mib, 
 from torch import Tensor
 
 from edm.family import EDM
-from edm.family import Sampling as Heun
-from edm.loss import Objective
+from edm.options import Objective
+from edm.options import Sampling as Heun
 from edm.precond import Denoiser
 from edm.presets import MODELS
 from fid.features import open_extractor

@@ -5,8 +5,9 @@ import torch
 from click.testing import CliRunner
 
 from edm.calculate_fid import main
-from edm.family import EDM, Sampling
+from edm.family import EDM
 from edm.guidance import NegativeGuidance
+from edm.options import Sampling
 from edm.presets import MODELS
 from fid.frechet import frechet_distance
 from fid.moments import Moments

@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 
 from edm import augment
-from edm.family import EDM, Sampling, one_hot
+from edm.family import EDM
 from edm.guidance import NegativeGuidance
 from edm.layers import GroupNorm
-from edm.loss import Objective
-from edm.precond import PRECONDITIONERS
+from edm.options import Objective, Sampling
+from edm.precond import PRECONDITIONERS, one_hot
 from edm.warp import rotate2d, translate2d, warp
 from neon.checkpoints import checkpoint
 from neon.seeds import ImageRng, SharedRng

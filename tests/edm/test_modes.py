@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from edm.family import EDM
-from edm.family import Sampling as Heun
-from edm.loss import Objective
+from edm.options import Objective
+from edm.options import Sampling as Heun
 from neon.checkpoints import checkpoint
 from neon.merge import LiveMerge
 from neon.runtime.distributed import World

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 import neon
-from edm.family import EDM, Objective, Sampling
+from edm.family import EDM
+from edm.options import Objective, Sampling
 from neon.checkpoints import checkpoint
 from neon.library import functions
 from neon.pipeline.experiment import load

@@ -1,6 +1,5 @@
-"""Encoder and decoder of the EDM U-Nets: which blocks, in which order, and where the skip connections go.
-
-Names are those of the published state dicts.
+"""The levels of the EDM U-Nets: which blocks the encoder and the decoder have, in which order, and where the skip
+connections go. Names are those of the published state dicts.
 """
 
 from __future__ import annotations
@@ -18,8 +17,9 @@ from edm.layers import BlockStyle, Conv2d, GroupNorm, UNetBlock
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layout:
-    """Encoder and decoder of SongUNet or DhariwalUNet; each a ModuleDict named RESxRES_WHAT, run by `run`."""
+class Levels:
+    """Sizes of SongUNet or DhariwalUNet; makes its encoder and decoder, each a ModuleDict whose entries are named
+    RESxRES_WHAT."""
 
     img_resolution: int
     in_channels: int
@@ -42,8 +42,7 @@ class Layout:
         if coarsest << (len(self.channel_mult) - 1) != self.img_resolution or coarsest < 1:
             raise ValueError(
                 f"img_resolution {self.img_resolution} cannot be halved {len(self.channel_mult) - 1} times, as "
-                "channel_mult "
-                f"{list(self.channel_mult)} asks: choose fewer levels or another resolution"
+                f"channel_mult {list(self.channel_mult)} asks: choose fewer levels or another resolution"
             )
 
     def encoder(self) -> nn.ModuleDict:
@@ -116,7 +115,7 @@ class Layout:
 
 
 def encode(enc: nn.ModuleDict, x: Tensor, emb: Tensor) -> list[Tensor]:
-    """The outputs of the encoder of a `Layout`, from fine to coarse. x: (B, in_channels, R, R)."""
+    """The outputs of the encoder of `Levels`, from fine to coarse. x: (B, in_channels, R, R)."""
     skips: list[Tensor] = []
     aux = x
     for name, block in enc.items():
