@@ -23,7 +23,7 @@ RANK_OPTIONS: tuple[Option, ...] = (
         type=click.FloatRange(min=0, min_open=True),
         default=TIMEOUT_S,
         show_default=True,
-        help="Seconds to wait for other ranks.",
+        help="Seconds without a sign of life after which a rank counts as lost.",
     ),
 )
 """What every command takes that runs on ranks."""

@@ -15,8 +15,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from neon.runtime import TIMEOUT_S
+from neon.runtime.meeting import Meeting, Store
 
 T = TypeVar("T")
+JOIN_S = 600.0
+"""Seconds that ranks have to find each other, and that a collective may take once all ranks are there."""
+LONGEST_S = 1e7
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,7 @@ class World:
         order."""
         if self.size == 1:
             return
+        _meet()
         for group in _by_dtype(tensors):
             flat = torch.cat([t.reshape(-1) for t in group])
             flat = flat if dist.get_backend() == "gloo" else flat.to(self.device)  # NCCL sums on the GPU only
@@ -48,6 +53,7 @@ class World:
         """Every rank's (small, picklable) value, in the order of ranks."""
         if self.size == 1:
             return [value]
+        _meet()
         values: list[T | None] = [None] * self.size
         dist.all_gather_object(values, value, group=_control_group)
         return cast("list[T]", values)
@@ -56,14 +62,15 @@ class World:
         """Rank 0's value."""
         if self.size == 1:
             return value
+        _meet()
         values = [value]
         dist.broadcast_object_list(values, src=0, group=_control_group)
         return values[0]
 
     def barrier(self) -> None:
-        """Wait for all ranks; a rank that does not come within the timeout is named in the error."""
+        """Wait for all ranks, as long as those that are missing are alive."""
         if self.size > 1:
-            dist.monitored_barrier(group=_control_group, timeout=timedelta(seconds=self.timeout_s), wait_all_ranks=True)
+            _meet()
 
     def batches(self, num_images: int, batch: int, first: int = 0) -> list[range]:
         """This rank's share of the images first .. num_images - 1, in batches of at most `batch`: no padding, none
@@ -75,6 +82,24 @@ class World:
 
 
 _control_group: dist.ProcessGroup | None = None
+_meeting: Meeting | None = None
+_worlds = 0
+
+
+def _meet() -> None:
+    """Every collective begins here: a rank that works for long is waited for, a lost one is named. Raises
+    LostRankError."""
+    assert _meeting is not None
+    _meeting.meet()
+
+
+def _connect() -> Store:
+    """A connection of its own to the store through which the ranks found each other."""
+    where, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(where, port, is_master=False, wait_for_workers=False)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun keeps the store when it starts ranks again
+    prefixed: Store = dist.PrefixStore(f"neon/{attempt}/{_worlds}", store)
+    return prefixed
 
 
 @contextmanager
@@ -82,35 +107,48 @@ def world(device: str | None = None, timeout_s: float = TIMEOUT_S) -> Iterator[W
     """Join the ranks that torchrun or Slurm started (RANK, WORLD_SIZE, MASTER_ADDR ... are set), or be alone.
 
     device: "cpu", "cuda", "cuda:1", "mps"; None means CUDA where there is one (LOCAL_RANK picks the card), else the
-    CPU. Ranks on GPUs talk through NCCL, others through gloo; objects and barriers always go through gloo.
+    CPU. Ranks on GPUs talk through NCCL, others through gloo; objects always go through gloo.
+    timeout_s: without a sign of life for so long a rank counts as lost; a rank that works is waited for.
     """
-    global _control_group
+    global _control_group, _meeting, _worlds
+    if not 0 < timeout_s <= LONGEST_S:
+        raise ValueError(f"--timeout must be > 0 and at most {LONGEST_S:.0f} seconds, got {timeout_s}")
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     where = _device(device)
     if size == 1:
         yield World(device=where, timeout_s=timeout_s)
         return
-    limit = timedelta(seconds=timeout_s)
+    limit = timedelta(seconds=max(timeout_s, JOIN_S))
     dist.init_process_group("nccl" if where.type == "cuda" else "gloo", rank=rank, world_size=size, timeout=limit)
     _control_group = cast("dist.ProcessGroup", dist.new_group(backend="gloo", timeout=limit))  # every rank is a member
+    _worlds += 1
+    _meeting = Meeting(rank, size, _connect, timeout_s)
     try:
         yield World(rank, size, where, timeout_s)
+        _meet()
         dist.barrier(group=_control_group)
+        _meeting.end()
     except BaseException as error:
-        print(f"rank {rank} of {size} stops: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        why = f"{type(error).__name__}: {error}"
+        _meeting.end(why)
+        if not isinstance(error, KeyboardInterrupt):
+            print(f"rank {rank} of {size} stops: {why}", file=sys.stderr, flush=True)
         raise
     finally:
         # after an error the others may be stuck in a collective: waiting for them here would hide the error
         if sys.exc_info()[0] is None:
             dist.destroy_process_group()
-        _control_group = None
+        _control_group = _meeting = None
 
 
 def _device(device: str | None) -> torch.device:
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    chosen = torch.device(device)
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"--device {device}: no such device; use cpu, cuda, cuda:1 or mps") from error
     if chosen.type == "cuda":
         if not torch.cuda.is_available():
             raise ValueError(

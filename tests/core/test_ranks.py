@@ -1,5 +1,9 @@
 """The same run on 1, 2 and 3 ranks (gloo): the same noise, labels and count, weights and numbers up to rounding."""
 
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +15,7 @@ from neon.runtime.distributed import World
 from neon.training.loop import train_step
 from neon.training.recipe import Training
 from neon.training.trainer import Trainer
-from tests.commands import start, started
+from tests.commands import ROOT, start, started
 from tests.core.line import Line, Mean, Objective
 
 
@@ -72,29 +76,77 @@ def test_sums_gathers_broadcasts(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-DIES = """
-import os, signal
+RANK = """
+import os, signal, sys, time, torch
 from neon.runtime.distributed import world
-with world("cpu", timeout_s=10) as w:
-    if w.rank == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
+with world("cpu", timeout_s=3) as w:
     w.barrier()
-    w.barrier()
+    if w.rank == {doomed}:
+        {fate}
+    {{"sum": lambda: w.sum([torch.ones(3)]), "gather": lambda: w.gather(1), "broadcast": lambda: w.broadcast(1),
+      "barrier": w.barrier}}["{verb}"]()
+    print("through", flush=True)
 """
+KILLED = "os.kill(os.getpid(), signal.SIGKILL)"
 
 
-def test_a_killed_rank_ends_the_others_by_name(tmp_path):
-    (tmp_path / "dies.py").write_text(DIES)
-    done = start(tmp_path / "dies.py", ranks=2, timeout=60)
-    assert done.returncode != 0
-    assert "local_rank: 1" in done.stderr or "rank : 1" in done.stderr or "rank      : 1" in done.stderr
+def by_hand(folder: Path, ranks: int, **what: object) -> list[tuple[int, str, str]]:
+    """(exit code, stdout, stderr) of every rank, started as Slurm starts them: nobody else ends the ranks that wait."""
+    (folder / "rank.py").write_text(RANK.format(**what))
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    shared = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, folder / "rank.py"],
+            cwd=ROOT,
+            env={**shared, "RANK": str(rank), "WORLD_SIZE": str(ranks), "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(ranks)
+    ]
+    ends = [process.communicate(timeout=120) for process in processes]
+    return [(process.returncode, *end) for process, end in zip(processes, ends, strict=True)]
+
+
+@pytest.mark.parametrize("verb", ["sum", "gather", "broadcast", "barrier"])
+def test_a_killed_rank_is_named_in_every_collective(tmp_path, verb):
+    ends = by_hand(tmp_path, 3, doomed=1, fate=KILLED, verb=verb)
+    for code, out, errors in (ends[0], ends[2]):
+        assert (code, out) == (1, "")
+        assert "rank 1 of 3 is lost (no sign of life for " in errors or "rank 0 of 3 ended: " in errors
+    assert "rank 1 of 3 is lost" in ends[0][2] + ends[2][2]
+
+
+def test_when_rank_0_is_killed_the_others_say_so(tmp_path):
+    _, (code, out, errors) = by_hand(tmp_path, 2, doomed=0, fate=KILLED, verb="barrier")
+    assert (code, out) == (1, "")
+    assert "the store of the ranks is gone, and with it rank 0" in errors
+
+
+def test_a_rank_that_fails_tells_the_others_why(tmp_path):
+    (code, out, errors), _ = by_hand(tmp_path, 2, doomed=1, fate="raise ValueError('no such file: x')", verb="barrier")
+    assert (code, out) == (1, "")
+    assert "rank 1 of 2 ended: ValueError: no such file: x" in errors
+
+
+@pytest.mark.parametrize("verb", ["barrier", "sum"])
+def test_a_rank_that_works_longer_than_the_timeout_is_waited_for(tmp_path, verb):
+    ends = by_hand(tmp_path, 2, doomed=1, fate="time.sleep(9)", verb=verb)
+    assert [(code, out) for code, out, _ in ends] == [(0, "through\n")] * 2, ends
 
 
 def test_a_user_error_on_ranks_is_one_line_and_not_success(line_config, tmp_path):
     options = ("--out", tmp_path / "run", "--device", "cpu", "--set", "report.num_images=1")
     done = start("-m", "neon", "run", line_config, *options, ranks=2)
     assert done.returncode != 0
-    assert "num_images must be >= 2" in done.stderr
+    errors = [line for line in done.stderr.splitlines() if "num_images must be >= 2" in line]
+    assert errors[0].startswith("Error: ")  # ours; torchrun adds its own report
+    assert len(errors) == 2
+    assert "Traceback (most recent call last):\n  File" not in done.stderr.split("torch/distributed/elastic")[0]
 
 
 def test_alone_without_a_process_group():
