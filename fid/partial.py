@@ -24,6 +24,17 @@ class Partial:
     extractor_sha256: str
     source: str
     images: tuple[tuple[int, int], ...]  # disjoint, sorted (start, stop)
+    num_images: int  # of the whole set
+
+    def check_complete(self) -> None:
+        """Raise ValueError naming the first images of the set that are missing."""
+        stops = [0, *(stop for _, stop in self.images)]
+        starts = [*(start for start, _ in self.images), self.num_images]
+        for stop, start in zip(stops, starts, strict=True):
+            if stop < start:
+                raise ValueError(
+                    f"the images {stop} to {start} (the last excluded) of {self.num_images} are in none of the parts"
+                )
 
 
 def write_partial(path: Path, partial: Partial) -> None:
@@ -33,6 +44,7 @@ def write_partial(path: Path, partial: Partial) -> None:
         "extractor_sha256": partial.extractor_sha256,
         "source": partial.source,
         "images": json.dumps(partial.images),
+        "num_images": json.dumps(partial.num_images),
     }
     sums = {name: value.cpu() for name, value in partial.moments.state().items()}
     with replacing(Path(path)) as stream:
@@ -49,8 +61,9 @@ def read_partial(path: Path) -> Partial:
             header = file.metadata() or {}
             moments = Moments.from_state({name: file.get_tensor(name) for name in ("count", "mean", "scatter")})
         images = tuple((int(start), int(stop)) for start, stop in json.loads(header["images"]))
-        partial = Partial(moments, header["extractor"], header["extractor_sha256"], header["source"], images)
-    except (SafetensorError, KeyError) as error:
+        made_with = header["extractor"], header["extractor_sha256"], header["source"]
+        partial = Partial(moments, *made_with, images, int(header["num_images"]))
+    except (SafetensorError, KeyError, ValueError, TypeError) as error:
         raise ValueError(f"{path}: not a file of partial statistics ({error})") from error
     covered = sum(stop - start for start, stop in images)
     if covered != moments.count:
@@ -65,7 +78,7 @@ def merge_partials(partials: Sequence[Partial]) -> Partial:
         raise ValueError("no partial statistics to merge")
     first = partials[0]
     for other in partials[1:]:
-        for key in ("extractor", "extractor_sha256", "source"):
+        for key in ("extractor", "extractor_sha256", "source", "num_images"):
             if getattr(other, key) != getattr(first, key):
                 raise ValueError(f"the parts differ in {key}: {getattr(first, key)!r} and {getattr(other, key)!r}")
     ranges = sorted(piece for partial in partials for piece in partial.images)
@@ -77,7 +90,8 @@ def merge_partials(partials: Sequence[Partial]) -> Partial:
         partials, key=lambda partial: partial.images
     ):  # a fixed order: the same bits for any order of files
         total.merge(partial.moments)
-    return Partial(total, first.extractor, first.extractor_sha256, first.source, _joined(ranges))
+    made_with = first.extractor, first.extractor_sha256, first.source
+    return Partial(total, *made_with, _joined(ranges), first.num_images)
 
 
 def _joined(ranges: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:

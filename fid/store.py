@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,8 +26,11 @@ class FeatureStore:
             self._temporary = tempfile.NamedTemporaryFile(prefix="neon-features-")  # noqa: SIM115 - lives as long as the store
             self.path = Path(self._temporary.name)
         size = num_images * dim
+        if self.path is not None:
+            _reserve(self.path, size * 4)
         flat = torch.empty(size) if self.path is None else torch.from_file(str(self.path), shared=True, size=size)
         self._rows = flat.view(num_images, dim)
+        self._checksums = torch.zeros(num_images, dtype=torch.int64)
 
     def put(self, indices: Sequence[int], features: Tensor) -> None:
         """Keep features (B, dim) of the images `indices`. Raises ValueError if an image comes twice or does not
@@ -42,7 +46,9 @@ class FeatureStore:
             )
         if self.has_row[index].any() or len(index.unique()) < len(index):
             raise ValueError(f"an image among {int(index.min())} to {int(index.max())} came twice")
-        self._rows[index] = features.detach().to("cpu", torch.float32)
+        rows = features.detach().to("cpu", torch.float32)
+        self._rows[index] = rows
+        self._checksums[index] = _checksums(rows)
         self.has_row[index] = True
 
     def taken(self) -> tuple[Tensor, Tensor]:
@@ -51,14 +57,23 @@ class FeatureStore:
         return index, self._rows[index]
 
     def state(self) -> dict[str, Tensor]:
-        """Which rows are there, and the rows themselves unless they lie in a file of their own."""
-        return {"has_row": self.has_row.clone()} | ({} if self._is_kept else {"rows": self._rows.clone()})
+        """Which rows are there, and the rows themselves, or their checksums if they lie in a file of their own."""
+        about = {"checksums": self._checksums.clone()} if self._is_kept else {"rows": self._rows.clone()}
+        return {"has_row": self.has_row.clone()} | about
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from `state()`: rows that were put after it was taken count as absent."""
+        """Go on from `state()`: rows that were put after it was taken count as absent.
+
+        Raises ValueError if the file no longer holds the rows that it held then.
+        """
         self.has_row = state["has_row"].clone()
         if not self._is_kept:
             self._rows.copy_(state["rows"])
+            return
+        self._checksums = state["checksums"].clone()
+        for part in self.has_row.nonzero()[:, 0].split(4096):
+            if not torch.equal(_checksums(self._rows[part]), self._checksums[part]):
+                raise ValueError(f"{self.path}: does not hold the features that were saved (removed or damaged)")
 
     def tensor(self) -> Tensor:
         """(num_images, dim) in the order of the images, memory-mapped if the store is. Raises ValueError if a row is
@@ -67,3 +82,20 @@ class FeatureStore:
         if missing:
             raise ValueError(f"{missing} of {self.num_images} images have no features yet")
         return self._rows
+
+
+def _reserve(path: Path, num_bytes: int) -> None:
+    """Make the file at least so long, with the space on the disk: a map into space that is not there would end the
+    process with SIGBUS on a full disk."""
+    with open(path, "ab") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, num_bytes)
+        except OSError as error:
+            what = f"{error.strerror}: {num_bytes >> 20} MiB are needed here for the features of the images"
+            raise OSError(error.errno, what, str(path)) from error
+
+
+def _checksums(rows: Tensor) -> Tensor:
+    """(n,) int64 of rows (n, dim) float32: a sum of their bits, each with an odd weight of its own."""
+    bits = rows.contiguous().view(torch.int32).to(torch.int64)
+    return (bits * torch.arange(1, 2 * rows.shape[1], 2)).sum(1)

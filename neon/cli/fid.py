@@ -144,9 +144,10 @@ def part(source: Path, chosen: str, out: Path, how: Extraction) -> None:
         network = how.open(ranks)
         span = parse_span(chosen)
         images, found = how.pass_over(source, span, Wanted(extractor=network), ranks, "part")
+        which = identity(images, ranks)
     if ranks.is_main:
         moments, images_of = found.collectors[0].moments, ((span.start, span.stop),)
-        write_partial(out, Partial(moments, network.name, network.sha256, identity(images), images_of))
+        write_partial(out, Partial(moments, network.name, network.sha256, which, images_of, len(images)))
         click.echo(
             json.dumps(
                 {"out": str(out), "images": [span.start, span.stop], "of": len(images), **describe_extractor(network)}
@@ -173,10 +174,7 @@ def merge_parts(parts: Sequence[Path], out: Path) -> None:
     from neon.store import files
 
     total = merge_partials([read_partial(path) for path in parts])
-    if len(total.images) > 1:
-        raise ValueError(
-            f"the images {total.images[0][1]} to {total.images[1][0]} (the last excluded) are in none of the parts"
-        )
+    total.check_complete()
     provenance = {"source": total.source, "images": total.images[0], "num_images": total.moments.count}
     provenance |= {"extractor": total.extractor, "extractor_sha256": total.extractor_sha256, **versions()}
     write_reference(out, total.moments, provenance)

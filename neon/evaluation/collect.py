@@ -3,8 +3,8 @@ kill."""
 
 from __future__ import annotations
 
+import logging
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,11 +17,13 @@ from fid.evaluator import Collector
 from fid.features import Extractor
 from fid.moments import Moments
 from fid.names import Metric
+from neon.images.image_set import UnreadableImagesError
 from neon.quantize import DivergedError
 from neon.runtime.distributed import World
 from neon.runtime.progress import progress
 from neon.store import records
 
+log = logging.getLogger(__name__)
 Images = Callable[[Sequence[range]], Iterator[tuple[Sequence[int], Tensor]]]
 """Given batches of indices, the images of each: (indices, uint8 (B, C, H, W))."""
 
@@ -69,18 +71,22 @@ def collect(
     partial: a folder in which every rank keeps its sums so far; the same pass, killed, goes on from there and ends
         with the same bits. The caller makes it unique to everything the features depend on, and to `batch`; it is
         removed at the end.
-    Raises DivergedError on all ranks if the images of one are not numbers.
+    Raises DivergedError on all ranks if the images of one are not numbers, UnreadableImagesError on rank 0 with the
+    files of all ranks that cannot be used.
     """
     started = time.perf_counter()
     mine = None if partial is None else partial / f"rank-{world.rank}-of-{world.size}"
-    collectors = [_collector(w, num_images or len(chosen), mine, i) for i, w in enumerate(wanted)]
-    shown: dict[int, Tensor] = {}
+
+    def empty() -> list[Collector]:
+        return [_collector(w, num_images or len(chosen), mine, i) for i, w in enumerate(wanted)]
+
     batches = world.batches(chosen.stop, batch, chosen.start)
     saver = None if mine is None else records.Saver(mine / "state.pt")
-    done = 0 if saver is None else _restore(saver.path, collectors, shown)
+    done, collectors, shown = (0, empty(), {}) if saver is None else _restore(saver.path, empty)
     feature_s = 0.0
     bar = progress(total=len(chosen), initial=done * batch * world.size, desc=desc, unit="img", world=world)
     diverged: str | None = None
+    unusable: list[str] = []
     try:
         for indices, pixels in images(batches[done:]):
             before = time.perf_counter()
@@ -94,19 +100,20 @@ def collect(
                 saver.save({"done": done, "collectors": [c.state() for c in collectors], "shown": shown})
     except DivergedError as error:  # said to all ranks below: the others would wait for this one
         diverged = str(error)
+    except UnreadableImagesError as error:
+        unusable = error.problems
     bar.close()
     source_s = time.perf_counter() - started - feature_s
     if messages := [message for message in world.gather(diverged) if message]:
-        if partial is not None and world.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
-        world.barrier()
+        _remove(partial, world)
         raise DivergedError(messages[0])
+    if problems := sorted(problem for part in world.gather(unusable) for problem in part):
+        _remove(partial, world)
+        raise UnreadableImagesError(problems) if world.is_main else ValueError("rank 0 names the files")
     for collector in collectors:
         _join(collector, world)
     everywhere = {i: image for part in world.gather(shown) for i, image in part.items()} if num_shown else {}
-    world.barrier()
-    if partial is not None and world.is_main:
-        shutil.rmtree(partial)
+    _remove(partial, world)
     grid = torch.stack([everywhere[i] for i in sorted(everywhere)]) if everywhere else None
     return Collected(collectors, grid, source_s, feature_s)
 
@@ -119,19 +126,31 @@ def _collector(wanted: Wanted, num_images: int, mine: Path | None, number: int) 
     return wanted.collector(num_images, folder)
 
 
-def _restore(path: Path, collectors: list[Collector], shown: dict[int, Tensor]) -> int:
-    """Put a killed pass's sums back; returns the number of batches that they hold."""
+def _restore(path: Path, empty: Callable[[], list[Collector]]) -> tuple[int, list[Collector], dict[int, Tensor]]:
+    """What a killed pass had: the number of batches done, the sums over them and the images to show. Nothing, if that
+    is damaged."""
+    collectors = empty()
     if not path.is_file():
-        return 0
+        return 0, collectors, {}
     try:
         state = records.read_state(path)
-    except records.DamagedError as error:
-        print(f"warning: {error}. This pass begins again", file=sys.stderr)
-        return 0
-    for collector, saved in zip(collectors, state["collectors"], strict=True):
-        collector.load_state(saved)
-    shown.update(state["shown"])
-    return int(state["done"])
+        for collector, saved in zip(collectors, state["collectors"], strict=True):
+            collector.load_state(saved)
+        return int(state["done"]), collectors, state["shown"]
+    except (ValueError, KeyError) as error:
+        log.warning("%s. This pass begins again", error)
+        return 0, empty(), {}
+
+
+def _remove(partial: Path | None, world: World) -> None:
+    """Remove what a pass kept, once all ranks are done with it: every rank's state first, because a state without the
+    features that it counts would be gone on with."""
+    world.barrier()
+    if partial is None or not world.is_main:
+        return
+    for state in partial.glob("*/state.pt"):
+        state.unlink()
+    shutil.rmtree(partial)
 
 
 def _join(collector: Collector, world: World) -> None:

@@ -15,6 +15,7 @@ from neon.images.image_set import ImageSet
 from neon.runtime.distributed import World
 from neon.store import files, records
 
+BLOCK = 256
 log = logging.getLogger(__name__)
 
 
@@ -38,7 +39,7 @@ def pass_over(
     if resume is not None:
         network = wanted.extractor
         key = [
-            identity(images),
+            identity(images, ranks),
             network.name,
             network.sha256,
             sorted(wanted.metrics),
@@ -54,20 +55,14 @@ def pass_over(
     return images, found
 
 
-def identity(images: ImageSet) -> str:
-    """Which set this is, wherever it lies: a file by its content, a folder by the names and sizes of its files, a set
-    of torchvision by its name. Sums of another set must not be gone on with, or added."""
-    path = images.path
-    if path.is_file():
-        name, content = path.name, files.sha256_of(path)
-    elif path.is_dir():
-        inside = sorted(
-            (file.relative_to(path).as_posix(), file.stat().st_size) for file in path.rglob("*") if file.is_file()
-        )
-        name, content = path.name, records.key_of(inside)
-    else:
-        name, content = str(path), "by name"
-    return f"{name}, {len(images)} images of {images.shape}, content {content[:16]}"
+def identity(images: ImageSet, ranks: World) -> str:
+    """Which set this is, by the content of all its images (which the ranks share), not by where it lies or what the
+    archive is called: sums of another set must not be continued or added."""
+    blocks = [range(start, min(start + BLOCK, len(images))) for start in range(0, len(images), BLOCK)]
+    mine = {block.start: images.content_hash(block).hex() for block in blocks[ranks.rank :: ranks.size]}
+    everywhere = {start: found for part in ranks.gather(mine) for start, found in part.items()}
+    content = records.key_of([everywhere[block.start] for block in blocks])
+    return f"{len(images)} images of {images.shape}, content {content[:16]}"
 
 
 def describe_source(source: Path, images: ImageSet) -> dict[str, object]:

@@ -8,6 +8,7 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Protocol
 
@@ -51,7 +52,8 @@ def open_npz(path: Path) -> ImageSet:
         if (instead := not_what_it_is_called(path)) is not None:
             raise ValueError(f"{path}: {instead}") from error
         raise ValueError(f"{path}: not a usable .npz of images ({error})") from error
-    return _array_set(path, header.shape, rows, labels, "" if label_key is None else label_key)
+    found = _array_set(path, header.shape, rows, labels, "" if label_key is None else label_key)
+    return replace(found, stored=lambda _: struct.pack("<QI", members[key].file_size, members[key].CRC))
 
 
 def open_npy(path: Path) -> ImageSet:

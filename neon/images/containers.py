@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import struct
 import zipfile
 from collections import Counter
 from collections.abc import Iterator
@@ -22,8 +24,12 @@ class Files(Protocol):
 
     names: list[str]
 
-    def bytes(self, name: str) -> bytes:
+    def content(self, name: str) -> bytes:
         """Raises UnreadableImagesError with one sentence that names the file."""
+        ...
+
+    def digest(self, name: str) -> bytes:
+        """Bytes that change when the file does."""
         ...
 
 
@@ -76,11 +82,17 @@ class FolderFiles:
                 elif entry.is_file():
                     yield name
 
-    def bytes(self, name: str) -> bytes:
+    def content(self, name: str) -> bytes:
         try:
             return (self._root / name).read_bytes()
         except OSError as error:
             raise UnreadableImagesError([f"{name}: cannot be read ({error.strerror})"]) from error
+
+    def digest(self, name: str) -> bytes:
+        try:
+            return hashlib.sha256(self.content(name)).digest()
+        except UnreadableImagesError:
+            return b"unreadable"  # named, with all others, when the images are read
 
 
 def _identity(folder: Path | str) -> tuple[int, int]:
@@ -125,7 +137,7 @@ class ZipFiles:
                 f"{self._path}: not a readable zip archive ({error}): truncated, or something else under this name"
             ) from error
 
-    def bytes(self, name: str) -> bytes:
+    def content(self, name: str) -> bytes:
         if self._owner != os.getpid():
             self._owner, self._archive = os.getpid(), self._open()
         member = self._members[name]
@@ -135,3 +147,7 @@ class ZipFiles:
             return self._archive.read(member)
         except UNREADABLE as error:
             raise UnreadableImagesError([f"{name}: cannot be unpacked from {self._path.name} ({error})"]) from error
+
+    def digest(self, name: str) -> bytes:
+        member = self._members[name]
+        return struct.pack("<QI", member.file_size, member.CRC)

@@ -93,7 +93,7 @@ def _open_files(path: Path, files: Files, size: int | None, use_labels: bool, re
         images, bad = [], []
         for i in indices:
             try:
-                image = decode(names[i], files.bytes(names[i]), remarks, size)
+                image = decode(names[i], files.content(names[i]), remarks, size)
             except UnreadableImagesError as error:
                 bad.extend(error.problems)
                 continue
@@ -107,7 +107,10 @@ def _open_files(path: Path, files: Files, size: int | None, use_labels: bool, re
             raise UnreadableImagesError(bad)
         return torch.from_numpy(np.stack(images))
 
-    return ImageSet(path, names, tuple(first.shape), labels, read, labels_from, remarks)
+    def stored(indices: Sequence[int]) -> bytes:
+        return b"".join(names[i].encode() + b"\0" + files.digest(names[i]) for i in indices)
+
+    return ImageSet(path, names, tuple(first.shape), labels, read, labels_from, remarks, stored)
 
 
 def _first_readable(names: Sequence[str], files: Files, size: int | None, remarks: Remarks) -> tuple[str, np.ndarray]:
@@ -115,7 +118,7 @@ def _first_readable(names: Sequence[str], files: Files, size: int | None, remark
     bad: list[str] = []
     for name in names:
         try:
-            return name, decode(name, files.bytes(name), remarks, size)
+            return name, decode(name, files.content(name), remarks, size)
         except UnreadableImagesError as error:
             bad.extend(error.problems)
     raise UnreadableImagesError(bad)

@@ -77,7 +77,7 @@ def class_order(folders: set[str]) -> list[str]:
 
 def _bytes(path: Path, name: str, files: Files) -> bytes:
     try:
-        return files.bytes(name)
+        return files.content(name)
     except UnreadableImagesError as error:
         raise ValueError(f"{path}: {error.problems[0]}") from error
 

@@ -131,7 +131,7 @@ def world(device: str | None = None, timeout_s: float = TIMEOUT_S) -> Iterator[W
     except BaseException as error:
         why = f"{type(error).__name__}: {error}"
         _meeting.end(why)
-        if not isinstance(error, KeyboardInterrupt):
+        if rank > 0 and not isinstance(error, KeyboardInterrupt):  # rank 0's error is printed by the command
             print(f"rank {rank} of {size} stops: {why}", file=sys.stderr, flush=True)
         raise
     finally:

@@ -1,23 +1,30 @@
 """`neon fid`: any number of ranks, parts or resumptions gives the same statistics."""
 
 import gzip
+import itertools
+import os
+import shutil
 import struct
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from fid import fashion
+from fid.features import Features
 from fid.frechet import frechet_distance
 from fid.partial import read_partial
 from fid.reference import read_reference
 from neon.cli.main import main
 from neon.images.formats import open_images
 from neon.store import records
-from tests.commands import ROOT, last_object, started
+from tests.commands import ROOT, last_object, start, started
 from tests.core.line import Pixels
 
 EXACT = ("--extractor", "tests.core.line:open_pixels")
@@ -177,6 +184,133 @@ def test_sums_of_another_pass_are_not_gone_on_with(tmp_path, tiny, monkeypatch, 
     assert all(torch.equal(resumed[name], fresh[name]) for name in fresh)
 
 
+def write_folder(folder: Path, pixels: np.ndarray) -> Path:
+    """Images of one size without compression: whatever they show, their files have the same names and sizes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, image in enumerate(pixels):
+        Image.fromarray(image[0]).save(folder / f"{i:03d}.bmp")
+    return folder
+
+
+def test_images_made_anew_under_the_same_names_are_another_set(tmp_path, tiny, monkeypatch):
+    """The killed pass's sums over the old images were mixed with the new ones: FD 1006 to the truth."""
+    monkeypatch.setattr(records.Saver, "is_due", True)
+    pixels = np.load(tiny)["images"]
+    folder = write_folder(tmp_path / "set", pixels)
+    asked = ("ref", "--data", folder, "--batch", 10, *EXACT)
+    kill_at(monkeypatch, 4, *asked, "--out", tmp_path / "killed.npz", "--resume", tmp_path / "sums")
+    assert list((tmp_path / "sums").iterdir())
+    write_folder(folder, 255 - pixels)
+    neon(*asked, "--out", tmp_path / "resumed.npz", "--resume", tmp_path / "sums")
+    neon(*asked, "--out", tmp_path / "fresh.npz")
+    assert_same_statistics(tmp_path / "resumed.npz", tmp_path / "fresh.npz", 0.0)
+
+
+def kill_at(monkeypatch, call: int, *arguments: object) -> None:
+    """Run `neon fid ...` and end it at the extractor's n-th batch."""
+    calls: list[int] = []
+
+    def dies(self: Pixels, pixels: torch.Tensor) -> Features:
+        calls.append(len(pixels))
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return extract(self, pixels)
+
+    extract = Pixels.extract
+    with monkeypatch.context() as patch:
+        patch.setattr(Pixels, "extract", dies)
+        CliRunner().invoke(main, ["fid", *map(str, arguments)])
+    assert len(calls) == call
+
+
+def test_a_moved_and_renamed_set_is_the_same_set(tmp_path, tiny):
+    """Content decides: parts made on two machines, under other names, add up."""
+    folder = write_folder(tmp_path / "here/samples", np.load(tiny)["images"])
+    zips = [tmp_path / "a.zip", tmp_path / "b.zip"]
+    for path in zips:
+        with zipfile.ZipFile(path, "w") as archive:
+            for file in sorted(folder.iterdir()):
+                archive.write(file, file.name)
+    shutil.copytree(folder, tmp_path / "there/renamed")
+    for name, (one, two) in {"zip": zips, "folder": (folder, tmp_path / "there/renamed")}.items():
+        parts = [tmp_path / f"{name}-{i}.safetensors" for i in (0, 1)]
+        neon("part", "--data", one, "--images", "0:50", "--out", parts[0], *EXACT)
+        neon("part", "--data", two, "--images", "50:101", "--out", parts[1], *EXACT)
+        assert neon("merge", *parts, "--out", tmp_path / f"{name}.npz")["num_images"] == 101
+        message = refused("merge", parts[1], "--out", tmp_path / "x.npz")
+        assert "the images 0 to 50 (the last excluded) of 101 are in none of the parts" in message
+
+
+METRICS = ("fid", "fid_inf", "kid_unbiased", "precision", "recall")
+
+
+def asked_metrics(tiny: Path, reference: Path) -> tuple[object, ...]:
+    options: tuple[object, ...] = ("calc", "--data", tiny, "--ref", reference, "--ref-data", tiny, "--batch", 10)
+    return (*options, *(word for metric in METRICS for word in ("--metric", metric)), *EXACT)
+
+
+def test_a_pass_killed_at_every_removal_ends_with_the_same_values(tmp_path, tiny, monkeypatch):
+    """The features were removed before the state that counts them: zeros took their place (kid1k 2155 for 29.9)."""
+    monkeypatch.setattr(records.Saver, "is_due", True)
+    neon("ref", "--data", tiny, "--out", tmp_path / "ref.npz", *EXACT)
+    asked = asked_metrics(tiny, tmp_path / "ref.npz")
+    expected, sums = neon(*asked)["metrics"], tmp_path / "sums"
+    for number in itertools.count(1):
+        removed: list[str] = []
+
+        def dies(name: str, removed=removed, number=number) -> Callable[..., None]:
+            def remove(path: str, *rest: object, **options: object) -> None:
+                removed.append(str(path))
+                if len(removed) == number:
+                    raise KeyboardInterrupt
+                original(path, *rest, **options)
+
+            original = getattr(os, name)
+            return remove
+
+        with monkeypatch.context() as patch:
+            for name in ("unlink", "rmdir", "remove"):
+                patch.setattr(os, name, dies(name))
+            CliRunner().invoke(main, ["fid", *map(str, (*asked, "--resume", sums))])
+        assert neon(*asked, "--resume", sums)["metrics"] == expected, f"killed at removal {number}: {removed[-1]}"
+        if len(removed) < number:
+            break
+    assert number > 6
+
+
+@pytest.mark.parametrize("damage", ["gone", "short", "flipped", "state"])
+def test_lost_features_begin_the_pass_again(tmp_path, tiny, monkeypatch, caplog, damage):
+    monkeypatch.setattr(records.Saver, "is_due", True)
+    neon("ref", "--data", tiny, "--out", tmp_path / "ref.npz", *EXACT)
+    asked = asked_metrics(tiny, tmp_path / "ref.npz")
+    expected = neon(*asked)["metrics"]
+    kill_at(monkeypatch, 17, *asked, "--resume", tmp_path / "sums")
+    (features,) = (tmp_path / "sums").glob("*/*/features-0/features.f32")
+    if damage == "gone":
+        features.unlink()
+    elif damage == "short":
+        features.write_bytes(features.read_bytes()[:1000])
+    elif damage == "flipped":
+        features.write_bytes(bytes([features.read_bytes()[0] ^ 1]) + features.read_bytes()[1:])
+    else:
+        state = features.parents[1] / "state.pt"
+        state.write_bytes(state.read_bytes()[:-100])
+    assert neon(*asked, "--resume", tmp_path / "sums")["metrics"] == expected
+    assert "This pass begins again" in caplog.text
+
+
+def test_unusable_files_of_all_ranks_are_named_once(tmp_path, tiny):
+    folder = write_folder(tmp_path / "set", np.load(tiny)["images"])
+    bad = [f"{i:03d}.bmp" for i in (0, 30, 31, 90)]
+    for name in bad:
+        (folder / name).write_bytes(b"not an image")
+    asked = ("ref", "--data", folder, "--out", tmp_path / "ref.npz", "--batch", 10, "--device", "cpu", *EXACT)
+    done = start("-m", "neon", "fid", *asked, ranks=2)
+    assert done.returncode != 0
+    assert done.stderr.count("4 image file(s) cannot be used") == 1
+    assert all(done.stderr.count(name) == 1 for name in bad[:3])
+
+
 def open_told(*, path, device, allow_unknown_weights):
     raise ValueError(f"told {path} and {allow_unknown_weights}")
 
@@ -190,9 +324,9 @@ def test_what_is_said_about_weights_reaches_the_extractor(tmp_path, tiny):
 def test_parts_of_several_machines_add_up_to_the_whole(tmp_path, tiny):
     neon("ref", "--data", tiny, "--out", tmp_path / "whole.npz", *EXACT)
     parts = []
-    for start, stop in ((0, 40), (70, 101), (40, 70)):
-        parts.append(tmp_path / f"{start}.safetensors")
-        neon("part", "--data", tiny, "--images", f"{start}:{stop}", "--out", parts[-1], "--batch", 9, *EXACT)
+    for first, stop in ((0, 40), (70, 101), (40, 70)):
+        parts.append(tmp_path / f"{first}.safetensors")
+        neon("part", "--data", tiny, "--images", f"{first}:{stop}", "--out", parts[-1], "--batch", 9, *EXACT)
     (tmp_path / "other").mkdir()
     merged = neon("merge", *parts, "--out", tmp_path / "merged.npz")
     assert merged["num_images"] == 101

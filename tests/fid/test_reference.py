@@ -166,7 +166,7 @@ def test_pickles_are_never_opened(tmp_path):
 
 def partial(start: int, stop: int, **changes: str) -> Partial:
     fields = {"extractor": "mine", "extractor_sha256": "00", "source": "seeds 0-49", **changes}
-    return Partial(some_moments(start, stop), images=((start, stop),), **fields)
+    return Partial(some_moments(start, stop), images=((start, stop),), num_images=50, **fields)
 
 
 def test_parts_of_several_machines_add_up(tmp_path):
@@ -178,6 +178,14 @@ def test_parts_of_several_machines_add_up(tmp_path):
     torch.testing.assert_close(merged.moments.covariance, whole.covariance, rtol=1e-12, atol=1e-14)
     assert torch.equal(merged.moments.covariance, merge_partials(parts[::-1]).moments.covariance)
     assert merge_partials(parts[:2]).images == ((0, 20), (37, 50))
+    merged.check_complete()
+    for some, gap in (
+        (parts[:2], "20 to 37"),  # the first is the last part
+        (parts[:1], "0 to 37"),
+        (parts[1:], "37 to 50"),
+    ):
+        with pytest.raises(ValueError, match=rf"the images {gap} \(the last excluded\) of 50 are in none"):
+            merge_partials(some).check_complete()
 
 
 def test_parts_that_do_not_belong_together(tmp_path):
@@ -191,7 +199,7 @@ def test_parts_that_do_not_belong_together(tmp_path):
     (tmp_path / "text").write_text(json.dumps({}) * 100)
     with pytest.raises(ValueError, match="not a file of partial statistics"):
         read_partial(tmp_path / "text")
-    lying = Partial(some_moments(0, 20), "mine", "00", "seeds", ((0, 21),))
+    lying = Partial(some_moments(0, 20), "mine", "00", "seeds", ((0, 21),), 50)
     write_partial(tmp_path / "lying", lying)
     with pytest.raises(ValueError, match="20 images were counted, its ranges hold 21"):
         read_partial(tmp_path / "lying")
