@@ -76,6 +76,14 @@ class Trainable(ABC, Generic[Model, Objective]):
         """Whether training changes a parameter; the others stay what they are."""
         return True
 
+    def adapted(self, model: nn.Module, how: object) -> nn.Module:
+        """The model as the fine-tune trains it: a low-rank fine-tune adds its matrices here."""
+        return model
+
+    def plain(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """A trained model's state dict under the names that `build` gives, what was added folded in."""
+        return state
+
 
 class TrainableAutoencoder(Trainable[Model, Objective]):
     """A family's autoencoder as something to train (`neon train-autoencoder`). Its codes are uint8 images
@@ -107,6 +115,18 @@ class Family(Trainable[Model, Objective], Generic[Model, Objective, Sampling]):
     fill it."""
     trainable_autoencoder: TrainableAutoencoder | None = None
     """How to train an autoencoder for this family, if that can be done here."""
+
+    def read_base(self, path: Path, *, weights: str, prompts: Path | None) -> Checkpoint:
+        """Open what [base] names. A family whose models are folders or take prompts reads them here."""
+        from neon.checkpoints import checkpoint  # here: checkpoints is a floor below, but family.py loads no reader
+
+        if prompts is not None:
+            raise ValueError(f"[base] prompts: the family {self.name!r} takes no prompts")
+        return checkpoint.read(path, weights=weights)
+
+    def export(self, weights: Mapping[str, Tensor], folder: Path) -> Path | None:
+        """Write the improved weights into a run's folder in the family's own form too, if it has one; says where."""
+        return None
 
     def arch_of(self, checkpoint: Checkpoint) -> Mapping[str, object]:
         """Constructor arguments of a checkpoint's network. A family whose published files do not hold them derives
@@ -174,6 +194,10 @@ class Family(Trainable[Model, Objective], Generic[Model, Objective, Sampling]):
         return 0
 
 
+ADAPTERS = {"diffusers": "neon.adapters.diffusers_family"}
+"""Families that stand for another library's models; each needs the extra of its name."""
+
+
 def resolve(name: str) -> Family:
     """The family called `name`: NAME stands for `NAME.family:FAMILY`; a family of your own is named "module:attribute".
 
@@ -182,7 +206,7 @@ def resolve(name: str) -> Family:
     module_name, colon, attribute = name.partition(":")
     if not all(part.isidentifier() for part in [*module_name.split("."), attribute if colon else "_"]):
         raise ValueError(f"family {name!r}: expected a shipped name ({', '.join(shipped())}) or 'module:ClassName'")
-    target = (module_name, attribute) if attribute else (f"{name}.family", "FAMILY")
+    target = (module_name, attribute) if attribute else (ADAPTERS.get(name, f"{name}.family"), "FAMILY")
     try:
         module = importlib.import_module(target[0])
     except ModuleNotFoundError as error:
@@ -190,7 +214,8 @@ def resolve(name: str) -> Family:
             raise  # the family exists, something that it imports does not
         raise ValueError(
             f"no family {name!r}: there is no module {target[0]!r}. Use one of the shipped names "
-            f"({', '.join(shipped())}) or 'module:ClassName' of your own, in a file beside the config or on PYTHONPATH"
+            f"({', '.join([*shipped(), *ADAPTERS])}) or 'module:ClassName' of your own, in a file beside the config or on "
+            "PYTHONPATH"
         ) from error
     found = getattr(module, target[1], None)
     if not (isinstance(found, type) and issubclass(found, Family)):

@@ -1,5 +1,5 @@
 # Shared by demo.sh, test.sh and .ci/run: a current .venv in the repository root. Source it; it needs Python >= 3.11 and nothing else.
-#   . scripts/setup.sh [EXTRA]      EXTRA: an optional-dependencies group of pyproject.toml, for example test
+#   . scripts/setup.sh [EXTRA]      EXTRA: optional-dependencies of pyproject.toml, for example test or test,diffusers
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 neon_extra="${1:-}"
 python_is_new() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }

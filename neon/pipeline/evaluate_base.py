@@ -18,6 +18,7 @@ def evaluate_base(run: Run, repeats: int) -> dict[str, object]:
             "report.cfg_scale = 'selected' means nothing without a search; give a number with --set "
             "report.cfg_scale=..."
         )
+    run.base  # noqa: B018 - a family of many kinds of models learns from it whether this one is guided
     need_guidance(run.family, "report", config.cfg_scale)
     metric = run.metric(config.num_images, None)
     evaluations = []

@@ -29,6 +29,9 @@ class Base:
     """Which weight set of the file; an absent one is an error."""
     autoencoder: str | None = None
     """Path of the autoencoder of a latent or token family."""
+    prompts: str | None = None
+    """Path of a text file with one prompt per line, for text-conditional models: image i has prompt i mod their
+    number."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

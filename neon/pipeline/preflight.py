@@ -31,7 +31,9 @@ def preflight(config: Experiment, family: Family, stages: Sequence[Stage]) -> No
 
 
 def need_guidance(family: Family, section: str, cfg_scale: object) -> None:
-    """Raise ValueError if a guided family's section leaves its scale open."""
+    """Raise ValueError if a guided family's section leaves its scale open, or if a model without guidance gets one."""
+    if not family.is_guided and cfg_scale is not None:
+        raise ValueError(f"{section}.cfg_scale: this {family.name} model has no guidance; remove the key")
     if family.is_guided and cfg_scale is None:
         raise ValueError(
             f"{section}.cfg_scale: this family is guided, name the scale (there is no hidden default)"

@@ -21,7 +21,7 @@ from neon.family import Family, source_sha256
 from neon.pipeline import page
 from neon.pipeline.check import check_first_images
 from neon.pipeline.experiment import Base, Experiment
-from neon.pipeline.preflight import preflight
+from neon.pipeline.preflight import Stage, preflight
 from neon.runtime.distributed import World
 from neon.runtime.progress import say
 from neon.sampling.generate import Source
@@ -62,7 +62,9 @@ class Run:
 
     @cached_property
     def base(self) -> checkpoint.Checkpoint:
-        return checkpoint.read(Path(self.base_config.checkpoint), weights=self.base_config.weights)
+        prompts = None if self.base_config.prompts is None else Path(self.base_config.prompts)
+        path = Path(self.base_config.checkpoint)
+        return self.family.read_base(path, weights=self.base_config.weights, prompts=prompts)
 
     @cached_property
     def base_tensors(self) -> dict[str, Tensor]:
@@ -107,7 +109,7 @@ class Run:
 
     def synth(self) -> Shards:
         """Stage 1: S."""
-        preflight(self.config, self.family, ["synth"])
+        self._preflight(["synth"])
         config = self.config.need("synth", Synth)
         say(self.world, f"synth: {config.num_images} images by the base model")
         sampling = config.sampling or self.sampling
@@ -119,7 +121,7 @@ class Run:
 
     def finetune(self) -> list[Path]:
         """Stage 2: the short fine-tune on S. Returns the snapshots."""
-        preflight(self.config, self.family, ["synth", "finetune"])
+        self._preflight(["synth", "finetune"])
         recipe = self.config.need("finetune", Training)
         synth_config = self.config.need("synth", Synth)
         if recipe.arch:
@@ -148,6 +150,10 @@ class Run:
             self.world,
         )
 
+    def _preflight(self, stages: Sequence[Stage]) -> None:
+        self.base  # noqa: B018 - a family of many kinds of models learns from it whether this one is guided
+        preflight(self.config, self.family, stages)
+
     def _trainable_model(self, recipe: Training) -> torch.nn.Module:
         """The base's weights in the network that the recipe trains."""
         try:
@@ -157,12 +163,12 @@ class Run:
             if recipe.arch:
                 raise ValueError(f"finetune.arch: {error}") from error
             raise
-        return model
+        return self.family.adapted(model, recipe.objective)
 
     def _snapshot_writer(self, recipe: Training) -> Callable[[Trainer, Path], None]:
         def write(trainer: Trainer, path: Path) -> None:
             metadata = {**self._metadata("ema" if recipe.has_ema else "raw"), "images_seen": trainer.images_seen}
-            checkpoint.write(path, trainer.weights(), metadata=metadata)
+            checkpoint.write(path, self.family.plain(trainer.weights()), metadata=metadata)
 
         return write
 
@@ -206,7 +212,7 @@ class Run:
     def select(self) -> tuple[Score, list[Score]]:
         """Stage 3: the grid on the selection block. Returns the chosen score and all scores (the random control
         last)."""
-        preflight(self.config, self.family, ["select"])
+        self._preflight(["select"])
         config = self.config.need("select", Select)
         names = [path.stem.removeprefix("snapshot-") for path in snapshots(self.folder / "finetune")]
         chosen = names if config.snapshots == "all" else names[-1:]
@@ -264,13 +270,14 @@ class Run:
             checkpoint.write(
                 path, merged, metadata={**self._metadata(self.base.weights), "w": point.w, "synth_sha256": synth.sha256}
             )
+            self.family.export(merged, self.folder)
         self.world.barrier()
         return path
 
     def all(self) -> dict[str, object]:
         """Everything; returns the result that is also written to result.json."""
         started = time.perf_counter()
-        preflight(self.config, self.family, ["synth", "finetune", "select", "report"])
+        self._preflight(["synth", "finetune", "select", "report"])
         self.yardsticks  # noqa: B018 - a missing reference or extractor is said before any image is made
         self.finetune()
         winner, scores = self.select()

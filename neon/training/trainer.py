@@ -57,7 +57,8 @@ class Trainer:
         )
         self.scaler = torch.amp.GradScaler(self.world.device.type, enabled=self.recipe.precision == "fp16")
         if self.recipe.has_ema and self.ema is None:
-            self.ema = {name: parameter.detach().clone() for name, parameter in self.model.named_parameters()}
+            trained = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
+            self.ema = {name: parameter.detach().clone() for name, parameter in trained.items()}
 
     def backward(self, codes: Tensor, labels: Tensor | None, draws: Draws, global_batch: int) -> float:
         """Add the gradient of sum(loss) / global_batch over these images; returns that part of the loss."""

@@ -1,0 +1,167 @@
+"""A diffusers pipeline folder: what it is made of, its hash, a copy of it with other weights. No code in it runs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import diffusers
+import torch
+from torch import Tensor, nn
+
+from neon.checkpoints import checkpoint
+from neon.store import files
+
+DENOISERS = ("unet", "transformer")
+"""The component that Neon trains and moves, by its name in model_index.json."""
+WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.ckpt", "*.msgpack", "*.h5")
+
+
+@dataclass(frozen=True)
+class PipelineFolder:
+    """A folder with a model_index.json, checked: every component is a class of diffusers or transformers."""
+
+    path: Path
+    index: Mapping[str, object]
+
+    @classmethod
+    def open(cls, path: Path) -> PipelineFolder:
+        """Raises FileNotFoundError if it is no pipeline folder, ValueError if a component needs code of its own."""
+        file = path / "model_index.json"
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"{path}: expected a diffusers pipeline folder, but there is no model_index.json in it. Save one with "
+                "pipeline.save_pretrained(FOLDER)"
+            )
+        try:
+            index = json.loads(file.read_text())
+        except ValueError as error:
+            raise ValueError(f"{file}: not valid JSON: {error}") from error
+        name = index.get("_class_name") if isinstance(index, dict) else None
+        if not isinstance(name, str) or not isinstance(getattr(diffusers, name, None), type):
+            raise ValueError(f"{file}: _class_name is {name!r}, expected a pipeline class of diffusers")
+        folder = cls(path, index)
+        for part, (library, class_name) in folder.parts.items():
+            if library not in ("diffusers", "transformers"):
+                raise ValueError(
+                    f"{file}: {part} is {class_name!r} of {library!r}; only classes of diffusers and transformers are "
+                    "loaded, code beside the weights is never run"
+                )
+        folder.denoiser  # noqa: B018 - a pipeline without one is said now
+        return folder
+
+    @property
+    def parts(self) -> dict[str, tuple[str, str]]:
+        """Component -> (library, class), without the absent ones."""
+        pairs = {k: v for k, v in self.index.items() if isinstance(v, list) and len(v) == 2}
+        return {part: (library, name) for part, (library, name) in pairs.items() if isinstance(library, str)}
+
+    @property
+    def denoiser(self) -> str:
+        """Name of the component that is trained."""
+        found = [name for name in DENOISERS if name in self.parts]
+        if len(found) != 1:
+            raise ValueError(
+                f"{self.path}: expected one denoiser ({' or '.join(DENOISERS)}), found {', '.join(found) or 'none'} "
+                f"among {', '.join(self.parts)}"
+            )
+        return found[0]
+
+    @cached_property
+    def sha256(self) -> str:
+        """Over names and contents of model_index.json and of every file of the components."""
+        inside = [file for part in self.parts for file in (self.path / part).rglob("*") if file.is_file()]
+        lines = [f"{file.relative_to(self.path)} {files.sha256_of(file)}" for file in sorted(inside)]
+        lines.append(files.sha256_of(self.path / "model_index.json"))
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+    @cached_property
+    def variant(self) -> str | None:
+        """ "fp16" if the denoiser's weights are there under that name only."""
+        names = [file.name for pattern in WEIGHT_FILES for file in (self.path / self.denoiser).glob(pattern)]
+        if not names:
+            raise FileNotFoundError(f"{self.path / self.denoiser}: there are no weights in it")
+        return "fp16" if all(".fp16." in name for name in names) else None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which most of the denoiser's numbers are stored."""
+        tag = f".{self.variant}" if self.variant else ""
+        stem = self.path / self.denoiser / "diffusion_pytorch_model"
+        endings = (f"{tag}.safetensors", f".safetensors.index{tag}.json", f"{tag}.bin", f".bin.index{tag}.json")
+        found = next((file for end in endings if (file := Path(f"{stem}{end}")).is_file()), None)
+        if found is None:
+            raise FileNotFoundError(f"{stem}.safetensors: no such file (nor .bin, nor an index of shards)")
+        counts: Counter[torch.dtype] = Counter()
+        for spec in checkpoint.read(found, weights="any").specs.values():
+            counts[spec.dtype] += spec.numel() if spec.is_floating_point() else 0
+        return counts.most_common(1)[0][0]
+
+    def model_class(self) -> type[diffusers.ModelMixin]:
+        name = self.parts[self.denoiser][1]
+        found = getattr(diffusers, name, None)
+        if not (isinstance(found, type) and issubclass(found, diffusers.ModelMixin)):
+            raise ValueError(f"{self.path}: {self.denoiser} is {name!r}, which is no model class of diffusers")
+        return found
+
+    def read_model(self) -> diffusers.ModelMixin:
+        """The denoiser in float32, on the CPU, by diffusers' own reader (which knows the names of older files).
+
+        Raises ValueError if the file does not hold exactly the network's weights.
+        """
+        diffusers.utils.logging.disable_progress_bar()  # bars are for terminals: neon/runtime/progress.py
+        where = self.path / self.denoiser
+        model, found = self.model_class().from_pretrained(
+            where, dtype=torch.float32, variant=self.variant, local_files_only=True, output_loading_info=True
+        )
+        wrong = {key: names for key, names in found.items() if names}
+        if wrong:
+            first = {key: str(next(iter(names))) for key, names in wrong.items()}
+            raise ValueError(
+                f"{where}: its weights are not those of the {type(model).__name__} in config.json: {first}"
+            )
+        return model
+
+    def open_pipeline(self, model: nn.Module, device: torch.device) -> diffusers.DiffusionPipeline:
+        """The pipeline with `model` as its denoiser, in float32."""
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(
+            self.path,
+            dtype=torch.float32,
+            variant=self.variant,
+            local_files_only=True,
+            **{self.denoiser: model},
+        )
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline.to(device)
+
+    def write_with(self, weights: Mapping[str, Tensor], target: Path) -> None:
+        """A copy of the folder in which the denoiser has these weights, in the dtype in which the original is stored.
+        It appears whole or not at all."""
+        model = self.read_model()
+        model.load_state_dict(weights, strict=True)
+        beside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        shutil.rmtree(beside, ignore_errors=True)
+        patterns = shutil.ignore_patterns(*WEIGHT_FILES)
+
+        def ignore(folder: str, names: list[str]) -> set[str]:
+            return patterns(folder, names) if Path(folder) == self.path / self.denoiser else set()
+
+        try:
+            beside.mkdir(parents=True)
+            shutil.copy2(self.path / "model_index.json", beside)
+            for part in self.parts:
+                if (self.path / part).is_dir():
+                    shutil.copytree(self.path / part, beside / part, ignore=ignore)
+            model = model if self.dtype == torch.float32 else model.to(self.dtype)
+            model.save_pretrained(beside / self.denoiser, variant=self.variant)
+            shutil.rmtree(target, ignore_errors=True)
+            os.replace(beside, target)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)

@@ -1,0 +1,156 @@
+"""`neon run` on pipelines: every kind, full and low-rank; the result is a pipeline folder that diffusers loads."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from neon.checkpoints import checkpoint
+from neon.images.formats import open_images
+from neon.pipeline.experiment import load
+from neon.pipeline.run import Run
+from neon.quantize import to_uint8
+from neon.runtime.distributed import World
+from neon.seeds import ImageRng
+from tests.adapters.pipelines import PROMPTS, diffusers, flow_scheduler, saved
+from tests.commands import started
+
+CONFIG = """
+family = "diffusers"
+[base]
+checkpoint = "{folder}/{kind}"
+{prompts}
+[sampling]
+num_steps = 2
+batch = 4
+uint8 = "round"
+[synth]
+num_images = 6
+{guidance}
+[finetune]
+images = 16
+batch = 8
+lr = 1e-3
+[finetune.objective]
+{objective}
+[select]
+num_images = 4
+first_seed = 1000
+w = [1.0]
+{guidances}
+[report]
+num_images = 4
+first_seed = 2000
+{guidance}
+extractors = {{ "tests.adapters.mean:open_mean" = "{folder}/reference.npz" }}
+num_shown = 4
+"""
+
+
+def config(folder, kind, noise=None, objective=""):
+    saved(kind, folder, noise)
+    np.savez(folder / "reference.npz", mu=np.array([0.4, 0.6]), sigma=np.eye(2) / 9)
+    guidance = "" if kind == "unconditional" else "cfg_scale = 2.0"
+    guidances = "" if kind == "unconditional" else "cfg_scale = [2.0]"
+    prompts = f'prompts = "{folder}/prompts.txt"' if kind == "text" else ""
+    file = folder / "config.toml"
+    file.write_text(
+        CONFIG.format(
+            folder=folder, kind=kind, prompts=prompts, guidance=guidance, guidances=guidances, objective=objective
+        )
+    )
+    return file
+
+
+def tensors(path):
+    return checkpoint.read(path, weights="any").tensors
+
+
+def base_of(folder, kind):
+    name = "transformer" if kind == "class" else "unet"
+    return name, tensors(folder / kind / name / "diffusion_pytorch_model.safetensors")
+
+
+@pytest.mark.parametrize("kind", ["unconditional", "class", "text"])
+@pytest.mark.parametrize("objective", ["", "lora_rank = 2\nlora_alpha = 4.0"])
+def test_a_whole_run_ends_with_a_pipeline_that_diffusers_loads(kind, objective, tmp_path):
+    result = Run(load(config(tmp_path, kind, objective=objective)), tmp_path / "run", World()).all()
+    name, base = base_of(tmp_path, kind)
+    (snapshot,) = (tmp_path / "run/finetune").glob("snapshot-*.safetensors")
+    synth, w = tensors(snapshot), result["w"]
+    merged = tensors(tmp_path / "run/pipeline" / name / "diffusion_pytorch_model.safetensors")
+    assert set(synth) == set(merged) == set(base)
+    moved = [key for key in base if not torch.equal(synth[key], base[key])]
+    if objective:
+        assert moved
+        assert all(key.endswith(("to_q.weight", "to_k.weight", "to_v.weight", "to_out.0.weight")) for key in moved)
+    else:
+        assert len(moved) > 0.8 * len(base)
+    for key, value in base.items():  # the paper's line
+        torch.testing.assert_close(merged[key], value - w * (synth[key] - value), rtol=0, atol=1e-6)
+
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "run/pipeline")
+    pipeline.set_progress_bar_config(disable=True)
+    generators = ImageRng(range(2000, 2004)).generators
+    asked = {"batch_size": 4}
+    if kind != "unconditional":
+        for generator in generators:
+            torch.randint(1000, (), generator=generator)
+        classes = {"class_labels": [0, 1, 2, 3]}
+        asked = {"guidance_scale": 2.0, **(classes if kind == "class" else {"prompt": [*PROMPTS, PROMPTS[0]]})}
+    images = pipeline(**asked, generator=generators, num_inference_steps=2, output_type="pt").images
+    (shown,) = [
+        np.load(file)["images"]
+        for line in map(json.loads, (tmp_path / "run/ledger.jsonl").read_text().splitlines())
+        if line["block"]["num_shown"] and line["point"]["w"] == w and line["point"]["direction"] in ("synth", "none")
+        for file in [tmp_path / "run/shown" / f"{line['key'][:16]}.npz"]
+    ]
+    difference = to_uint8(images * 2 - 1, "round").int() - torch.from_numpy(shown).int()
+    assert difference.abs().max() <= 1
+
+
+def test_flow_matching_runs_and_the_base_evaluates_as_its_own_pipeline(tmp_path):
+    file = config(tmp_path, "unconditional", flow_scheduler())
+    result = started("-m", "neon", "run", file, "--out", tmp_path / "run", "--device", "cpu")
+    assert result["rows"].keys() >= {"base", "self-trained", "random direction", "neon"}
+    settings = ("--checkpoint", tmp_path / "run/pipeline", "--device", "cpu")
+    again = started("-m", "neon", "eval", file, *settings, "--out", tmp_path / "eval")
+    assert again["value"] == result["value"]
+
+
+def test_labels_of_s_are_prompts(tmp_path):
+    run = Run(load(config(tmp_path, "text")), tmp_path / "run", World())
+    run.synth()
+    images = open_images(tmp_path / "run/synth")
+    assert images.labels.tolist() == [0, 1, 2, 0, 1, 2]
+    assert images.shape == (3, 16, 16)
+
+
+def test_a_finished_run_repeats_nothing_and_another_prompt_is_another_run(tmp_path):
+    file = config(tmp_path, "text", objective="lora_rank = 2")
+    first = Run(load(file), tmp_path / "run", World()).all()
+    ledger = (tmp_path / "run/ledger.jsonl").read_text()
+    again = Run(load(file), tmp_path / "run", World()).all()
+    assert (tmp_path / "run/ledger.jsonl").read_text() == ledger
+    assert again["hashes"] == first["hashes"]
+    (tmp_path / "prompts.txt").write_text("a red coat\n")
+    with pytest.raises(ValueError, match="begun with another setting: base_sha256"):
+        Run(load(file), tmp_path / "run", World()).all()
+
+
+@pytest.mark.parametrize(
+    ("kind", "setting", "message"),
+    [
+        ("unconditional", "synth.cfg_scale=2.0", "guidance"),
+        ("class", "synth.store=codes", "synth.store = 'images'"),
+        ("class", f"base.autoencoder={__file__}", "a pipeline brings its own"),
+        ("unconditional", "sampling.scheduler=Nothing", "no scheduler class of diffusers"),
+        ("unconditional", "sampling.num_steps=0", "num_steps must be >= 1"),
+        ("unconditional", "finetune.objective.lora_rank=-1", "lora_rank must be >= 0"),
+        ("text", "finetune.objective.label_drop=2.0", "label_drop must be in 0 .. 1"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused_in_one_line(kind, setting, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        Run(load(config(tmp_path, kind), [setting]), tmp_path / "run", World()).all()
