@@ -26,7 +26,7 @@ except ImportError as error:
 
 from neon.adapters.lora import add_lora, folded
 from neon.adapters.objective import Forward, forward_of
-from neon.adapters.pipeline_folder import PipelineFolder
+from neon.adapters.pipeline_folder import PipelineFolder, class_of_diffusers
 from neon.checkpoints.checkpoint import Checkpoint
 from neon.family import Draws, Family
 from neon.seeds import ImageRng, Rng, derived_seed
@@ -115,7 +115,7 @@ class Diffusers(Family):
         known = inspect.signature(getattr(diffusers, name).__call__).parameters
         for kind in ("class_labels", "prompt", "batch_size"):
             if kind in known:
-                return kind  # type: ignore[return-value]
+                return kind
         raise ValueError(f"{name} takes neither class_labels nor prompt nor batch_size: it is not served")
 
     @property
@@ -123,11 +123,8 @@ class Diffusers(Family):
         return self._folder is None or self.kind != "batch_size"  # before the pipeline is known, cfg_scale may stand
 
     def build(self, arch: Mapping[str, object]) -> nn.Module:
-        name = arch.get("_class_name")
-        found = getattr(diffusers, str(name), None)
-        if not (isinstance(found, type) and issubclass(found, diffusers.ModelMixin)):
-            raise ValueError(f"arch._class_name is {name!r}, expected a model class of diffusers")
-        model: nn.Module = found.from_config(dict(arch))
+        kind = class_of_diffusers(arch.get("_class_name"), diffusers.ModelMixin, "arch._class_name")
+        model: nn.Module = kind.from_config(dict(arch))
         return model
 
     def open(self, autoencoder: Path | None, device: torch.device) -> None:
@@ -154,10 +151,13 @@ class Diffusers(Family):
         assert isinstance(rng, ImageRng)
         pipeline, count = self.pipeline, self.num_classes(model)
         pipeline.register_modules(**{self._denoiser: model})
-        own = type(self._scheduler) if how.scheduler is None else scheduler_class(how.scheduler)
+        own = type(self._scheduler)
+        if how.scheduler is not None:
+            own = class_of_diffusers(how.scheduler, diffusers.SchedulerMixin, "sampling.scheduler")
         pipeline.scheduler = own.from_config(self._scheduler.config)
         if self.kind == "batch_size":
-            labels, asked = None, {"batch_size": rng.batch}
+            labels = None
+            asked: dict[str, object] = {"batch_size": rng.batch}
         else:
             drawn = rng.integers(count)  # also where labels are given, so that they leave the noise alone
             labels = drawn if labels is None else labels
@@ -186,8 +186,8 @@ class Diffusers(Family):
         return self._folder.denoiser
 
     @property
-    def _autoencoder(self) -> nn.Module | None:
-        vae: nn.Module | None = getattr(self.pipeline, "vae", None)
+    def _autoencoder(self) -> diffusers.AutoencoderKL | None:
+        vae = getattr(self.pipeline, "vae", None)
         if vae is not None and not isinstance(vae, diffusers.AutoencoderKL):
             raise ValueError(f"the pipeline's autoencoder is a {type(vae).__name__}, only AutoencoderKL is served")
         return vae
@@ -275,11 +275,13 @@ class Diffusers(Family):
 
     def img_size(self, model: nn.Module) -> int:
         vae = self._autoencoder
-        return int(model.config.sample_size) * (1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1))
+        config: diffusers.ConfigMixin = model.config
+        return int(config.sample_size) * (1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1))
 
     def num_classes(self, model: nn.Module) -> int:
         if self.kind == "class_labels":
-            return int(model.config.num_embeds_ada_norm)
+            config: diffusers.ConfigMixin = model.config
+            return int(config.num_embeds_ada_norm)
         return len(self._prompts)
 
 
@@ -293,13 +295,6 @@ def global_state(device: torch.device) -> Tensor:
     """Where torch's own random streams stand, on the CPU and on `device`."""
     state = torch.get_rng_state()
     return torch.cat([state, torch.cuda.get_rng_state(device)]) if device.type == "cuda" else state
-
-
-def scheduler_class(name: str) -> type[diffusers.SchedulerMixin]:
-    found = getattr(diffusers, name, None)
-    if not (isinstance(found, type) and issubclass(found, diffusers.SchedulerMixin)):
-        raise ValueError(f"sampling.scheduler: {name!r} is no scheduler class of diffusers")
-    return found
 
 
 def read_prompts(path: Path) -> list[str]:

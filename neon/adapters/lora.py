@@ -17,7 +17,7 @@ def add_lora(model: nn.Module, *, rank: int, alpha: float, targets: Sequence[str
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise ImportError("lora_rank needs peft: pip install 'neon-generative[diffusers]'") from error
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), lora_dropout=0.0)  # type: ignore[arg-type]
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), lora_dropout=0.0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         adapted: nn.Module = inject_adapter_in_model(config, model, adapter_name=ADAPTER)

@@ -104,13 +104,6 @@ class PipelineFolder:
             counts[spec.dtype] += spec.numel() if spec.is_floating_point() else 0
         return counts.most_common(1)[0][0]
 
-    def model_class(self) -> type[diffusers.ModelMixin]:
-        name = self.parts[self.denoiser][1]
-        found = getattr(diffusers, name, None)
-        if not (isinstance(found, type) and issubclass(found, diffusers.ModelMixin)):
-            raise ValueError(f"{self.path}: {self.denoiser} is {name!r}, which is no model class of diffusers")
-        return found
-
     def read_model(self) -> diffusers.ModelMixin:
         """The denoiser in float32, on the CPU, by diffusers' own reader (which knows the names of older files).
 
@@ -118,7 +111,8 @@ class PipelineFolder:
         """
         diffusers.utils.logging.disable_progress_bar()  # bars are for terminals: neon/runtime/progress.py
         where = self.path / self.denoiser
-        model, found = self.model_class().from_pretrained(
+        kind = class_of_diffusers(self.parts[self.denoiser][1], diffusers.ModelMixin, str(where))
+        model, found = kind.from_pretrained(
             where, dtype=torch.float32, variant=self.variant, local_files_only=True, output_loading_info=True
         )
         wrong = {key: names for key, names in found.items() if names}
@@ -165,3 +159,11 @@ class PipelineFolder:
             os.replace(beside, target)
         finally:
             shutil.rmtree(beside, ignore_errors=True)
+
+
+def class_of_diffusers(name: object, kind: type, where: str) -> diffusers.ConfigMixin:
+    """The class called `name`, a subclass of diffusers' `kind`. Raises ValueError, naming `where` it was read."""
+    found = getattr(diffusers, str(name), None)
+    if not (isinstance(found, type) and issubclass(found, kind)):
+        raise ValueError(f"{where}: {name!r} is no {kind.__name__} class of diffusers")
+    return found

@@ -215,11 +215,11 @@ def rename(path):
         (lambda p: edit(p, _class_name="Evil"), ValueError, "_class_name is 'Evil', expected a pipeline class"),
         (lambda p: edit(p, _class_name=["mine", "Evil"]), ValueError, "expected a pipeline class of diffusers"),
         (lambda p: edit(p, unet=["mine", "Net"]), ValueError, "unet is 'Net' of 'mine'; only classes of diffusers"),
-        (lambda p: edit(p, unet=["diffusers", "Nothing"]), ValueError, "'Nothing', which is no model class"),
+        (lambda p: edit(p, unet=["diffusers", "Nothing"]), ValueError, "'Nothing' is no ModelMixin class"),
         (
             lambda p: edit(p, unet=["diffusers", "DDIMScheduler"]),
             ValueError,
-            "'DDIMScheduler', which is no model class",
+            "'DDIMScheduler' is no ModelMixin class",
         ),
         (lambda p: edit(p, unet=None), ValueError, "expected one denoiser .*found none"),
         (lambda p: edit(p, transformer=["diffusers", "UNet2DModel"]), ValueError, "found unet, transformer"),

@@ -145,7 +145,7 @@ def test_a_finished_run_repeats_nothing_and_another_prompt_is_another_run(tmp_pa
         ("unconditional", "synth.cfg_scale=2.0", "guidance"),
         ("class", "synth.store=codes", "synth.store = 'images'"),
         ("class", f"base.autoencoder={__file__}", "a pipeline brings its own"),
-        ("unconditional", "sampling.scheduler=Nothing", "no scheduler class of diffusers"),
+        ("unconditional", "sampling.scheduler=Nothing", "sampling.scheduler: 'Nothing' is no SchedulerMixin class"),
         ("unconditional", "sampling.num_steps=0", "num_steps must be >= 1"),
         ("unconditional", "finetune.objective.lora_rank=-1", "lora_rank must be >= 0"),
         ("text", "finetune.objective.label_drop=2.0", "label_drop must be in 0 .. 1"),

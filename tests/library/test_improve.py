@@ -199,7 +199,7 @@ def shared_noise(model, seeds):
         ({"loss": lambda *a: loss(*a).mean()}, r"loss: expected one number per image, shape \(250,\), got \(\)"),
         ({"score": lambda points: float("nan")}, "score: score gave nan for 2000 images"),
         ({"score": 3}, "expected a reference file or {extractor: file}, found 3"),
-        ({"updates": 0}, r"\[finetune\] images must be >= 1"),
+        ({"updates": 0}, r"finetune\.images must be >= 1"),
         ({"finetune": {"momentum": 0.9}}, r"\[finetune\] has no key 'momentum'"),
         ({"select_seed": 500}, "the seeds of synth .* and select .* overlap"),
         ({"w": []}, r"\[select\] w must name at least one value"),
