@@ -214,8 +214,8 @@ def resolve(name: str) -> Family:
             raise  # the family exists, something that it imports does not
         raise ValueError(
             f"no family {name!r}: there is no module {target[0]!r}. Use one of the shipped names "
-            f"({', '.join([*shipped(), *ADAPTERS])}) or 'module:ClassName' of your own, in a file beside the config or on "
-            "PYTHONPATH"
+            f"({', '.join([*shipped(), *ADAPTERS])}) or 'module:ClassName' of your own, in a file beside the config "
+            "or on PYTHONPATH"
         ) from error
     found = getattr(module, target[1], None)
     if not (isinstance(found, type) and issubclass(found, Family)):
