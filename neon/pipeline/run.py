@@ -198,16 +198,8 @@ class Run:
             name: (files.sha256_of(path), lambda path=path: dict(checkpoint.read(path, weights="any").tensors))
             for name, path in shots.items()
         }
-        return Grid(
-            self.source("balanced", 0),
-            self.model,
-            self.base_tensors,
-            readers,
-            self.yardsticks,
-            self.folder,
-            protocol,
-            self.world,
-        )
+        source, base = self.source("balanced", 0), self.base_tensors
+        return Grid(source, self.model, base, readers, self.yardsticks, self.folder, protocol, self.world)
 
     def select(self) -> tuple[Score, list[Score]]:
         """Stage 3: the grid on the selection block. Returns the chosen score and all scores (the random control
