@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from edm import augment, load
-from edm.layers import UNetBlock
 from edm.loss import pixel_losses
 from edm.options import Objective, Sampling
 from edm.precond import PRECONDITIONERS, Denoiser, Preconditioner, one_hot
@@ -27,7 +26,6 @@ class EDM(Family[Denoiser, Objective, Sampling]):
     name = "edm"
     sampling = Sampling
     objective = Objective
-    compiled = (UNetBlock,)
 
     def graphed(self, model: nn.Module) -> nn.Module | None:
         return model.model if isinstance(model, Preconditioner) else None

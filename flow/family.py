@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from flow.loss import Objective, path
 from flow.presets import MODELS
 from flow.sampler import ErrorNorm, dopri5, euler
-from flow.unet import AttentionBlock, ResBlock, UNet
+from flow.unet import UNet
 from neon.binding import construct
 from neon.checkpoints.checkpoint import Checkpoint
 from neon.family import Draws, Family
@@ -56,8 +56,6 @@ class Flow(Family[UNet, Objective, Sampling]):
     name = "flow"
     sampling = Sampling
     objective = Objective
-
-    compiled = (ResBlock, AttentionBlock)
 
     def graphed(self, model: nn.Module) -> nn.Module | None:
         return model

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from edm.family import one_hot
-from edm.layers import UNetBlock
 from imm.autoencoder import read_autoencoder
 from imm.dit import DiTBlock
 from imm.loss import Objective, imm_loss
@@ -80,7 +79,7 @@ class IMM(Family[IMMPrecond, Objective, Sampling]):
     def __init__(self) -> None:
         self.encoder: StabilityEncoder | PixelEncoder = PixelEncoder()
 
-    compiled = (DiTBlock, UNetBlock)
+    compiled = (DiTBlock,)
 
     def graphed(self, model: nn.Module) -> nn.Module | None:
         return model.model if isinstance(model, IMMPrecond) else None

@@ -2,7 +2,8 @@
 
 exact: the same kernels in the same order. On a GPU the calls of networks whose shapes repeat are replayed as CUDA
     graphs: nothing is computed differently, the launches cost nothing.
-compiled: the repeated blocks are compiled as well (torch.compile); operations are fused, so rounding differs.
+compiled: the same precision, other kernels, so rounding differs: repeated blocks of transformers are compiled
+    (torch.compile), convolutions run in channels_last with the fastest algorithm that cuDNN finds.
 fast: compiled, in bfloat16 with the islands that each network keeps in float32.
 
 Weights may move in place between calls (`LiveMerge.set_w`): graphs and compiled blocks read them where they lie.
@@ -103,9 +104,11 @@ def accelerated(
     blocks: the classes of `network`'s modules that are worth compiling.
     """
     changed: list[nn.Module] = []
+    benchmark = torch.backends.cudnn.benchmark
     is_cuda = next(network.parameters()).is_cuda
     try:
         if speed != "exact":
+            torch.backends.cudnn.benchmark = True
             _allow_recompiles()
             for module in network.modules():
                 if type(module) in blocks:
@@ -123,5 +126,6 @@ def accelerated(
             graphed.forward = kept[name]
         yield
     finally:
+        torch.backends.cudnn.benchmark = benchmark
         for module in changed:
             vars(module).pop("forward", None)

@@ -54,7 +54,7 @@ def generate(
 ) -> Iterator[Batch]:
     """Sample the images of `batches` (indices within the block; image i has seed first_seed + i)."""
     model.eval()
-    if source.sampling.channels_last:
+    if source.sampling.channels_last or source.sampling.speed != "exact":
         for network in (model, *source.family.autoencoder_modules()):
             network.to(memory_format=torch.channels_last)
     yield from _generate(source, model, batches, device)

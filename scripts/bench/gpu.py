@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +31,7 @@ from fid.inception import InceptionV3
 from flow.presets import CIFAR10
 from imm.presets import IMAGENET256
 from neon import binding
+from neon.binding import table_of
 from neon.family import Family, resolve
 from neon.pipeline.experiment import parse
 from neon.runtime.distributed import World
@@ -41,7 +42,7 @@ from neon.seeds import image_rng
 from neon.training.loop import train_step
 from neon.training.recipe import Training
 from neon.training.trainer import Trainer
-from var.presets import published
+from var.presets import PATCH_NUMS, published
 from xar.presets import SIZES
 
 REPEATS = 3
@@ -53,7 +54,7 @@ class Case:
     """A family at one size: how to build it, how to sample it, and the precision of the published script."""
 
     family: str
-    arch: dict[str, object]
+    arch: Mapping[str, object]
     batch: int
     sampling: dict[str, object]
     precision: Precision
@@ -74,16 +75,16 @@ FULL = {
     ),
     "var_d16": Case(
         family="var",
-        arch=binding.to_plain(published("d16")),
+        arch=table_of(binding.to_plain(published("d16")), "arch"),
         batch=32,
         sampling={"top_k": 900, "top_p": 0.95},
         precision="fp16",
         cfg_scale=2.8,
-        autoencoder={},
+        autoencoder={"patch_nums": PATCH_NUMS[256]},
     ),
     "xar_base": Case(
         family="xar",
-        arch=binding.to_plain(SIZES["xar_base"]),
+        arch=table_of(binding.to_plain(SIZES["xar_base"]), "arch"),
         batch=16,
         sampling={"num_steps": 5},
         precision="fp16",
@@ -304,7 +305,6 @@ def difference(codes: Tensor, exact: Tensor) -> float:
 @click.option("--out", type=click.Path(path_type=Path), required=True)
 def main(device: str, minutes: float, tiny: bool, only: tuple[str, ...], out: Path) -> None:
     where, started = torch.device(device), time.monotonic()
-    torch.backends.cudnn.benchmark = True
     header = about(where)
     header["matmul_tflops"] = {
         name: matmul_flops_per_second(where, dtype) / 1e12
