@@ -130,7 +130,7 @@ def is_mask(tensor: Tensor) -> bool:
 def difference(base: Tensor, synth: Tensor) -> Tensor:
     """synth - base in float32, or in float64 if one of them is: bfloat16 would lose most of a short fine-tune."""
     dtype = torch.float64 if torch.float64 in (base.dtype, synth.dtype) else torch.float32
-    return synth.to(dtype) - base.to(dtype)
+    return synth.to(base.device, dtype) - base.to(dtype)
 
 
 def extrapolate(base: Tensor, step: Tensor, w: float, out: Tensor | None = None) -> Tensor:
@@ -170,33 +170,30 @@ def check_same_names(base: Mapping[str, Tensor], synth: Mapping[str, Tensor], on
 class LiveMerge:
     """Moves a resident model to any w in one pass over its parameters' memory.
 
-    Base and difference stay on the model's device (twice the parameters' bytes). Buffers of the model are never
-    touched. The parameters equal those of `reverse_merge` bit for bit.
+    base: best on the model's device, where it is used as it is, not copied.
+    synth: read once per move, tensor by tensor, so a checkpoint's lazy `tensors` cost no memory. Neither may change.
+    Buffers of the model are never touched. The parameters equal those of `reverse_merge` bit for bit.
     """
 
     def __init__(self, model: nn.Module, base: Mapping[str, Tensor], synth: Mapping[str, Tensor]):
-        self._parameters = dict(model.named_parameters())
+        self._parameters, self._base, self._synth = dict(model.named_parameters()), base, synth
         missing = [name for name in self._parameters if name not in base or name not in synth]
         if missing:
             raise ValueError(
                 f"{len(missing)} parameters of the model are missing in base or self-trained model; first: "
                 f"{', '.join(missing[:3])}"
             )
-        self._synth = synth
-        self._base: dict[str, Tensor] = {}
-        self._step: dict[str, Tensor] = {}
         for name, parameter in self._parameters.items():
-            b, s = base[name].to(parameter.device), synth[name].to(parameter.device)
+            b = base[name]
             if parameter.dtype != b.dtype:
                 raise ValueError(
                     f"{name}: the model is {parameter.dtype}, the base {b.dtype}; LiveMerge works in the base's dtype"
                 )
-            if not (is_finite(b) and is_finite(s)):
+            if not (is_finite(b) and is_finite(synth[name])):
                 raise ValueError(
                     f"{name}: a parameter of base or self-trained model is not finite; nothing sensible can be "
                     "extrapolated"
                 )
-            self._base[name], self._step[name] = b.clone(), difference(b, s)
 
     @torch.no_grad()
     def set_w(self, w: float) -> None:
@@ -209,23 +206,35 @@ class LiveMerge:
             elif w == -1:
                 parameter.copy_(self._synth[name])
             else:
-                extrapolate(self._base[name], self._step[name], w, out=parameter)
+                base, synth = (tensors[name].to(parameter.device) for tensors in (self._base, self._synth))
+                extrapolate(base, difference(base, synth), w, out=parameter)
 
 
-def random_direction(
-    base: Mapping[str, Tensor], synth: Mapping[str, Tensor], parameters: Collection[str], seed: int
-) -> dict[str, Tensor]:
-    """A control in place of theta_syn: base + r, with r random, of the norm that synth - base has in every tensor."""
-    control = dict(base)
-    for name in parameters:
-        step = difference(base[name], synth[name])
-        noise = torch.randn(
-            step.shape, generator=torch.Generator().manual_seed(derived_seed(seed, name)), dtype=step.dtype
-        )
+class RandomDirection(Mapping[str, Tensor]):
+    """A control in place of theta_syn: base + r, with r random, of the norm that synth - base has in every tensor.
+
+    Made tensor by tensor when asked; a pure function of seed and name. Entries besides `parameters` are the base's.
+    """
+
+    def __init__(self, base: Mapping[str, Tensor], synth: Mapping[str, Tensor], parameters: Collection[str], seed: int):
+        self._base, self._synth, self._parameters, self._seed = base, synth, frozenset(parameters), seed
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._base)
+
+    def __len__(self) -> int:
+        return len(self._base)
+
+    def __getitem__(self, name: str) -> Tensor:
+        base = self._base[name]
+        if name not in self._parameters:
+            return base
+        step = difference(base, self._synth[name].to(base.device))
+        generator = torch.Generator().manual_seed(derived_seed(self._seed, name))
+        noise = torch.randn(step.shape, generator=generator, dtype=step.dtype)
         norm = noise.norm()
         scaled = noise * (step.norm().cpu() / norm) if norm > 0 else torch.zeros_like(noise)
-        control[name] = (base[name].to(step.dtype) + scaled.to(step.device)).to(base[name].dtype)
-    return control
+        return (base.to(step.dtype) + scaled.to(step.device)).to(base.dtype)
 
 
 def step_size(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fid.files import UNREADABLE
 from neon.evaluation.evaluate import Yardstick, evaluate
-from neon.merge import LiveMerge, random_direction
+from neon.merge import LiveMerge, RandomDirection
 from neon.runtime.distributed import World
 from neon.runtime.progress import say
 from neon.sampling.generate import Source, generate, to_images
@@ -156,6 +156,6 @@ class Grid:
             synth = self._snapshots[point.snapshot][1]()
             if point.direction == "random":
                 names = [name for name, _ in self._model.named_parameters()]
-                synth = random_direction(self._base, synth, names, seed=0)
+                synth = RandomDirection(self._base, synth, names, seed=0)
             self._live = (wanted, LiveMerge(self._model, self._base, synth))
         self._live[1].set_w(point.w)

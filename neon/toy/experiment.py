@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from neon.merge import random_direction, reverse_merge
+from neon.merge import RandomDirection, reverse_merge
 from neon.toy.autoregressive import Autoregressive
 from neon.toy.diffusion import Diffusion
 from neon.toy.stack import Weights, num_replicas, repeat, split, stack
@@ -99,7 +99,7 @@ def random_control(base: Weights, tuned: Weights, *, seed: int) -> Weights:
     """In place of theta_syn: the same distance from the base in every tensor, in a random direction, per replica."""
     count = num_replicas(base)
     pairs = zip(split(base, count), split(tuned, count), strict=True)
-    return stack([random_direction(b, s, list(b), seed + replica) for replica, (b, s) in enumerate(pairs)])
+    return stack([RandomDirection(b, s, list(b), seed + replica) for replica, (b, s) in enumerate(pairs)])
 
 
 def evaluation_noise(num_points: int = NUM_EVALUATED, *, seed: int) -> Tensor:

@@ -1,10 +1,12 @@
 """The merge against its definition, its fixed points and a memory-lean, resident and file-level form of itself."""
 
+import weakref
+
 import pytest
 import torch
 from torch import nn
 
-from neon.merge import LiveMerge, difference, merged_entries, random_direction, reverse_merge, step_size
+from neon.merge import LiveMerge, RandomDirection, difference, merged_entries, reverse_merge, step_size
 
 
 def state(seed: int, dtype=torch.float32) -> dict[str, torch.Tensor]:
@@ -168,15 +170,15 @@ def test_live_merge_equals_the_file_merge_and_leaves_buffers():
 
 def test_random_direction_has_the_norm_of_the_step_in_every_tensor():
     base, synth = state(0), state(1)
-    control = random_direction(base, synth, list(base), seed=3)
+    control = RandomDirection(base, synth, list(base), seed=3)
     for name in base:
         torch.testing.assert_close(
             difference(base[name], control[name]).norm(), difference(base[name], synth[name]).norm(), rtol=1e-5, atol=0
         )
         assert not torch.allclose(control[name], synth[name])
-    again = random_direction(base, synth, list(base), seed=3)
+    again = RandomDirection(base, synth, list(base), seed=3)
     assert all(torch.equal(control[name], again[name]) for name in base)
-    assert not torch.equal(random_direction(base, synth, list(base), seed=4)["a.weight"], control["a.weight"])
+    assert not torch.equal(RandomDirection(base, synth, list(base), seed=4)["a.weight"], control["a.weight"])
 
 
 def test_step_size_tells_when_the_dtype_swallows_the_step():
@@ -185,3 +187,29 @@ def test_step_size_tells_when_the_dtype_swallows_the_step():
     assert step_size(base, synth, 1.0, ["p"])["relative_step"] == pytest.approx(5e-4, rel=1e-3)
     assert step_size(base, synth, 1.0, ["p"])["swallowed"] == 0
     assert step_size({"p": base["p"].bfloat16()}, synth, 1.0, ["p"])["swallowed"] == 1
+
+
+def test_the_search_keeps_two_copies_of_the_weights():
+    """Model and base; the self-trained model and the random control are read tensor by tensor, the step is not kept."""
+
+    class Counted(dict):
+        alive = peak = 0
+
+        def __getitem__(self, name):
+            value = super().__getitem__(name).clone()
+            Counted.alive += 1
+            Counted.peak = max(Counted.peak, Counted.alive)
+            weakref.finalize(value, self.freed)
+            return value
+
+        @staticmethod
+        def freed():
+            Counted.alive -= 1
+
+    model = nn.Sequential(*(nn.Linear(3, 3) for _ in range(8)))
+    base = {name: value.clone() for name, value in model.state_dict().items()}
+    synth = Counted({name: value + 0.1 for name, value in base.items()})
+    for direction in (synth, RandomDirection(base, synth, list(base), seed=0)):
+        LiveMerge(model, base, direction).set_w(1.5)
+    assert Counted.alive == 0
+    assert Counted.peak <= 2
