@@ -170,8 +170,8 @@ def check_same_names(base: Mapping[str, Tensor], synth: Mapping[str, Tensor], on
 class LiveMerge:
     """Moves a resident model to any w in one pass over its parameters' memory.
 
-    base: best on the model's device, where it is used as it is, not copied.
-    synth: read once per move, tensor by tensor, so a checkpoint's lazy `tensors` cost no memory. Neither may change.
+    base, synth: on any device, not copied and not to be changed; they are read once per move, tensor by tensor, so a
+        checkpoint's lazy `tensors` cost no memory. On a GPU only the model itself takes the card's memory.
     Buffers of the model are never touched. The parameters equal those of `reverse_merge` bit for bit.
     """
 

@@ -68,12 +68,8 @@ class Run:
 
     @cached_property
     def base_tensors(self) -> dict[str, Tensor]:
-        """The base's tensors beside the model that moves, on its device, as the built model names and orders them."""
-        return {name: value.detach().clone() for name, value in self.model.state_dict().items()}
-
-    def _base_on_cpu(self) -> dict[str, Tensor]:
-        """For what is computed once and written: the same bits whatever device sampled."""
-        return {name: value.cpu() for name, value in self.base_tensors.items()}
+        """The base's tensors in memory, as the built model names and orders them."""
+        return {name: value.detach().cpu().clone() for name, value in self.model.state_dict().items()}
 
     @cached_property
     def model(self) -> torch.nn.Module:
@@ -262,7 +258,7 @@ class Run:
         if self.world.is_main:
             synth = checkpoint.read(shot, weights="any")
             parameters = {name for name, _ in self.model.named_parameters()}
-            merged = merge.reverse_merge(self._base_on_cpu(), synth.tensors, point.w, parameters=parameters)
+            merged = merge.reverse_merge(self.base_tensors, synth.tensors, point.w, parameters=parameters)
             checkpoint.write(
                 path, merged, metadata={**self._metadata(self.base.weights), "w": point.w, "synth_sha256": synth.sha256}
             )
@@ -336,7 +332,7 @@ class Run:
                 for y in self.yardsticks
             },
             "step": merge.step_size(
-                self._base_on_cpu(),
+                self.base_tensors,
                 self._synth_tensors(winner.point),
                 winner.point.w,
                 [n for n, _ in self.model.named_parameters()],

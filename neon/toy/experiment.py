@@ -99,7 +99,7 @@ def random_control(base: Weights, tuned: Weights, *, seed: int) -> Weights:
     """In place of theta_syn: the same distance from the base in every tensor, in a random direction, per replica."""
     count = num_replicas(base)
     pairs = zip(split(base, count), split(tuned, count), strict=True)
-    return stack([RandomDirection(b, s, list(b), seed + replica) for replica, (b, s) in enumerate(pairs)])
+    return stack([dict(RandomDirection(b, s, list(b), seed + replica)) for replica, (b, s) in enumerate(pairs)])
 
 
 def evaluation_noise(num_points: int = NUM_EVALUATED, *, seed: int) -> Tensor:
