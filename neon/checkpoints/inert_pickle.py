@@ -1,6 +1,6 @@
 """Reads pickles without running them: a pickle machine that has no way to call anything.
 
-`pickletools` decodes the opcodes. A name in the file becomes a `Global` that stands for itself (names outside the
+A name in the file becomes a `Global` that stands for itself (names outside the
 allow-list are refused); where a pickle would call one, `rebuilders` may say what stands for the result, and otherwise
 an inert `Record` does. Byte strings stay in the file as `Span`s. Our own, because torch's weights_only loader refuses
 the module pickles of EDM and IMM, and reads every tensor into memory.
@@ -11,15 +11,14 @@ What the result unfolds to is not bounded here: a list may hold another one twic
 
 from __future__ import annotations
 
-import io
 import pickletools
 import re
+import struct
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import BinaryIO, cast
 
-from neon.checkpoints.lazy import window
+from neon.checkpoints.bounded import Bounded, Span
 from neon.checkpoints.limits import MAX_TEXT_BYTES, Budget, shown
 
 WHOLE_MODULE = (
@@ -63,114 +62,18 @@ class Record:
     items: dict = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Span:
-    """Bytes that stay in the file."""
-
-    offset: int
-    length: int
-
-
-class Bounded:
-    """A file that refuses, before anything is allocated, to read more than it has.
-
-    It also refuses to be read more than twice over: a small pickle may ask for the same bytes again and again.
-    """
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.file = file
-        here = file.tell()
-        self.size = file.seek(0, io.SEEK_END)
-        file.seek(here)
-        self.budget = Budget(2 * self.size + (1 << 20), "bytes")
-
-    def tell(self) -> int:
-        return self.file.tell()
-
-    def seek(self, offset: int) -> int:
-        return self.file.seek(offset)
-
-    def readline(self) -> bytes:
-        return self.file.readline(1 << 16)  # only names and numbers end at a line's end
-
-    def read(self, length: int) -> bytes:
-        self.require(length)
-        self.budget.spend(length)
-        return self.file.read(length)
-
-    def require(self, length: int) -> None:
-        left = self.size - self.file.tell()
-        if length > left:
-            raise ValueError(f"it wants {length} more bytes and has {left}: truncated, damaged or hostile")
-
-    def bytes_of(self, value: object) -> bytes:
-        """The content of a span (or of bytes that were written as text)."""
-        if isinstance(value, bytes):
-            return value
-        if not isinstance(value, Span):
-            raise ValueError(f"expected bytes, found {shown(value)}")
-        here = self.file.tell()
-        self.file.seek(value.offset)
-        content = self.read(value.length)
-        self.file.seek(here)
-        return content
-
-    def part(self, value: object) -> Bounded:
-        """What `bytes_of` gives, as a file of its own; a span is not read for it."""
-        if not isinstance(value, Span):
-            return Bounded(io.BytesIO(self.bytes_of(value)))
-        self.budget.spend(value.length)
-        return Bounded(window(self.file, value.offset, value.length))
-
-
 Rebuilder = Callable[..., object]
 MAX_OPCODES = 30_000_000  # a file of 300,000 tensors has 13 million
 MAX_COPIED = 50_000_000  # entries and letters that calls are given; every list(...) of a list copies it
 MAX_NUMBER_BYTES = 256
 MAX_KEY_PARTS = 16
-CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
-ARGUMENTS = {"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"} | {
-    "STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8",
-}  # fmt: skip
-OPCODES = {opcode.code: opcode for opcode in pickletools.opcodes}
-LENGTH_BYTES = {"SHORT_BINBYTES": 1, "BINBYTES": 4, "BINBYTES8": 8}
-TEXT_LENGTH_BYTES = {"BINSTRING": 4, "BINUNICODE": 4, "BINUNICODE8": 8, "LONG4": 4}
-PUT = {"PUT", "BINPUT", "LONG_BINPUT"}
-GET = {"GET", "BINGET", "LONG_BINGET"}
-CALLS = {"REDUCE": 2, "NEWOBJ": 2, "NEWOBJ_EX": 3}
-
-
-def opcodes(file: Bounded) -> Iterator[tuple[str, object]]:
-    """(name, argument) of one opcode after the other, STOP included. Byte strings are skipped: their argument is a
-    `Span`. Raises ValueError for a text or number longer than any checkpoint needs."""
-    budget = Budget(MAX_OPCODES, "steps of a pickle")
-    while True:
-        budget.spend()
-        start = file.tell()
-        opcode = OPCODES.get(file.read(1).decode("latin1"))
-        if opcode is None:
-            raise ValueError(f"damaged pickle: no opcode at byte {start}")
-        name = opcode.name
-        if name in LENGTH_BYTES:
-            length = int.from_bytes(file.read(LENGTH_BYTES[name]), "little")
-            file.require(length)
-            yield name, Span(file.tell(), length)
-            file.seek(file.tell() + length)
-            continue
-        if name in TEXT_LENGTH_BYTES:
-            length = int.from_bytes(file.read(TEXT_LENGTH_BYTES[name]), "little")
-            file.require(length)
-            if length > (MAX_NUMBER_BYTES if name == "LONG4" else MAX_TEXT_BYTES):
-                raise ValueError(f"a text or number of {length} bytes has no place in a checkpoint: refused")
-            file.seek(start + 1)
-        yield name, opcode.arg.reader(cast(BinaryIO, file)) if opcode.arg is not None else None
-        if name == "STOP":
-            return
 
 
 def checked_keys(keys: Iterable[object]) -> None:
     """Raises ValueError unless all keys are of the kinds that published files use: hashing them is then cheap."""
     for key in keys:
+        if type(key) is str:
+            continue
         parts = key if isinstance(key, tuple) else (key,)
         flat = all(isinstance(part, (str, int, float, bytes, type(None), Global, Record)) for part in parts)
         if len(parts) > MAX_KEY_PARTS or not flat:
@@ -194,79 +97,79 @@ class Machine:
 
     def load(self) -> object:
         """The pickled value. Raises ValueError if the pickle is damaged or refers to a name that is not allowed."""
+        read, handlers = self.file.read, HANDLERS
         try:
-            for name, argument in opcodes(self.file):
-                if name == "STOP":
+            for _ in range(MAX_OPCODES):
+                code = read(1)
+                if code == b".":
                     return self.stack.pop()
-                self.step(name, argument)
+                if code not in handlers:
+                    raise ValueError(f"opcode {code!r} has no place in a checkpoint: refused")
+                handlers[code](self)
         except (IndexError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise ValueError(
                 f"damaged pickle near byte {self.file.tell()} ({type(error).__name__}: {shown(str(error))})"
             ) from error
-        raise ValueError("damaged pickle: it has no end")
+        raise ValueError(f"it has more than {MAX_OPCODES:,} steps: refused as hostile")
 
-    def step(self, name: str, argument: object) -> None:
-        """Carry out one opcode."""
-        push = self.stack.append
-        if name in ARGUMENTS or name in LENGTH_BYTES:
-            push(argument)
-        elif name in CONSTANTS:
-            push(CONSTANTS[name])
-        elif name in PUT:
-            self.memo[int(argument)] = self.stack[-1]  # type: ignore[call-overload]
-        elif name in GET:
-            push(self.memo[int(argument)])  # type: ignore[call-overload]
-        elif name in CALLS:
-            function, args, *_ = self.pop(CALLS[name])
-            push(self.rebuild(function, args))
-        elif name == "GLOBAL":
-            push(self.resolve(str(argument).replace(" ", ".", 1)))
-        elif name == "STACK_GLOBAL":
-            push(self.resolve(".".join(self.pop(2))))
-        elif name not in ("PROTO", "FRAME"):  # a frame only announces how much to buffer
-            self.step_container(name)
+    def length(self, num_bytes: int, most: int) -> int:
+        """A length that the file holds, at most `most`."""
+        length = int.from_bytes(self.file.read(num_bytes), "little")
+        if length > most:
+            raise ValueError(f"a text or number of {length} bytes has no place in a checkpoint: refused")
+        return length
 
-    def step_container(self, name: str) -> None:
-        push, pop = self.stack.append, self.pop
-        match name:
-            case "MARK":
-                self.outer.append(self.stack)
-                self.stack = []
-            case "MEMOIZE":
-                self.memo[len(self.memo)] = self.stack[-1]
-            case "POP":
-                self.stack.pop()
-            case "POP_MARK":
-                self.pop_to_mark()
-            case "DUP":
-                push(self.stack[-1])
-            case "EMPTY_LIST" | "EMPTY_DICT" | "EMPTY_SET":
-                push({"EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_SET": set}[name]())
-            case "TUPLE" | "LIST" | "FROZENSET":
-                values = self.pop_to_mark()
-                if name == "FROZENSET":
-                    checked_keys(values)
-                self.stack.append({"TUPLE": tuple, "LIST": list, "FROZENSET": frozenset}[name](values))
-            case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                push(tuple(pop(int(name[-1]))))
-            case "DICT":
-                values = self.pop_to_mark()
-                self.stack.append({})
-                self.set_items(values)
-            case "APPEND":
-                self.extend(pop(1))
-            case "APPENDS" | "ADDITEMS":
-                self.extend(self.pop_to_mark())
-            case "SETITEM":
-                self.set_items(pop(2))
-            case "SETITEMS":
-                self.set_items(self.pop_to_mark())
-            case "BUILD":
-                self.build(*pop(1))
-            case "BINPERSID" if self.persistent is not None:
-                push(self.persistent(*pop(1)))
-            case _:
-                raise ValueError(f"opcode {name} has no place in a checkpoint: refused")
+    def push_span(self, length_bytes: int) -> None:
+        length = int.from_bytes(self.file.read(length_bytes), "little")
+        self.file.require(length)
+        self.stack.append(Span(self.file.tell(), length))
+        self.file.seek(self.file.tell() + length)
+
+    def push_text(self, length_bytes: int, encoding: str) -> None:
+        content = self.file.read(self.length(length_bytes, MAX_TEXT_BYTES))
+        self.stack.append(str(content, encoding, "surrogatepass" if encoding == "utf-8" else "strict"))
+
+    def push_long(self, length_bytes: int) -> None:
+        content = self.file.read(self.length(length_bytes, MAX_NUMBER_BYTES))
+        self.stack.append(int.from_bytes(content, "little", signed=True))
+
+    def push_global(self) -> None:
+        module, name = (self.file.readline()[:-1].decode() for _ in range(2))
+        self.stack.append(self.resolve(f"{module}.{name}"))
+
+    def mark(self) -> None:
+        self.outer.append(self.stack)
+        self.stack = []
+
+    def pop_to_mark(self) -> list:
+        values, self.stack = self.stack, self.outer.pop()
+        return values
+
+    def pop(self, count: int) -> list:
+        values = self.stack[-count:]
+        if len(values) < count:
+            raise IndexError("the stack is empty")
+        del self.stack[-count:]
+        return values
+
+    def collect(self, kind: Callable[[list], object]) -> None:
+        """A tuple, list or set of everything above the mark."""
+        values = self.pop_to_mark()
+        self.stack.append(kind(values))
+
+    def new_dict(self) -> None:
+        values = self.pop_to_mark()
+        self.stack.append({})
+        self.set_items(values)
+
+    def call(self, count: int) -> None:
+        function, args, *_ = self.pop(count)
+        self.stack.append(self.rebuild(function, args))
+
+    def refer(self) -> None:
+        if self.persistent is None:
+            raise ValueError("it refers to data outside of the pickle: refused")
+        self.stack.append(self.persistent(*self.pop(1)))
 
     def resolve(self, name: str) -> Global:
         if not ALLOWED.fullmatch(name):
@@ -282,16 +185,15 @@ class Machine:
         if not isinstance(function, Global) or not isinstance(args, tuple):
             raise ValueError(f"it calls a {type(function).__name__} with a {type(args).__name__}: refused")
         rebuilder = self.rebuilders.get(function.name)
-        self.copied.spend(sum(len(arg) for arg in args if isinstance(arg, Sized)))
+        self.copied.spend(sum(len(arg) for arg in args if isinstance(arg, (str, bytes, list, tuple, dict, set))))
         return rebuilder(*args) if rebuilder else Record(function.name, args)
 
-    def build(self, state: object) -> None:
+    def build(self) -> None:
+        (state,) = self.pop(1)
         target = self.stack[-1]
         if isinstance(target, Record):
             target.state = state
-        elif not isinstance(
-            target, dict
-        ):  # the attributes of an OrderedDict (state dicts have `_metadata`) are not needed
+        elif not isinstance(target, dict):  # attributes of an OrderedDict (state dicts have `_metadata`) are not needed
             raise ValueError(f"it gives a state to a {type(target).__name__}: refused")
 
     def set_items(self, values: list) -> None:
@@ -307,18 +209,76 @@ class Machine:
         if isinstance(target, list):
             target.extend(values)
         elif isinstance(target, set):
-            checked_keys(values)
-            target.update(values)
+            target.update(set_of(values))
         else:
             raise ValueError(f"it appends to a {type(target).__name__}: refused")
 
-    def pop(self, count: int) -> list:
-        values = self.stack[-count:]
-        if len(values) < count:
-            raise IndexError("the stack is empty")
-        del self.stack[-count:]
-        return values
+    def remember(self, key: int) -> None:
+        self.memo[key] = self.stack[-1]
 
-    def pop_to_mark(self) -> list:
-        values, self.stack = self.stack, self.outer.pop()
-        return values
+    def recall(self, key: int) -> None:
+        self.stack.append(self.memo[key])
+
+
+def set_of(values: Iterable[object] = ()) -> set:
+    entries = list(values)
+    checked_keys(entries)
+    return set(entries)
+
+
+Handler = Callable[[Machine], object]
+
+
+def pushing(make: Callable[[], object]) -> Handler:
+    return lambda m: m.stack.append(make())
+
+
+def number(format: str) -> Handler:
+    unpack, size = struct.Struct(format).unpack, struct.calcsize(format)
+    return lambda m: m.stack.append(unpack(m.file.read(size))[0])
+
+
+def line(read: Callable[..., object]) -> Handler:
+    return lambda m: m.stack.append(read(m.file))
+
+
+def index(size: int) -> Callable[[Machine], int]:
+    return lambda m: int.from_bytes(m.file.read(size), "little")
+
+
+def index_line(m: Machine) -> int:
+    return int(m.file.readline()[:20])
+
+
+HANDLERS: dict[bytes, Handler] = {
+    b"\x80": lambda m: m.file.read(1),  # the protocol
+    b"\x95": lambda m: m.file.read(8),  # a frame only announces how much to buffer
+    b"N": pushing(lambda: None), b"\x88": pushing(lambda: True), b"\x89": pushing(lambda: False),
+    b")": pushing(tuple), b"]": pushing(list), b"}": pushing(dict), b"\x8f": pushing(set),
+    b"K": number("<B"), b"M": number("<H"), b"J": number("<i"), b"G": number(">d"),
+    b"I": line(pickletools.read_decimalnl_short), b"L": line(pickletools.read_decimalnl_long),
+    b"F": line(pickletools.read_floatnl), b"S": line(pickletools.read_stringnl),
+    b"V": line(pickletools.read_unicodestringnl),
+    b"\x8a": lambda m: m.push_long(1), b"\x8b": lambda m: m.push_long(4),
+    b"U": lambda m: m.push_text(1, "latin-1"), b"T": lambda m: m.push_text(4, "latin-1"),
+    b"\x8c": lambda m: m.push_text(1, "utf-8"), b"X": lambda m: m.push_text(4, "utf-8"),
+    b"\x8d": lambda m: m.push_text(8, "utf-8"),
+    b"C": lambda m: m.push_span(1), b"B": lambda m: m.push_span(4), b"\x8e": lambda m: m.push_span(8),
+    b"p": lambda m: m.remember(index_line(m)), b"q": lambda m: m.remember(index(1)(m)),
+    b"r": lambda m: m.remember(index(4)(m)), b"\x94": lambda m: m.remember(len(m.memo)),
+    b"g": lambda m: m.recall(index_line(m)), b"h": lambda m: m.recall(index(1)(m)),
+    b"j": lambda m: m.recall(index(4)(m)),
+    b"(": Machine.mark, b"0": lambda m: m.stack.pop(), b"1": Machine.pop_to_mark,
+    b"2": lambda m: m.stack.append(m.stack[-1]),
+    b"t": lambda m: m.collect(tuple), b"l": lambda m: m.collect(list),
+    b"\x91": lambda m: m.collect(lambda values: frozenset(set_of(values))), b"d": Machine.new_dict,
+    b"\x85": lambda m: m.stack.append(tuple(m.pop(1))), b"\x86": lambda m: m.stack.append(tuple(m.pop(2))),
+    b"\x87": lambda m: m.stack.append(tuple(m.pop(3))),
+    b"a": lambda m: m.extend(m.pop(1)), b"e": lambda m: m.extend(m.pop_to_mark()),
+    b"\x90": lambda m: m.extend(m.pop_to_mark()),
+    b"s": lambda m: m.set_items(m.pop(2)), b"u": lambda m: m.set_items(m.pop_to_mark()),
+    b"c": Machine.push_global, b"\x93": lambda m: m.stack.append(m.resolve(".".join(m.pop(2)))),
+    b"R": lambda m: m.call(2), b"\x81": lambda m: m.call(2), b"\x92": lambda m: m.call(3),
+    b"b": Machine.build, b"Q": Machine.refer,
+}  # fmt: skip
+"""opcode -> what it does. Those of persistent text ids, extensions, instances and out-of-band buffers are refused."""

@@ -18,7 +18,7 @@ from typing import BinaryIO, cast
 import torch
 from torch import Tensor
 
-from neon.checkpoints.limits import shown
+from neon.checkpoints.limits import clean, shown
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Source:
     def of(cls, path: Path) -> Source:
         if not path.is_file():
             raise FileNotFoundError(
-                f"no checkpoint {path}" + (": it is a folder, name a file in it" if path.is_dir() else "")
+                f"no checkpoint {clean(str(path))}" + (": it is a folder, name a file in it" if path.is_dir() else "")
             )
         status = path.stat()
         return cls(path, status.st_size, status.st_mtime_ns)

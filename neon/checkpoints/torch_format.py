@@ -18,7 +18,8 @@ from typing import BinaryIO
 import numpy as np
 import torch
 
-from neon.checkpoints.inert_pickle import Bounded, Global, Machine, Rebuilder, Record, Span, checked_keys
+from neon.checkpoints.bounded import Bounded, Span
+from neon.checkpoints.inert_pickle import Global, Machine, Rebuilder, Record, checked_keys, set_of
 from neon.checkpoints.lazy import Source, Storage, StoredTensor, window
 from neon.checkpoints.limits import Budget, clean, first_of, natural, shape_of, shown
 
@@ -160,13 +161,11 @@ def rebuilders(content: Bounded, source: Source | bytes) -> dict[str, Rebuilder]
     """What stands for the calls that checkpoints contain."""
 
     def load_from_bytes(value: object) -> object:
-        here, nested = content.tell(), content.part(value)
+        nested = content.part(value)
         if Machine(nested, {}).load() != LEGACY_MAGIC:
             raise ValueError("an embedded tensor is not in torch.save's older format")
         at = (source, value.offset) if isinstance(value, Span) else (content.bytes_of(value), 0)
-        tensor = read_legacy(nested, *at)
-        content.seek(here)  # both read the same file
-        return tensor
+        return read_legacy(nested, *at)
 
     def scalar(dtype: object, value: object) -> object:
         if isinstance(value, Span) and value.length > 32:
@@ -198,12 +197,6 @@ def dict_of(pairs: object = ()) -> dict:
     entries = list(pairs.items()) if isinstance(pairs, Mapping) else list(pairs)  # type: ignore[call-overload]
     checked_keys(key for key, _ in entries)
     return dict(entries)
-
-
-def set_of(values: object = ()) -> set:
-    entries = list(values)  # type: ignore[call-overload]
-    checked_keys(entries)
-    return set(entries)
 
 
 def rebuild_tensor(
