@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import get_args
 
 ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
@@ -18,7 +19,8 @@ if __name__ == "__main__":
 
 import click  # noqa: E402
 
-from flow.family import Flow, Sampling  # noqa: E402
+from flow.family import Flow  # noqa: E402
+from flow.options import ErrorNorm, Sampling, Solver  # noqa: E402
 from flow.presets import EULER_STEPS  # noqa: E402
 from neon import quantize  # noqa: E402
 from neon.cli.published_flags import (  # noqa: E402
@@ -36,7 +38,7 @@ from neon.cli.published_flags import (  # noqa: E402
 @published_command()
 @click.option("--model_ckpt", type=PATH, required=True, help="Weights: TorchCFM's .pt, or our safetensors.")
 @click.option(
-    "--integration_method", type=click.Choice(["dopri5", "euler"]), default="dopri5", help="Adaptive, or equal steps."
+    "--integration_method", type=click.Choice(get_args(Solver)), default="dopri5", help="Adaptive, or equal steps."
 )
 @click.option(
     "--integration_steps",
@@ -46,7 +48,7 @@ from neon.cli.published_flags import (  # noqa: E402
 @click.option("--tol", type=float, default=Sampling.tol, help="Relative and absolute tolerance of dopri5.")
 @click.option(
     "--error_norm",
-    type=click.Choice(["image", "batch"]),
+    type=click.Choice(get_args(ErrorNorm)),
     default="image",
     help="dopri5's error of each image, or of the batch; published: batch, where images depend on batches and ranks.",
 )
@@ -55,10 +57,10 @@ from neon.cli.published_flags import (  # noqa: E402
 @common_options
 def main(
     model_ckpt: Path,
-    integration_method: str,
+    integration_method: Solver,
     integration_steps: int | None,
     tol: float,
-    error_norm: str,
+    error_norm: ErrorNorm,
     uint8: quantize.Rule,
     images: Images,
     common: Common,
@@ -74,7 +76,7 @@ def main(
     """
     if integration_method == "euler" and integration_steps is None:
         integration_steps = EULER_STEPS
-    options = Sampling(solver=integration_method, num_steps=integration_steps, tol=tol, error_norm=error_norm)  # type: ignore[arg-type]
+    options = Sampling(solver=integration_method, num_steps=integration_steps, tol=tol, error_norm=error_norm)
     calculate_fid(
         Request(
             family=Flow(),

@@ -2,25 +2,23 @@
 
 dopri5 follows torchdiffeq, by which the published numbers were made: Shampine's error weights, steps that are not cut
 at the end (the network is asked beyond t = 1, and the result is the last step's interpolant at 1), and an error norm
-over the whole
-batch, which couples its images. Ours is the norm per image: each image then has steps of its own and does not depend on
-its batch.
-G groups with steps of their own: the images of the batch, or the batch as one.
+over the whole batch, which couples its images. Our default is the norm per image: each image has steps of its own and
+does not depend on its batch. G groups have steps of their own: the images of the batch, or the batch as one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
+
+from flow.options import ErrorNorm
 
 Velocity = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """(t (B,) or (), x (B, ...), class labels (B,) or None) -> dx/dt like x."""
 Field = Callable[[Tensor, Tensor], Tensor]
 """(t (G,) float64, y (G, N)) -> dy/dt like y."""
-ErrorNorm = Literal["image", "batch"]
 
 NODES = (1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0, 1.0)
 STAGES = (

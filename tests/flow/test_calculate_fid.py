@@ -11,7 +11,8 @@ from fid.frechet import frechet_distance
 from fid.moments import Moments
 from fid.reference import read_reference
 from flow.calculate_fid import main
-from flow.family import Flow, Sampling
+from flow.family import Flow
+from flow.options import Sampling
 from flow.presets import CIFAR10
 from neon.checkpoints import checkpoint
 from neon.quantize import to_uint8

@@ -18,7 +18,8 @@ from sympy.parsing.sympy_parser import (
 
 from flow.coupling import assigned, exact_plan, sampled_pairs, sinkhorn_plan, transport_cost
 from flow.family import Flow, to_pixels
-from flow.loss import Objective, path
+from flow.loss import pairs, path
+from flow.options import Objective
 from flow.sampler import MIDPOINT, combined, dopri5, euler, interpolated, stages
 from flow.unet import UNet, timestep_embedding
 from neon.merge import reverse_merge
@@ -231,7 +232,7 @@ def published_pairs(how, noise, images):
     """Drawn from numpy's global stream, as the original does."""
     if not how.is_paired:
         return noise, images
-    i, j = how.pairs(noise, images, tensor(np.random.random_sample(len(noise))))
+    i, j = pairs(how, noise, images, tensor(np.random.random_sample(len(noise))))
     return noise[i], images[j]
 
 
@@ -297,7 +298,7 @@ def test_transport(file):
     if len(x0) == len(x1):  # the scipy variant of the original keeps the noise's order, ours the images'
         assert np.array_equal(x1[assigned(cost)].flatten(1).numpy(), arrays["scipy_x1"])
         assert np.array_equal(x0.flatten(1).numpy(), arrays["scipy_x0"])
-        i, j = Objective(kind="otcfm").pairs(x0, x1, None)
+        i, j = pairs(Objective(kind="otcfm"), x0, x1, None)
         assert set(zip(i.tolist(), j.tolist(), strict=True)) == possible
 
 
@@ -307,7 +308,7 @@ def test_labels_follow_their_images(file):
     x0, x1 = tensor(arrays["x0"]), tensor(arrays["x1"])
     np.random.seed(config["numpy_seed_guided"])
     torch.manual_seed(config["torch_seed_guided"])
-    i, j = objective("otcfm").pairs(x0, x1, tensor(np.random.random_sample(len(x0))))
+    i, j = pairs(objective("otcfm"), x0, x1, tensor(np.random.random_sample(len(x0))))
     t = torch.rand(len(x0))
     x_t, u_t = path(objective("otcfm"), x0[i], x1[j], t, None)
     for name, actual in (("t", t), ("xt", x_t), ("ut", u_t), ("y0", i), ("y1", 100 + j)):

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from flow.family import Flow, Sampling
+from flow.family import Flow
+from flow.options import Sampling
 from flow.sampler import dopri5, euler
 from neon.seeds import image_rng
 from tests import goldens
