@@ -30,8 +30,8 @@ from neon.cli.published_flags import (  # noqa: E402
     published_command,
 )
 from var.family import VAR  # noqa: E402
+from var.options import Sampling  # noqa: E402
 from var.presets import CFG_SCALE, PATCH_NUMS, TOP_K, TOP_P, Protocol  # noqa: E402
-from var.sampler import Sampling  # noqa: E402
 from var.transformer import VARArch  # noqa: E402
 
 

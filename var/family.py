@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,38 +14,18 @@ from neon.family import Draws, Family
 from neon.quantize import from_uint8
 from neon.seeds import ImageRng, Rng
 from var.crops import resized_crops, resized_size
-from var.layout import check_derived
+from var.derived import check_derived
+from var.load import read_tokeniser, transformer_arch_of
 from var.loss import token_loss
+from var.options import Objective, Sampling
 from var.presets import PATCH_NUMS
-from var.reading import read_tokeniser, transformer_arch_of
-from var.sampler import Sampling, sample_scales
+from var.sampler import sample_scales
+from var.trainable_autoencoder import TrainableVQVAE
 from var.transformer import Block, Transformer, VARArch
 from var.vqvae import VQVAE
-from var.vqvae_training import TrainableVQVAE
 
 if TYPE_CHECKING:
     from neon.checkpoints.checkpoint import Checkpoint
-
-
-@dataclass(frozen=True, kw_only=True)
-class Objective:
-    """The loss's options; the defaults are the published recipe."""
-
-    label_drop: float = 0.1
-    """Share of images trained as "no class", which guidance needs."""
-    label_smoothing: float = 0.0
-    resize: float = 1.125
-    """Stored images are enlarged by this factor, then cropped back at random. Tokens (synth.store = "codes") never
-    are."""
-    flip: float = 0.0
-    """Share of stored images that are mirrored."""
-
-    def __post_init__(self) -> None:
-        for name in ("label_drop", "label_smoothing", "flip"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
-        if self.resize < 1:
-            raise ValueError(f"resize must be >= 1, got {self.resize}")
 
 
 class VAR(Family[Transformer, Objective, Sampling]):
@@ -56,11 +35,10 @@ class VAR(Family[Transformer, Objective, Sampling]):
     sampling = Sampling
     objective = Objective
     trainable_autoencoder = TrainableVQVAE()
+    compiled = (Block,)
 
     def __init__(self) -> None:
         self._tokeniser: VQVAE | None = None
-
-    compiled = (Block,)
 
     def build(self, arch: Mapping[str, object]) -> Transformer:
         return Transformer(binding.build(VARArch, arch, "arch"))
@@ -69,8 +47,7 @@ class VAR(Family[Transformer, Objective, Sampling]):
         return transformer_arch_of(checkpoint.tensors) if checkpoint.arch is None else checkpoint.arch
 
     def load(self, checkpoint: Checkpoint) -> Transformer:
-        """Also verifies what a checkpoint stores beside its parameters: a merge of the original extrapolates that
-        too."""
+        """Also checks the tables that a file stores beside its parameters: merges by the original code damage them."""
         model = checkpoint.filled(self.build, self.arch_of(checkpoint))
         check_derived(model.patch_nums, checkpoint.tensors, checkpoint.path)
         return model
@@ -81,7 +58,7 @@ class VAR(Family[Transformer, Objective, Sampling]):
                 "VAR works on tokens: name its autoencoder, base.autoencoder (published: vae_ch160v4096z32.pth)"
             )
         self.use(read_tokeniser(autoencoder).to(device))
-        self.tokeniser().encoder.cpu()  # only training on images needs it, and sends for it
+        self.tokeniser().encoder.cpu()  # used when training on images only: `loss` then moves it to the device
 
     def use(self, tokeniser: VQVAE) -> None:
         """Work with a tokeniser that is in memory already."""
@@ -180,8 +157,7 @@ def is_images(codes: Tensor) -> bool:
     if codes.dtype not in (torch.uint8, torch.int64):
         raise ValueError(
             f"VAR trains on uint8 images or int64 tokens, found {codes.dtype}; images drawn with more_smooth have no "
-            "tokens: "
-            'store them with synth.store = "images"'
+            'tokens: store them with synth.store = "images"'
         )
     return codes.dtype == torch.uint8
 

@@ -8,42 +8,15 @@ Tian et al. 2024 (arXiv 2404.02905), section 3.1 and appendix; guidance as in th
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from neon.binding import ADDED
 from neon.seeds import Rng
+from var.options import Sampling
 from var.quantizer import MultiScaleQuantizer
 from var.transformer import Transformer
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """Options of the sampler; the defaults are those of the published Neon rows except cfg_scale, which belongs to the
-    row."""
-
-    cfg_scale: float = 1.5
-    """w of (1 + w) conditional - w unconditional at the last scale, growing linearly from 0 at the first."""
-    top_k: int = 900
-    """Keep the k likeliest tokens (0: all)."""
-    top_p: float = 0.95
-    """Then keep the likeliest of those with this much probability (0: all)."""
-    temperature: float = field(default=1.0, metadata=ADDED)
-    """Divides the guided logits before top_k and top_p. Above 1 the sampler seeks diversity."""
-    more_smooth: bool = False
-    """Average codes by Gumbel-softmax weights instead of drawing one: prettier pictures, no tokens, not for numbers."""
-
-    def __post_init__(self) -> None:
-        if self.cfg_scale < 0:
-            raise ValueError(f"cfg_scale must be >= 0 (0 = no guidance), got {self.cfg_scale}")
-        if self.top_k < 0:
-            raise ValueError(f"top_k must be >= 0 (0 = off), got {self.top_k}")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature must be > 0, got {self.temperature}")
-        if not 0 <= self.top_p <= 1:
-            raise ValueError(f"top_p must be in [0, 1] (0 = off), got {self.top_p}")
 
 
 @dataclass(frozen=True)

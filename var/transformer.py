@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from var.attention import Attend, Attention, BlockCausal, Memory
-from var.layout import keep_published_layout, scale_levels
+from var.derived import keep_published_entries, scale_levels
 
 NORM_EPS = 1e-6
 
@@ -173,7 +173,7 @@ class Transformer(nn.Module):
         self.head_nm = Head(embed_dim)
         self.head = nn.Linear(embed_dim, arch.vocabulary)
         self.initialise()
-        keep_published_layout(self)
+        keep_published_entries(self)
 
     @property
     def stack(self) -> list[Block]:

@@ -33,7 +33,8 @@ from neon.cli.published_flags import (  # noqa: E402
     images_options,
     published_command,
 )
-from xar.family import XAR, XARSampling  # noqa: E402
+from xar.family import XAR  # noqa: E402
+from xar.options import Sampling  # noqa: E402
 from xar.presets import CFG_SCALE, NUM_STEPS, SIZES, Protocol  # noqa: E402
 from xar.transformer import XARArch  # noqa: E402
 
@@ -114,18 +115,17 @@ def size_of(path: Path, weights: str, expected: str | None) -> str | None:
     return found
 
 
-def options_of(size: str | None, protocol: Protocol, cfg: float | None, flow_steps: int | None) -> XARSampling:
+def options_of(size: str | None, protocol: Protocol, cfg: float | None, flow_steps: int | None) -> Sampling:
     """What was asked for, completed by what is published for this size."""
-    if cfg is None and (size is None or size not in CFG_SCALE[protocol]):
+    cfg = CFG_SCALE[protocol].get(size or "") if cfg is None else cfg
+    num_steps = NUM_STEPS.get(size or "") if flow_steps is None else flow_steps
+    if cfg is None:
         raise ValueError(
             f"no {protocol} guidance is published for {size or 'a model of this size'}; name it with --cfg"
         )
-    if flow_steps is None and size is None:
+    if num_steps is None:
         raise ValueError("no number of steps is published for a model of this size; name it with --flow_steps")
-    return XARSampling(
-        num_steps=NUM_STEPS[size] if flow_steps is None else flow_steps,  # type: ignore[index]
-        cfg_scale=CFG_SCALE[protocol][size] if cfg is None else cfg,  # type: ignore[index]
-    )
+    return Sampling(num_steps=num_steps, cfg_scale=cfg)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,9 +14,9 @@ from torch import Tensor
 from neon.seeds import Rng
 from xar.cells import CELL_TOKENS, CHANNELS, NUM_CELLS, from_cells
 from xar.loss import timesteps
+from xar.options import Solver
 from xar.transformer import KeyValueCache, XARTransformer
 
-Solver = Literal["sde", "ode"]
 Velocity = Callable[[Tensor, Tensor], Tensor]
 """(x (B, 64, 16), time () in [0, 1]) -> noise - data, (B, 64, 16)."""
 LAST_TIME = 0.04

@@ -11,7 +11,7 @@ B batch, C cells, P = 64 tokens of a cell, L tokens, D width, N heads, H head wi
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,29 +45,6 @@ class XARArch:
             )
         if min(self.encoder_depth, self.decoder_depth, self.num_classes) < 1:
             raise ValueError(f"encoder_depth, decoder_depth and num_classes must be >= 1; got {self}")
-
-
-def read_arch(tensors: Mapping[str, Tensor]) -> XARArch:
-    """The sizes of a state dict, from its shapes: the published files say nothing else about themselves.
-
-    Raises ValueError if it is no xAR transformer's.
-    """
-    try:
-        width, head_width = tensors["pred.weight"].shape[1], 4 * len(tensors["encoder_blocks.0.attn.rope.freqs"])
-        num_classes = len(tensors["class_emb.weight"]) - 1
-    except KeyError as error:
-        raise ValueError(f"no xAR transformer: it has no {error} among its {len(tensors)} tensors") from error
-    depths = {
-        prefix: len({name.split(".")[1] for name in tensors if name.startswith(prefix)})
-        for prefix in ("encoder_blocks.", "decoder_blocks.")
-    }
-    return XARArch(
-        width=width,
-        num_heads=width // head_width,
-        encoder_depth=depths["encoder_blocks."],
-        decoder_depth=depths["decoder_blocks."],
-        num_classes=num_classes,
-    )
 
 
 @dataclass(frozen=True)

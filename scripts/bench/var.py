@@ -21,9 +21,10 @@ from torch import Tensor
 
 from neon.runtime.precision import Precision, arithmetic
 from neon.seeds import image_rng
+from var.options import Sampling
 from var.presets import CFG_SCALE, IMAGE_SIDE, published
 from var.quantizer import MultiScaleQuantizer
-from var.sampler import Sampling, sample_scales
+from var.sampler import sample_scales
 from var.transformer import Transformer
 
 

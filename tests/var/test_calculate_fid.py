@@ -20,7 +20,7 @@ from tests.quarters import Quarters
 from tests.var import published
 from var import calculate_fid, presets
 from var.family import VAR
-from var.sampler import Sampling
+from var.options import Sampling
 from var.transformer import Transformer
 
 COMMAND = FidCommand(

@@ -9,9 +9,9 @@ from neon.seeds import ImageRng, SharedRng
 from tests import goldens
 from var import presets
 from var.crops import resized_crops
-from var.family import FAMILY, Objective, draw_paths
+from var.family import FAMILY, draw_paths
 from var.loss import token_loss
-from var.sampler import Sampling
+from var.options import Objective, Sampling
 from var.transformer import Transformer, VARArch
 from var.vqvae import VQVAE, VQVAEArch
 

@@ -18,7 +18,8 @@ from tests.var.networks import golden_transformer, golden_vqvae
 from var.crops import resized_crops, resized_size
 from var.family import FAMILY
 from var.loss import token_loss
-from var.sampler import Sampling, gumbel_softmax, keep_likely, sample_scales
+from var.options import Sampling
+from var.sampler import gumbel_softmax, keep_likely, sample_scales
 from var.transformer import Transformer, VARArch
 
 goldens.reference_only("var", "schedule_sampler*.json", "eval_labels*.json")

@@ -19,7 +19,7 @@ from neon.seeds import ImageRng
 from tests.commands import started
 from tests.whole_run import assert_finished, assert_merged, assert_same_run, snapshot, write_real_images
 from var.family import VAR
-from var.sampler import Sampling
+from var.options import Sampling
 
 CONFIG = """
 family = "var"

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from neon.seeds import ImageRng, SharedRng
+from var.options import Sampling
 from var.quantizer import MultiScaleQuantizer
-from var.sampler import Sampling, guide, gumbel_softmax, keep_likely, sample_scales
+from var.sampler import guide, gumbel_softmax, keep_likely, sample_scales
 from var.transformer import Transformer, VARArch
 
 PATCH_NUMS = (1, 2, 3)

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from neon import binding
 from neon.checkpoints import checkpoint
 from tests import goldens
 from tests.quarters import write_statistics
@@ -31,9 +32,7 @@ def write_tiny(folder: Path) -> None:
     torch.save(model.state_dict(), folder / "base.pth")
     tuned = {**model.state_dict(), **{name: nn.Parameter(value * 1.01) for name, value in model.named_parameters()}}
     torch.save({"model_ema": tuned, "epoch": 3}, folder / "tuned.pth")
-    vae = goldens.seed_by_name(
-        KL16(KL16Arch(**{k: tuple(v) if isinstance(v, list) else v for k, v in TINY_VAE.items()}))
-    )  # type: ignore[arg-type]
+    vae = goldens.seed_by_name(KL16(binding.build(KL16Arch, TINY_VAE, "arch")))
     checkpoint.write(folder / "vae.safetensors", vae.state_dict(), metadata={"arch": TINY_VAE})
     write_statistics(folder / "stats.npz")
 

@@ -19,7 +19,8 @@ from tests.commands import FidCommand
 from tests.quarters import Quarters
 from tests.xar import published
 from xar import calculate_fid
-from xar.family import XAR, XARSampling
+from xar.family import XAR
+from xar.options import Sampling
 from xar.presets import SIZES
 
 COMMAND = FidCommand(
@@ -44,7 +45,7 @@ def test_the_number_is_the_one_of_the_parts(tiny):
     family.open(tiny / "vae.safetensors", torch.device("cpu"))
     with torch.inference_mode():
         codes, _ = family.sample(
-            model, image_rng(5, range(23), "cpu"), torch.arange(23) % 10, XARSampling(num_steps=2, cfg_scale=1.8)
+            model, image_rng(5, range(23), "cpu"), torch.arange(23) % 10, Sampling(num_steps=2, cfg_scale=1.8)
         )
         images = to_uint8(family.decode(codes), "truncate")
     moments = Moments(Quarters.dim)

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from neon.seeds import ImageRng, SharedRng
 from tests.xar.test_transformer import tiny
 from xar import cells
-from xar.family import XAR, XARObjective, XARSampling
+from xar.family import XAR
 from xar.loss import velocity_loss
+from xar.options import Objective, Sampling
 from xar.vae import KL16, KL16Arch
 
 
@@ -52,7 +53,7 @@ def test_decode_undoes_the_latent_scale():
 
 
 def test_draws_have_their_distributions():
-    family, how, batch = opened(), XARObjective(label_drop=0.1, flip=0.5), 20_000
+    family, how, batch = opened(), Objective(label_drop=0.1, flip=0.5), 20_000
     draws = family.draw(shared(batch), torch.empty(batch, 2, 0, 0, 0), None, how)
     assert float(draws["flipped"].float().mean()) == pytest.approx(0.5, abs=0.015)  # four standard errors
     assert float(draws["label_dropped"].float().mean()) == pytest.approx(0.1, abs=0.009)
@@ -66,7 +67,7 @@ def test_draws_have_their_distributions():
 
 
 def test_sampled_latents_are_used_as_they_are():
-    family, how, latents = XAR(), XARObjective(dropout=0.0), torch.randn(4, 16, 16, 16)
+    family, how, latents = XAR(), Objective(dropout=0.0), torch.randn(4, 16, 16, 16)
     labels, model = torch.tensor([1, 2, 3, 4]), tiny()
     draws = family.draw(shared(4), latents, labels, how)
     assert sorted(draws) == ["label_dropped", "noise", "times"]
@@ -77,7 +78,7 @@ def test_sampled_latents_are_used_as_they_are():
 
 @torch.no_grad()
 def test_the_flip_chooses_the_moments():
-    family, how, model = opened(), XARObjective(dropout=0.0), tiny()
+    family, how, model = opened(), Objective(dropout=0.0), tiny()
     codes, labels = family.encode(pictures(2)), torch.tensor([1, 2])
     draws = family.draw(shared(2), codes, labels, how)
     for flipped in (False, True):
@@ -91,7 +92,7 @@ def test_the_flip_chooses_the_moments():
 
 @torch.no_grad()
 def test_dropped_labels_become_the_null_label():
-    family, how, model, latents = XAR(), XARObjective(dropout=0.0), tiny(), torch.randn(2, 16, 16, 16)
+    family, how, model, latents = XAR(), Objective(dropout=0.0), tiny(), torch.randn(2, 16, 16, 16)
     draws = family.draw(shared(2), latents, None, how)
     draws["label_dropped"] = torch.tensor([True, False])
     losses = family.loss(model, latents, torch.tensor([3, 4]), draws, how)
@@ -130,7 +131,7 @@ def test_the_loss_is_zero_at_noise_minus_data():
 
 
 def test_labels_are_drawn_from_the_image_s_own_stream_if_none_are_given():
-    family, how = XAR(), XARSampling(num_steps=2)
+    family, how = XAR(), Sampling(num_steps=2)
     latents, labels = family.sample(tiny(), ImageRng(range(6)), None, how)
     again, same = family.sample(tiny(), ImageRng(range(3, 6)), None, how)
     assert labels[3:].tolist() == same.tolist()
@@ -151,12 +152,12 @@ def test_weight_decay_spares_vectors_and_biases_only():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: XARSampling(num_steps=1), "num_steps >= 2"),
-        (lambda: XARSampling(num_steps=0, solver="ode"), "num_steps must be >= 1"),
-        (lambda: XARObjective(label_drop=1.5), r"label_drop must lie in \[0, 1\]"),
+        (lambda: Sampling(num_steps=1), "num_steps >= 2"),
+        (lambda: Sampling(num_steps=0, solver="ode"), "num_steps must be >= 1"),
+        (lambda: Objective(label_drop=1.5), r"label_drop must be >= 0 and <= 1"),
         (lambda: XAR().open(None, torch.device("cpu")), "name its autoencoder"),
         (lambda: XAR().decode(torch.zeros(1, 16, 16, 16)), "needs its autoencoder"),
-        (lambda: XAR().loss(tiny(), torch.zeros(1, 16, 16, 16), None, {}, XARObjective()), "class labels"),
+        (lambda: XAR().loss(tiny(), torch.zeros(1, 16, 16, 16), None, {}, Objective()), "class labels"),
     ],
 )
 def test_wrong_use_is_said(make, message):
@@ -165,5 +166,5 @@ def test_wrong_use_is_said(make, message):
 
 
 def test_the_published_recipe_is_the_default():
-    how = XARObjective()
+    how = Objective()
     assert (how.dropout, how.label_drop, how.flip) == (0.1, 0.1, 0.5)

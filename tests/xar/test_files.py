@@ -14,7 +14,9 @@ from neon.merge import LiveMerge, reverse_merge
 from neon.seeds import ImageRng
 from tests.xar.test_family import opened, pictures
 from tests.xar.test_transformer import tiny
-from xar.family import XAR, XARSampling, read_autoencoder
+from xar.family import XAR
+from xar.load import read_autoencoder
+from xar.options import Sampling
 
 LAYOUTS = {
     "base": lambda state: state,  # xAR-B.pth: a bare state dict
@@ -108,7 +110,7 @@ def test_a_merge_keeps_the_mask_finite_where_it_was(tmp_path: Path):
     live = tiny()
     LiveMerge(live, base, synth).set_w(1.5)
 
-    how, labels = XARSampling(num_steps=2, cfg_scale=2.0), torch.tensor([1, 2])
+    how, labels = Sampling(num_steps=2, cfg_scale=2.0), torch.tensor([1, 2])
     from_file, from_memory, unmerged = (
         XAR().sample(m, ImageRng([0, 1]), labels, how)[0] for m in (loaded, live, tiny())
     )

@@ -23,7 +23,8 @@ from neon.training.schedules import lr_at
 from neon.training.trainer import Trainer
 from tests import goldens
 from xar import cells, loss, sampler
-from xar.family import XAR, XARObjective
+from xar.family import XAR
+from xar.options import Objective
 from xar.presets import SIZES
 from xar.transformer import RotaryEmbedding, XARArch, XARTransformer
 from xar.vae import KL16, KL16Arch
@@ -390,7 +391,7 @@ def test_training_steps_with_the_published_draws(file):
     model, family, how = (
         model_of(config),
         XAR(),
-        XARObjective(dropout=0.0, label_drop=config["label_drop_prob"], flip=0.0),
+        Objective(dropout=0.0, label_drop=config["label_drop_prob"], flip=0.0),
     )
     family.use(KL16(KL16Arch(ch=32, ch_mult=(1,), num_res_blocks=1)))
     recipe = Training(

@@ -17,7 +17,8 @@ from neon.runtime.distributed import World
 from neon.seeds import ImageRng
 from tests.commands import ROOT, started
 from tests.whole_run import assert_finished, assert_merged, assert_same_run, write_real_images
-from xar.family import XAR, XARSampling
+from xar.family import XAR
+from xar.options import Sampling
 
 CONFIG = """
 family = "xar"
@@ -119,9 +120,7 @@ def test_the_merged_file_is_the_formula_and_samples(folder, alone):
     assert moves["pred.weight"] > 1e-5  # the fine-tune moved something
     assert not torch.isnan(merged.tensors["mask"]).any()
     family.open(folder / "vae/autoencoder.safetensors", torch.device("cpu"))
-    codes, _ = family.sample(
-        model.eval(), ImageRng([0, 1]), torch.tensor([3, 4]), XARSampling(num_steps=2, cfg_scale=1.5)
-    )
+    codes, _ = family.sample(model.eval(), ImageRng([0, 1]), torch.tensor([3, 4]), Sampling(num_steps=2, cfg_scale=1.5))
     assert torch.isfinite(family.decode(codes)).all()
     assert family.img_size(model) == 32
 

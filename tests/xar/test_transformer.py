@@ -7,7 +7,8 @@ import torch
 
 from tests import goldens
 from xar import cells, presets
-from xar.transformer import XARArch, XARTransformer, read_arch
+from xar.load import arch_from_shapes
+from xar.transformer import XARArch, XARTransformer
 
 ARCH = XARArch(width=32, num_heads=2, encoder_depth=1, decoder_depth=2, num_classes=10)
 
@@ -21,7 +22,7 @@ def tiny(seed: int = 0) -> XARTransformer:
 def test_state_dict_is_the_published_one(name):
     with torch.device("meta"):
         model = XARTransformer(presets.SIZES[name])
-    assert read_arch(model.state_dict()) == presets.SIZES[name]
+    assert arch_from_shapes(model.state_dict()) == presets.SIZES[name]
     assert list(goldens.manifest_of(model).items()) == list(goldens.manifest("xar", name).items())
 
 
@@ -100,4 +101,4 @@ def test_width_must_suit_the_rotary_embedding():
 
 def test_another_network_s_tensors_are_named():
     with pytest.raises(ValueError, match="no xAR transformer"):
-        read_arch({"pos_1LC": torch.zeros(1)})
+        arch_from_shapes({"pos_1LC": torch.zeros(1)})

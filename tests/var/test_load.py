@@ -5,10 +5,10 @@ import torch
 
 from neon.checkpoints import checkpoint
 from tests import goldens
+from var.derived import attention_mask
 from var.family import FAMILY
-from var.layout import attention_mask
+from var.load import read_tokeniser, tokeniser_arch_of, transformer_arch_of
 from var.presets import IMAGE_SIDE, PATCH_NUMS, published
-from var.reading import read_tokeniser, tokeniser_arch_of, transformer_arch_of
 from var.transformer import Transformer, VARArch
 from var.vqvae import VQVAE, VQVAEArch
 

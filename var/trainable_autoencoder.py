@@ -8,7 +8,6 @@ van den Oord et al. 2017 (arXiv 1711.00937), equation 3, averaged over the scale
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,26 +16,23 @@ from neon import binding
 from neon.family import Draws, TrainableAutoencoder
 from neon.quantize import from_uint8
 from neon.seeds import Rng
+from var.options import AutoencoderObjective
 from var.vqvae import VQVAE, VQVAEArch
 
 
-@dataclass(frozen=True, kw_only=True)
-class VQObjective:
-    commitment: float = 0.25
-    """Weight (beta) of the pull of the encoder's features towards their codes."""
-
-
-class TrainableVQVAE(TrainableAutoencoder[VQVAE, VQObjective]):
-    objective = VQObjective
+class TrainableVQVAE(TrainableAutoencoder[VQVAE, AutoencoderObjective]):
+    objective = AutoencoderObjective
 
     def build(self, arch: Mapping[str, object]) -> VQVAE:
         return VQVAE(binding.build(VQVAEArch, arch, "autoencoder.arch"))
 
-    def draw(self, rng: Rng, codes: Tensor, labels: Tensor | None, how: VQObjective) -> Draws:
+    def draw(self, rng: Rng, codes: Tensor, labels: Tensor | None, how: AutoencoderObjective) -> Draws:
         """Nothing here is random."""
         return {}
 
-    def loss(self, model: VQVAE, codes: Tensor, labels: Tensor | None, draws: Draws, how: VQObjective) -> Tensor:
+    def loss(
+        self, model: VQVAE, codes: Tensor, labels: Tensor | None, draws: Draws, how: AutoencoderObjective
+    ) -> Tensor:
         """mean |x - decode(f_hat)| + mean over scales of (|f_hat_k - sg f|^2 + beta |f - sg f_hat_k|^2), f_hat_k up to
         scale k."""
         images = from_uint8(codes)

@@ -7,7 +7,6 @@ expects latents of unit variance, so `calibrated` measures the trained autoencod
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -16,26 +15,23 @@ from neon.family import Draws, TrainableAutoencoder
 from neon.networks.autoencoder import kl_to_unit_normal, mean_and_std, sample_posterior
 from neon.quantize import from_uint8
 from neon.seeds import ImageRng, Rng
+from xar.options import AutoencoderObjective
 from xar.vae import KL16, KL16Arch
 
 
-@dataclass(frozen=True, kw_only=True)
-class KLObjective:
-    kl_weight: float = 1e-6
-    """Weight of the KL divergence beside the absolute error, both summed over an image."""
-
-
-class TrainableKL16(TrainableAutoencoder[KL16, KLObjective]):
-    objective = KLObjective
+class TrainableKL16(TrainableAutoencoder[KL16, AutoencoderObjective]):
+    objective = AutoencoderObjective
 
     def build(self, arch: Mapping[str, object]) -> KL16:
         return KL16(binding.build(KL16Arch, arch, "autoencoder.arch"))
 
-    def draw(self, rng: Rng, codes: Tensor, labels: Tensor | None, how: KLObjective) -> Draws:
+    def draw(self, rng: Rng, codes: Tensor, labels: Tensor | None, how: AutoencoderObjective) -> Draws:
         """One stream per image: the shape of its noise is the network's."""
         return {"noise_seed": rng.integers(1 << 32)}
 
-    def loss(self, model: KL16, codes: Tensor, labels: Tensor | None, draws: Draws, how: KLObjective) -> Tensor:
+    def loss(
+        self, model: KL16, codes: Tensor, labels: Tensor | None, draws: Draws, how: AutoencoderObjective
+    ) -> Tensor:
         """(|x - decode(z)|_1 + kl_weight KL) / number of pixel values, z one sample of the posterior."""
         images = from_uint8(codes)
         moments = model.encode(images)

@@ -1,4 +1,4 @@
-"""The layout of VAR checkpoints: entries that are functions of patch_nums and the width, not weights."""
+"""Entries of VAR checkpoints that are no weights but functions of patch_nums and the width."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor, nn
 MASK = "attn_bias_for_masking"
 
 
-def keep_published_layout(model: nn.Module) -> None:
-    """The L x L attention mask of published files appears in the model's state dict and is dropped on loading; never
-    kept."""
+def keep_published_entries(model: nn.Module) -> None:
+    """Put the L x L attention mask of published files into the model's state dict, and drop it on loading: the model
+    itself holds no mask."""
     model.register_state_dict_post_hook(_add_mask)
     model.register_load_state_dict_pre_hook(_drop_mask)
 

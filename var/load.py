@@ -1,4 +1,4 @@
-"""Published VAR files hold weights only: their constructor arguments are told from names and shapes."""
+"""Reading VAR's files. The published ones hold weights only: names and shapes give the constructor arguments."""
 
 from __future__ import annotations
 
