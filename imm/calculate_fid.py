@@ -17,8 +17,9 @@ if __name__ == "__main__":
 
 import click  # noqa: E402
 
-from imm.autoencoder import autoencoder_file  # noqa: E402
-from imm.family import IMM, Sampling  # noqa: E402
+from imm.family import IMM  # noqa: E402
+from imm.load import autoencoder_file  # noqa: E402
+from imm.options import Sampling  # noqa: E402
 from imm.presets import CFG_SCALE, Protocol  # noqa: E402
 from neon import quantize  # noqa: E402
 from neon.checkpoints import checkpoint  # noqa: E402

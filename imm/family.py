@@ -3,65 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from edm.family import one_hot
-from imm.autoencoder import read_autoencoder
+from edm.precond import one_hot
+from imm import load
 from imm.dit import DiTBlock
-from imm.loss import Objective, imm_loss
+from imm.encoders import PixelEncoder, StabilityEncoder
+from imm.loss import imm_loss
+from imm.options import Objective, Sampling
 from imm.precond import IMMPrecond
-from imm.sampler import edm_grid, explicit_grid, pushforward, restart, uniform_grid
-from imm.vae import PixelEncoder, StabilityEncoder
-from neon.binding import construct
+from imm.sampler import pushforward, restart, time_grid
 from neon.checkpoints.checkpoint import Checkpoint
 from neon.family import Draws, Family
 from neon.seeds import Rng
-
-Grid = Literal["uniform", "edm", "explicit"]
-DTYPES = {"float32": torch.float32, "float64": torch.float64}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How IMM samples."""
-
-    num_steps: int = 8
-    """Network calls (twice that many images if guided)."""
-    cfg_scale: float = 1.0
-    """Classifier-free guidance of the network's output; 1 is none."""
-    grid: Grid = "uniform"
-    """uniform: in t; edm: as EDM spaces sigma (rho 7); explicit: the noise levels of mid_nt."""
-    mid_nt: tuple[float, ...] = ()
-    """Noise levels sigma / alpha between T and eps, descending; for grid = "explicit", where num_steps is one more than
-    their number."""
-    sampler: Literal["pushforward", "restart"] = "pushforward"
-    state: Literal["float32", "float64"] = "float32"
-    """dtype of times and state: Neon's numbers were made in float32, those of the base models in float64."""
-
-    def __post_init__(self) -> None:
-        if self.num_steps < 1:
-            raise ValueError(f"num_steps must be >= 1, got {self.num_steps}")
-        if self.grid not in get_args(Grid):
-            raise ValueError(f"grid must be one of {', '.join(get_args(Grid))}, got {self.grid!r}")
-        if self.mid_nt and self.grid != "explicit":
-            raise ValueError(f"mid_nt belongs to grid = 'explicit', the grid is {self.grid!r}")
-        if self.grid == "explicit" and self.num_steps != len(self.mid_nt) + 1:
-            raise ValueError(
-                f"mid_nt names {len(self.mid_nt)} times in between, so num_steps must be {len(self.mid_nt) + 1}, got "
-                f"{self.num_steps}"
-            )
-
-    def times(self, net: IMMPrecond) -> Tensor:
-        """(num_steps + 1,) times from net.T down to net.eps."""
-        dtype = DTYPES[self.state]
-        if self.grid == "explicit":
-            return explicit_grid(net, self.mid_nt, dtype)
-        return (uniform_grid if self.grid == "uniform" else edm_grid)(net, self.num_steps, dtype)
 
 
 class IMM(Family[IMMPrecond, Objective, Sampling]):
@@ -75,31 +32,26 @@ class IMM(Family[IMMPrecond, Objective, Sampling]):
     name = "imm"
     sampling = Sampling
     objective = Objective
+    compiled = (DiTBlock,)
 
     def __init__(self) -> None:
         self.encoder: StabilityEncoder | PixelEncoder = PixelEncoder()
-
-    compiled = (DiTBlock,)
 
     def graphed(self, model: nn.Module) -> nn.Module | None:
         return model.model if isinstance(model, IMMPrecond) else None
 
     def build(self, arch: Mapping[str, object]) -> IMMPrecond:
-        class_name = arch.get("class_name", "IMMPrecond")
-        if class_name != "IMMPrecond":
-            raise ValueError(f"arch.class_name: the imm family builds IMMPrecond, the checkpoint holds a {class_name}")
-        arguments = {key: value for key, value in arch.items() if key != "class_name"}
-        return construct(IMMPrecond, arguments, "arch")
+        return load.precond(arch)
 
     def load(self, checkpoint: Checkpoint) -> IMMPrecond:
         return checkpoint.filled(self.build, self.arch_of(checkpoint))
 
     def open(self, autoencoder: Path | None, device: torch.device) -> None:
-        self.encoder = PixelEncoder() if autoencoder is None else read_autoencoder(autoencoder).to(device)
+        self.encoder = PixelEncoder() if autoencoder is None else load.read_autoencoder(autoencoder).to(device)
 
     def img_size(self, model: IMMPrecond) -> int:
         side = model.img_resolution
-        return side if isinstance(self.encoder, PixelEncoder) else side * self.encoder.vae.layout.downsampling
+        return side if isinstance(self.encoder, PixelEncoder) else side * self.encoder.vae.arch.downsampling
 
     def num_classes(self, model: IMMPrecond) -> int:
         return model.label_dim
@@ -113,7 +65,7 @@ class IMM(Family[IMMPrecond, Objective, Sampling]):
         noise = rng.normal(shape) * model.sigma_data
         if labels is None and model.label_dim:
             labels = rng.integers(model.label_dim)
-        grid, class_labels = how.times(model), one_hot(labels, model.label_dim)
+        grid, class_labels = time_grid(model, how), one_hot(labels, model.label_dim)
         if how.sampler == "pushforward":
             codes = pushforward(model, noise, grid, class_labels, cfg_scale=how.cfg_scale)
         else:
@@ -128,8 +80,7 @@ class IMM(Family[IMMPrecond, Objective, Sampling]):
         if isinstance(self.encoder, PixelEncoder) and codes.shape[1] not in (1, 3):
             raise ValueError(
                 f"these codes have {codes.shape[1]} channels: latents, which need an autoencoder. Name the SD VAE of "
-                "the model "
-                "(base.autoencoder, or --vae), for example stabilityai/sd-vae-ft-ema"
+                "the model (base.autoencoder, or --vae), for example stabilityai/sd-vae-ft-ema"
             )
         return self.encoder.decode(codes)
 
@@ -159,7 +110,7 @@ class IMM(Family[IMMPrecond, Objective, Sampling]):
         return codes
 
     def _are_moments(self, codes: Tensor) -> bool:
-        return isinstance(self.encoder, StabilityEncoder) and codes.shape[1] == 2 * self.encoder.vae.layout.z_channels
+        return isinstance(self.encoder, StabilityEncoder) and codes.shape[1] == 2 * self.encoder.vae.arch.z_channels
 
     def _latent_shape(self, codes: Tensor) -> tuple[int, ...]:
         channels = codes.shape[1] // 2 if self._are_moments(codes) else codes.shape[1]

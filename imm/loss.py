@@ -1,4 +1,5 @@
-"""The loss of IMM: the samples that f makes at s from t must be distributed as those that it makes from a nearer r.
+"""The loss of IMM: what f makes at time s from time t must be distributed as what it makes at s from r, which lies
+between them.
 
 Zhou et al. 2025 (arXiv 2503.07565), eq. 12 and algorithm 1: a kernel MMD within groups of m images that share (t, r,
 s). B batch, G = B / m groups.
@@ -7,42 +8,13 @@ s). B batch, G = B / m groups.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from imm.options import Objective
 from imm.precond import IMMPrecond
 from imm.schedule import Schedule
-
-Times = Literal["uniform", "lognormal", "lognormal-published"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Objective:
-    """The loss's settings; the defaults are Neon's ImageNet-256 recipe."""
-
-    group_size: int = 4  # m: images that share their times; the batch must be a multiple of it
-    bandwidth: float = 1.0  # sigma of the kernel
-    a: float = 2.0  # exponent of alpha in the weight of a group
-    b: float = 4.0  # shift of the log-SNR in the weight of a group
-    k: float = 12.0  # r is 2^-k of the whole range of nt below t
-    label_dropout: float = 0.1  # share of images that train without their class
-    min_gap: float = 1e-4  # least t - r; 0 for none
-    times: Times = "uniform"  # how t and s are drawn; "lognormal-published" has the least t at nt = 1 instead of eps
-    P_mean: float = -1.1  # mean of log nt, if lognormal
-    P_std: float = 2.0  # standard deviation of log nt, if lognormal
-
-    def __post_init__(self) -> None:
-        if self.group_size < 2:
-            raise ValueError(
-                f"objective.group_size must be >= 2 (a group is compared with itself), got {self.group_size}"
-            )
-        if self.times not in get_args(Times):
-            raise ValueError(f"objective.times must be one of {', '.join(get_args(Times))}, got {self.times!r}")
-        if not 0 <= self.label_dropout <= 1:
-            raise ValueError(f"objective.label_dropout must be in [0, 1], got {self.label_dropout}")
 
 
 def uniform_nt(schedule: Schedule, u: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
@@ -132,9 +104,8 @@ def imm_loss(
 
     clean: (B, C, H, W); class_labels: one-hot (B, Y) or None; noise: unit normal like clean.
     u_t, u_s: (B,) float64 uniform on [0, 1), equal within a group; u_drop: (B,) uniform, an image below
-    label_dropout loses its class. The target is the current network itself, in float32, and keeps its classes where the
-    student has lost them (as
-    published).
+    label_drop loses its class. The target is the current network itself, in float32; it keeps the classes that the
+    student has lost (as published).
     """
     m = how.group_size
     if len(clean) % m:
@@ -145,7 +116,7 @@ def imm_loss(
     # the random state goes back to where it was, so that both calls see the same dropout masks
     with torch.no_grad(), torch.random.fork_rng(devices=[clean.device] if clean.is_cuda else []):
         teacher = net(x_r, r, s, class_labels, augment_labels=augment_labels, force_fp32=True)
-    student_labels = None if class_labels is None else class_labels * (u_drop >= how.label_dropout)[:, None]
+    student_labels = None if class_labels is None else class_labels * (u_drop >= how.label_drop)[:, None]
     student = net(x_t, t, s, student_labels, augment_labels=augment_labels)
     t_group, s_group = t[::m].flatten(), s[::m].flatten()
     students, teachers = (x.flatten(1).unflatten(0, (-1, m)) for x in (student, teacher))

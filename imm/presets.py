@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+from neon.networks.autoencoder import ConvArch
+
 IMAGENET256: dict[str, object] = {
     "class_name": "IMMPrecond",
     "img_resolution": 32,
@@ -58,6 +60,9 @@ MODELS = {
     "imm_cifar10_with_augment": CIFAR10_WITH_AUGMENT,
 }
 """Constructor arguments by the name of the manifest that their state dict equals."""
+
+SD_VAE = ConvArch(ch=128, ch_mult=(1, 2, 4, 4), num_res_blocks=2, z_channels=4, has_moments=True)
+"""The autoencoder of stabilityai/sd-vae-ft-ema and sd-vae-ft-mse."""
 
 Protocol = Literal["neon", "base"]
 CFG_SCALE: dict[Protocol, float] = {"neon": 1.8, "base": 1.5}

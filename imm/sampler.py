@@ -12,10 +12,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from imm.options import Sampling
 from imm.schedule import Schedule
 from neon.seeds import Rng
 
 RHO = 7.0  # Karras et al. 2022, eq. 5
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
 class Times(Protocol):
@@ -33,6 +35,14 @@ class Net(Times, Protocol):
 
     def guided(self, x: Tensor, t: Tensor, s: Tensor, class_labels: Tensor | None, cfg_scale: float) -> Tensor:
         """x at s from x at t."""
+
+
+def time_grid(net: Times, how: Sampling) -> Tensor:
+    """(num_steps + 1,) times from net.T down to net.eps."""
+    dtype = DTYPES[how.state]
+    if how.grid == "explicit":
+        return explicit_grid(net, how.mid_nt, dtype)
+    return (uniform_grid if how.grid == "uniform" else edm_grid)(net, how.num_steps, dtype)
 
 
 def uniform_grid(net: Times, num_steps: int, dtype: torch.dtype) -> Tensor:
@@ -56,9 +66,8 @@ def edm_grid(net: Times, num_steps: int, dtype: torch.dtype) -> Tensor:
 
 def explicit_grid(net: Times, mid_nt: Sequence[float], dtype: torch.dtype) -> Tensor:
     """T, the times of the noise levels `mid_nt` (descending, sigma / alpha), eps. No levels: one step."""
-    middle = net.schedule.t_of_nt(torch.tensor(list(mid_nt), dtype=torch.float32)).to(
-        dtype
-    )  # the published grids are float32 here
+    levels = torch.tensor(list(mid_nt), dtype=torch.float32)  # as in the published grids
+    middle = net.schedule.t_of_nt(levels).to(dtype)
     grid = torch.cat([torch.tensor([net.T], dtype=dtype), middle, torch.tensor([net.eps], dtype=dtype)])
     if not (grid.diff() < 0).all():
         raise ValueError(

@@ -1,11 +1,13 @@
 """EDM's two U-Nets with a second time: everything that IMM changes in them is in this file.
 
-The blocks, the layout and the names are those of edm/unet.py. IMM adds a branch for s that joins the embedding before
+The blocks, their order and the names are those of edm/unet.py. IMM adds a branch for s that joins the embedding before
 the last silu (EDM applies that silu to the t branch alone), and its sinusoids are float64, so the whole mapping runs in
 float64.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +35,8 @@ class SongUNet(edm_unet.SongUNet):
     def __init__(
         self, img_resolution: int, in_channels: int, out_channels: int, s_embed: bool = True, **options: object
     ):
-        super().__init__(img_resolution, in_channels, out_channels, **options)  # type: ignore[arg-type]
+        initialise: Callable[..., None] = super().__init__  # the options come from a file
+        initialise(img_resolution, in_channels, out_channels, **options)
         width, noise_width = self.map_layer0.weight.shape
         is_fourier = isinstance(self.map_noise, FourierEmbedding)
         if not is_fourier:
@@ -63,7 +66,8 @@ class DhariwalUNet(edm_unet.DhariwalUNet):
     def __init__(
         self, img_resolution: int, in_channels: int, out_channels: int, s_embed: bool = True, **options: object
     ):
-        super().__init__(img_resolution, in_channels, out_channels, **options)  # type: ignore[arg-type]
+        initialise: Callable[..., None] = super().__init__  # the options come from a file
+        initialise(img_resolution, in_channels, out_channels, **options)
         width, noise_width = self.map_layer0.weight.shape
         self.map_noise = PositionalEmbedding(noise_width, endpoint=False)
         self.has_s = s_embed

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from neon.networks.autoencoder import ConvLayout, Decoder, Encoder
+from neon.networks.autoencoder import ConvArch, Decoder, Encoder
 from var.quantizer import MultiScaleQuantizer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VQVAEArch:
-    """Constructor arguments of a VQVAE; the defaults are the published network's. See ConvLayout for the first
+    """Constructor arguments of a VQVAE; the defaults are the published network's. See ConvArch for the first
     group."""
 
     patch_nums: tuple[int, ...]
@@ -36,10 +36,10 @@ class VQVAEArch:
     """Number of phi convolutions; 0: one per scale."""
 
     @property
-    def layout(self) -> ConvLayout:
+    def conv(self) -> ConvArch:
         """Attention follows every block of the lowest resolution."""
         lowest = (len(self.ch_mult) - 1,)
-        return ConvLayout(
+        return ConvArch(
             ch=self.ch,
             ch_mult=self.ch_mult,
             num_res_blocks=self.num_res_blocks,
@@ -57,8 +57,8 @@ class VQVAE(nn.Module):
 
     def __init__(self, arch: VQVAEArch):
         super().__init__()
-        self.encoder = Encoder(arch.layout)
-        self.decoder = Decoder(arch.layout)
+        self.encoder = Encoder(arch.conv)
+        self.decoder = Decoder(arch.conv)
         self.quantize = MultiScaleQuantizer(
             vocab_size=arch.vocab_size,
             z_channels=arch.z_channels,

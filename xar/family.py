@@ -104,7 +104,7 @@ class XAR(Family[XARTransformer, Objective, Sampling]):
         return self.autoencoder.to_latents(moments, draws["posterior_noise"])
 
     def img_size(self, model: XARTransformer) -> int:
-        return GRID * self.autoencoder.layout.downsampling
+        return GRID * self.autoencoder.arch.downsampling
 
     def num_classes(self, model: XARTransformer) -> int:
         return model.num_classes

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from neon.networks.autoencoder import ConvLayout, KLAutoencoder, sample_posterior
+from neon.networks.autoencoder import ConvArch, KLAutoencoder, sample_posterior
 
 LATENT_SCALE = 0.2325
 """1 / standard deviation of the published autoencoder's latents on ImageNet: the transformer sees sample *
@@ -20,7 +20,7 @@ LATENT_SCALE."""
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KL16Arch:
-    """Constructor arguments of a KL16; the defaults are the published network's. See ConvLayout for the first group."""
+    """Constructor arguments of a KL16; the defaults are the published network's. See ConvArch for the first group."""
 
     ch: int = 128
     ch_mult: tuple[int, ...] = (1, 1, 2, 2, 4)
@@ -36,8 +36,8 @@ class KL16Arch:
     latent_scale: float = LATENT_SCALE
 
     @property
-    def layout(self) -> ConvLayout:
-        return ConvLayout(
+    def conv(self) -> ConvArch:
+        return ConvArch(
             ch=self.ch,
             ch_mult=self.ch_mult,
             num_res_blocks=self.num_res_blocks,
@@ -58,7 +58,7 @@ class KL16(KLAutoencoder):
     `latent_scale`."""
 
     def __init__(self, arch: KL16Arch):
-        super().__init__(arch.layout)
+        super().__init__(arch.conv)
         self.latent_scale = arch.latent_scale
 
     def to_latents(self, moments: Tensor, noise: Tensor) -> Tensor:

@@ -1,11 +1,8 @@
-"""The convolutional encoder and decoder of latent diffusion, shared by the VQ-VAE of VAR, the KL-VAE of xAR and the SD
-VAE of IMM.
+"""The convolutional encoder and decoder that the VQ-VAE of VAR, the KL-VAE of xAR and the SD VAE of IMM share.
 
 Rombach et al. 2022 (arXiv 2112.10752). Attribute names are those of the published CompVis state dicts
 (`down.0.block.1.conv2`, `mid.attn_1.q`, ...); level 0 is the full resolution in the encoder and in the decoder. The
-three published networks
-share all of
-the mathematics: `ConvLayout` lists everything that differs.
+three published networks share all of the mathematics: `ConvArch` lists everything that differs.
 """
 
 # B batch, C channels, H height, W width, N = H * W positions, Z latent channels
@@ -24,7 +21,7 @@ LOGVAR_RANGE = (-30.0, 20.0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ConvLayout:
+class ConvArch:
     """Sizes of one encoder/decoder pair, and the options in which the published networks differ.
 
     Raises ValueError if a width cannot be split into `num_groups` normalisation groups or a level does not exist.
@@ -66,18 +63,18 @@ class ConvLayout:
 
 
 class Norm(nn.GroupNorm):
-    def __init__(self, channels: int, layout: ConvLayout):
-        super().__init__(layout.num_groups, channels, eps=1e-6)
+    def __init__(self, channels: int, arch: ConvArch):
+        super().__init__(arch.num_groups, channels, eps=1e-6)
 
 
 class ResBlock(nn.Module):
     """x + conv(silu(norm(conv(silu(norm(x)))))), with a 1x1 convolution on the skip where the width changes."""
 
-    def __init__(self, in_channels: int, out_channels: int, layout: ConvLayout):
+    def __init__(self, in_channels: int, out_channels: int, arch: ConvArch):
         super().__init__()
-        self.norm1 = Norm(in_channels, layout)
+        self.norm1 = Norm(in_channels, arch)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = Norm(out_channels, layout)
+        self.norm2 = Norm(out_channels, arch)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
@@ -90,17 +87,17 @@ class ResBlock(nn.Module):
 class Attention(nn.Module):
     """Single-head self-attention over all positions, with a residual connection. softmax(q k^T / sqrt(C)) v."""
 
-    def __init__(self, channels: int, layout: ConvLayout):
+    def __init__(self, channels: int, arch: ConvArch):
         super().__init__()
-        self.norm = Norm(channels, layout)
-        if layout.has_fused_qkv:
+        self.norm = Norm(channels, arch)
+        if arch.has_fused_qkv:
             self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         else:
             self.q = nn.Conv2d(channels, channels, 1)
             self.k = nn.Conv2d(channels, channels, 1)
             self.v = nn.Conv2d(channels, channels, 1)
         self.proj_out = nn.Conv2d(channels, channels, 1)
-        self._is_fused = layout.has_fused_qkv
+        self._is_fused = arch.has_fused_qkv
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
@@ -137,15 +134,13 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """The residual blocks of one resolution, each followed by attention where the layout asks for it."""
+    """The residual blocks of one resolution, each followed by attention where the arch asks for it."""
 
-    def __init__(
-        self, in_channels: int, out_channels: int, num_blocks: int, layout: ConvLayout, *, has_attention: bool
-    ):
+    def __init__(self, in_channels: int, out_channels: int, num_blocks: int, arch: ConvArch, *, has_attention: bool):
         super().__init__()
         inputs = [in_channels] + [out_channels] * (num_blocks - 1)
-        self.block = nn.ModuleList(ResBlock(channels, out_channels, layout) for channels in inputs)
-        self.attn = nn.ModuleList(Attention(out_channels, layout) for _ in inputs if has_attention)
+        self.block = nn.ModuleList(ResBlock(channels, out_channels, arch) for channels in inputs)
+        self.attn = nn.ModuleList(Attention(out_channels, arch) for _ in inputs if has_attention)
 
     def forward(self, x: Tensor) -> Tensor:
         for i, block in enumerate(self.block):
@@ -156,12 +151,10 @@ class Level(nn.Module):
 
 
 class DownLevel(Level):
-    def __init__(self, in_channels: int, level: int, layout: ConvLayout):
-        width = layout.widths[level]
-        super().__init__(
-            in_channels, width, layout.num_res_blocks, layout, has_attention=level in layout.encoder_attention
-        )
-        self.downsample = Downsample(width) if level < len(layout.widths) - 1 else None
+    def __init__(self, in_channels: int, level: int, arch: ConvArch):
+        width = arch.widths[level]
+        super().__init__(in_channels, width, arch.num_res_blocks, arch, has_attention=level in arch.encoder_attention)
+        self.downsample = Downsample(width) if level < len(arch.widths) - 1 else None
 
     def forward(self, x: Tensor) -> Tensor:
         x = super().forward(x)
@@ -169,10 +162,10 @@ class DownLevel(Level):
 
 
 class UpLevel(Level):
-    def __init__(self, in_channels: int, level: int, layout: ConvLayout):
-        width = layout.widths[level]
+    def __init__(self, in_channels: int, level: int, arch: ConvArch):
+        width = arch.widths[level]
         super().__init__(
-            in_channels, width, layout.num_res_blocks + 1, layout, has_attention=level in layout.decoder_attention
+            in_channels, width, arch.num_res_blocks + 1, arch, has_attention=level in arch.decoder_attention
         )
         self.upsample = Upsample(width) if level > 0 else None
 
@@ -181,30 +174,30 @@ class UpLevel(Level):
         return x if self.upsample is None else self.upsample(x)
 
 
-def middle(channels: int, layout: ConvLayout) -> nn.Sequential:
+def middle(channels: int, arch: ConvArch) -> nn.Sequential:
     """The blocks at the lowest resolution, between the levels and the latent."""
     return nn.Sequential(
         OrderedDict(
-            block_1=ResBlock(channels, channels, layout),
-            attn_1=Attention(channels, layout),
-            block_2=ResBlock(channels, channels, layout),
+            block_1=ResBlock(channels, channels, arch),
+            attn_1=Attention(channels, arch),
+            block_2=ResBlock(channels, channels, arch),
         )
     )
 
 
 class Encoder(nn.Module):
-    """Images (B, C, H, W) in [-1, 1] -> (B, Z, H/f, W/f), f = layout.downsampling; 2 Z channels if
-    layout.has_moments."""
+    """Images (B, C, H, W) in [-1, 1] -> (B, Z, H/f, W/f), f = arch.downsampling; 2 Z channels if
+    arch.has_moments."""
 
-    def __init__(self, layout: ConvLayout):
+    def __init__(self, arch: ConvArch):
         super().__init__()
-        widths = layout.widths
-        inputs = [layout.ch, *widths[:-1]]
-        self.conv_in = nn.Conv2d(layout.image_channels, layout.ch, 3, padding=1)
-        self.down = nn.ModuleList(DownLevel(channels, i, layout) for i, channels in enumerate(inputs))
-        self.mid = middle(widths[-1], layout)
-        self.norm_out = Norm(widths[-1], layout)
-        self.conv_out = nn.Conv2d(widths[-1], layout.z_channels * (2 if layout.has_moments else 1), 3, padding=1)
+        widths = arch.widths
+        inputs = [arch.ch, *widths[:-1]]
+        self.conv_in = nn.Conv2d(arch.image_channels, arch.ch, 3, padding=1)
+        self.down = nn.ModuleList(DownLevel(channels, i, arch) for i, channels in enumerate(inputs))
+        self.mid = middle(widths[-1], arch)
+        self.norm_out = Norm(widths[-1], arch)
+        self.conv_out = nn.Conv2d(widths[-1], arch.z_channels * (2 if arch.has_moments else 1), 3, padding=1)
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.conv_in(images)
@@ -216,15 +209,15 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Latents (B, Z, h, w) -> images (B, C, f h, f w), not clipped. `up[0]` is the full resolution, executed last."""
 
-    def __init__(self, layout: ConvLayout):
+    def __init__(self, arch: ConvArch):
         super().__init__()
-        widths = layout.widths
+        widths = arch.widths
         inputs = [*widths[1:], widths[-1]]
-        self.conv_in = nn.Conv2d(layout.z_channels, widths[-1], 3, padding=1)
-        self.mid = middle(widths[-1], layout)
-        self.up = nn.ModuleList(UpLevel(channels, i, layout) for i, channels in enumerate(inputs))
-        self.norm_out = Norm(widths[0], layout)
-        self.conv_out = nn.Conv2d(widths[0], layout.image_channels, 3, padding=1)
+        self.conv_in = nn.Conv2d(arch.z_channels, widths[-1], 3, padding=1)
+        self.mid = middle(widths[-1], arch)
+        self.up = nn.ModuleList(UpLevel(channels, i, arch) for i, channels in enumerate(inputs))
+        self.norm_out = Norm(widths[0], arch)
+        self.conv_out = nn.Conv2d(widths[0], arch.image_channels, 3, padding=1)
 
     def forward(self, latents: Tensor) -> Tensor:
         x = self.mid(self.conv_in(latents))
@@ -239,15 +232,15 @@ class KLAutoencoder(nn.Module):
     Moments are (B, 2 Z, h, w): the mean, then the log variance. Computations run in the dtype of the weights.
     """
 
-    def __init__(self, layout: ConvLayout):
+    def __init__(self, arch: ConvArch):
         super().__init__()
-        if not layout.has_moments:
-            raise ValueError("a KL autoencoder needs a layout with has_moments=True")
-        self.layout = layout
-        self.encoder = Encoder(layout)
-        self.decoder = Decoder(layout)
-        self.quant_conv = nn.Conv2d(2 * layout.z_channels, 2 * layout.z_channels, 1)
-        self.post_quant_conv = nn.Conv2d(layout.z_channels, layout.z_channels, 1)
+        if not arch.has_moments:
+            raise ValueError("a KL autoencoder needs a arch with has_moments=True")
+        self.arch = arch
+        self.encoder = Encoder(arch)
+        self.decoder = Decoder(arch)
+        self.quant_conv = nn.Conv2d(2 * arch.z_channels, 2 * arch.z_channels, 1)
+        self.post_quant_conv = nn.Conv2d(arch.z_channels, arch.z_channels, 1)
 
     def encode(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) in [-1, 1] -> moments (B, 2 Z, h, w)."""

@@ -19,7 +19,8 @@ import torch
 from measuring import about, flops_of, matmul_flops_per_second, peak_mib, publish, reset_peak, seconds_of
 from torch import Tensor
 
-from imm.family import IMM, Sampling
+from imm.family import IMM
+from imm.options import Sampling
 from imm.precond import IMMPrecond
 from imm.presets import CFG_SCALE, IMAGENET256
 from neon.runtime.precision import Precision, arithmetic

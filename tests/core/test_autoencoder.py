@@ -13,7 +13,7 @@ from neon.family import resolve
 from neon.images.formats import open_images
 from neon.networks.autoencoder import (
     Attention,
-    ConvLayout,
+    ConvArch,
     Downsample,
     kl_to_unit_normal,
     mean_and_std,
@@ -30,14 +30,14 @@ SMALL = {"ch": 4, "ch_mult": [1, 2], "num_res_blocks": 1, "z_channels": 3, "imag
 ARCHS = {"var": {**SMALL, "patch_nums": [1, 2, 4], "vocab_size": 16}, "xar": {**SMALL, "encoder_attn_resolutions": []}}
 
 
-def layout(**options) -> ConvLayout:
-    return ConvLayout(**{"ch": 4, "ch_mult": (1, 2), "num_res_blocks": 1, "z_channels": 3, "num_groups": 2, **options})
+def arch(**options) -> ConvArch:
+    return ConvArch(**{"ch": 4, "ch_mult": (1, 2), "num_res_blocks": 1, "z_channels": 3, "num_groups": 2, **options})
 
 
 @torch.no_grad()
 def test_attention_is_softmax_of_scaled_products():
     torch.manual_seed(0)
-    separate, fused = Attention(8, layout()), Attention(8, layout(has_fused_qkv=True))
+    separate, fused = Attention(8, arch()), Attention(8, arch(has_fused_qkv=True))
     for part in ("norm", "proj_out"):
         getattr(fused, part).load_state_dict(getattr(separate, part).state_dict())
     fused.qkv.weight.copy_(torch.cat([separate.q.weight, separate.k.weight, separate.v.weight]))
@@ -67,9 +67,9 @@ def test_downsampling_pads_right_and_bottom():
         ({"decoder_attention": (-1,)}, "level -1"),
     ],
 )
-def test_impossible_layouts_are_refused(options, message):
+def test_impossible_sizes_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        layout(**options)
+        arch(**options)
 
 
 def test_posterior_against_torch_distributions():

@@ -4,15 +4,17 @@ statistics."""
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
+from imm.diffusers_names import diffusers_names, is_attention
 from imm.family import IMM
-from imm.vae import layout_from_diffusers, to_diffusers
-from neon.networks.autoencoder import KLAutoencoder
+from imm.load import arch_from_diffusers
+from neon.networks.autoencoder import ConvArch, KLAutoencoder
 from tests import goldens
 from tests.core import pickles
 
@@ -82,10 +84,18 @@ def as_pickled(module: nn.Module, init_kwargs: dict) -> object:
     return persistent
 
 
+def to_diffusers(tensors: Mapping[str, Tensor], arch: ConvArch) -> dict[str, Tensor]:
+    """Our state dict as diffusers writes it: current names, its order, attention as matrices."""
+    return {
+        theirs: tensors[ours].flatten(1) if is_attention(ours) and tensors[ours].ndim == 4 else tensors[ours]
+        for ours, theirs in diffusers_names(arch).items()
+    }
+
+
 def write_vae(folder: Path, config: dict) -> None:
     folder.mkdir(parents=True)
-    layout = layout_from_diffusers(config)
-    tensors = to_diffusers(goldens.seed_by_name(KLAutoencoder(layout)).state_dict(), layout)
+    arch = arch_from_diffusers(config)
+    tensors = to_diffusers(goldens.seed_by_name(KLAutoencoder(arch)).state_dict(), arch)
     save_file(
         {name: value.contiguous() for name, value in tensors.items()}, folder / "diffusion_pytorch_model.safetensors"
     )

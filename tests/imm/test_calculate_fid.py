@@ -12,7 +12,8 @@ from fid.frechet import frechet_distance
 from fid.moments import Moments
 from fid.reference import read_reference
 from imm.calculate_fid import main
-from imm.family import IMM, Sampling
+from imm.family import IMM
+from imm.options import Sampling
 from imm.presets import MODELS
 from neon.checkpoints import checkpoint
 from neon.quantize import to_uint8

@@ -7,15 +7,16 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from imm.autoencoder import read_autoencoder
-from imm.family import IMM, Sampling
-from imm.loss import Objective
-from imm.vae import LEGACY_ATTENTION, diffusers_names, layout_from_diffusers, to_diffusers
+from imm.diffusers_names import LEGACY_ATTENTION, diffusers_names
+from imm.family import IMM
+from imm.load import arch_from_diffusers, read_autoencoder
+from imm.options import Objective, Sampling
 from neon.checkpoints import checkpoint
 from neon.networks.autoencoder import KLAutoencoder
 from neon.quantize import to_uint8
 from neon.seeds import SharedRng, image_rng
 from tests import goldens
+from tests.imm.published import to_diffusers
 
 PIXELS = {
     "class_name": "IMMPrecond",
@@ -69,8 +70,8 @@ def labels_of(batch):
 @pytest.fixture
 def vae_folder(tmp_path):
     """A folder as on the Hub: config.json and weights under diffusers' names."""
-    layout = layout_from_diffusers(VAE)
-    tensors = to_diffusers(goldens.seed_by_name(KLAutoencoder(layout)).state_dict(), layout)
+    arch = arch_from_diffusers(VAE)
+    tensors = to_diffusers(goldens.seed_by_name(KLAutoencoder(arch)).state_dict(), arch)
     save_file(
         {name: value.contiguous() for name, value in tensors.items()}, tmp_path / "diffusion_pytorch_model.safetensors"
     )
@@ -151,7 +152,7 @@ def test_student_and_teacher_see_the_same_dropout():
     """At r = t both calls are the same but for the dropped labels: without those the loss vanishes, whatever the
     masks."""
     family, model = IMM(), model_of(PIXELS).train()
-    how = Objective(group_size=2, k=1000, min_gap=0, label_dropout=0.0)
+    how = Objective(group_size=2, k=1000, min_gap=0, label_drop=0.0)
     codes = torch.randint(256, (4, 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     draws = family.draw(SharedRng(4, torch.Generator().manual_seed(1)), codes, labels_of(4), how)
     torch.manual_seed(3)
@@ -210,9 +211,9 @@ def test_autoencoder_is_read_from_a_folder_a_file_and_legacy_names(vae_folder):
     images = torch.randint(256, (1, 3, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     encoder = read_autoencoder(vae_folder)
     expected = encoder.decode(encoder.encode_pixels(images)[:, :4])
-    layout, current = encoder.vae.layout, to_diffusers(encoder.vae.state_dict(), encoder.vae.layout)
+    arch, current = encoder.vae.arch, to_diffusers(encoder.vae.state_dict(), encoder.vae.arch)
     legacy_names = dict(
-        zip(diffusers_names(layout).values(), diffusers_names(layout, LEGACY_ATTENTION).values(), strict=True)
+        zip(diffusers_names(arch).values(), diffusers_names(arch, LEGACY_ATTENTION).values(), strict=True)
     )
     old = vae_folder / "old"
     old.mkdir()

@@ -9,7 +9,8 @@ from torch import nn
 
 from imm.dit import DiT, position_table, sinusoid
 from imm.family import IMM
-from imm.loss import Objective, group_mmd, group_weight, imm_loss, kernel_weight, lognormal_nt, times, uniform_nt
+from imm.loss import group_mmd, group_weight, imm_loss, kernel_weight, lognormal_nt, times, uniform_nt
+from imm.options import Objective
 from imm.precond import IMMPrecond
 from imm.sampler import edm_grid, explicit_grid, pushforward, restart, uniform_grid
 from imm.unet import PositionalEmbedding
@@ -264,7 +265,7 @@ def test_loss(file):
     for name, value in (("t", t), ("r", r), ("s", s)):
         goldens.assert_close(value[:: how.group_size], arrays[name].ravel(), rtol=1e-12, atol=1e-12, what=name)
     goldens.assert_close(draws["noise"] * net.sigma_data, arrays["noise"], atol=0, what="noise")
-    assert np.array_equal((draws["u_drop"] < how.label_dropout).numpy(), arrays["label_drop_mask"])
+    assert np.array_equal((draws["u_drop"] < how.label_drop).numpy(), arrays["label_drop_mask"])
 
     loss = imm_loss(net, images, labels, **draws, how=how)
     groups = loss[:: how.group_size]
@@ -334,7 +335,7 @@ def objective(loss):
         a=loss["a"],
         b=loss["b"],
         k=loss["k"],
-        label_dropout=loss.get("label_dropout", 0.1),
+        label_drop=loss.get("label_dropout", 0.1),
         min_gap=loss.get("min_tr_gap") or 0.0,
         times="lognormal-published" if loss.get("sample_t_mode", "lognormal") == "lognormal" else "uniform",
         P_mean=loss.get("P_mean", -1.1),

@@ -3,20 +3,15 @@
 import pytest
 import torch
 
-from imm.vae import (
-    ATTENTION,
-    LEGACY_ATTENTION,
-    SD_VAE,
-    StabilityEncoder,
-    diffusers_names,
-    from_diffusers,
-    layout_from_diffusers,
-    to_diffusers,
-)
-from neon.networks.autoencoder import ConvLayout, KLAutoencoder
+from imm.diffusers_names import ATTENTION, LEGACY_ATTENTION, diffusers_names, from_diffusers
+from imm.encoders import StabilityEncoder
+from imm.load import arch_from_diffusers
+from imm.presets import SD_VAE
+from neon.networks.autoencoder import ConvArch, KLAutoencoder
 from neon.quantize import to_uint8
 from tests import goldens
 from tests.goldens import tensor
+from tests.imm.published import to_diffusers
 
 WHERE_THE_CONFIG_IS_SILENT = {"raw_mean": (1.56, -0.695, 0.483, 0.729), "raw_std": (5.27, 5.91, 4.21, 4.31)}
 """The original's default constants. Its published model's configuration names others, which are ours
@@ -26,11 +21,11 @@ FILES = goldens.collect("imm", "vae*.npz", kind="vae")
 
 def seeded_encoder(config: dict) -> StabilityEncoder:
     """Weights seeded by their diffusers names, loaded through the name mapping as a published file would be."""
-    layout = layout_from_diffusers(config["vae"])
-    vae = KLAutoencoder(layout)
-    shapes = {name: value.shape for name, value in to_diffusers(vae.state_dict(), layout).items()}
+    arch = arch_from_diffusers(config["vae"])
+    vae = KLAutoencoder(arch)
+    shapes = {name: value.shape for name, value in to_diffusers(vae.state_dict(), arch).items()}
     published = {name: goldens.name_seeded(name, shape) for name, shape in shapes.items()}
-    vae.load_state_dict(from_diffusers(published, layout))
+    vae.load_state_dict(from_diffusers(published, arch))
     return StabilityEncoder(vae, **{**WHERE_THE_CONFIG_IS_SILENT, **config["encoder"]})
 
 
@@ -90,7 +85,7 @@ def test_the_published_models_constants_are_the_default():
     """A latent at the published mean becomes 0, one that lies one published standard deviation above it 0.5."""
     mean, std = (0.86488, -0.27787343, 0.21616915, 0.3738409), (4.85503674, 5.31922414, 3.93725398, 3.9870003)
     encoder = StabilityEncoder(
-        KLAutoencoder(ConvLayout(ch=32, ch_mult=(1,), num_res_blocks=1, z_channels=4, has_moments=True))
+        KLAutoencoder(ConvArch(ch=32, ch_mult=(1,), num_res_blocks=1, z_channels=4, has_moments=True))
     )
     mean_std = torch.tensor([*mean, *std])[None, :, None, None]
     for noise, expected in ((0.0, 0.0), (1.0, 0.5)):
@@ -125,5 +120,5 @@ def test_names_are_the_published_ones(model, attention):
 
 
 def test_unknown_names_reach_the_strict_load():
-    layout = SD_VAE
-    assert set(from_diffusers({"encoder.conv_in.wait": torch.zeros(1)}, layout)) == {"encoder.conv_in.wait"}
+    arch = SD_VAE
+    assert set(from_diffusers({"encoder.conv_in.wait": torch.zeros(1)}, arch)) == {"encoder.conv_in.wait"}

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from imm.family import IMM, Sampling
+from imm.family import IMM
+from imm.options import Sampling
 from neon.checkpoints.checkpoint import read
 from neon.images.formats import open_images
 from neon.pipeline.experiment import load
