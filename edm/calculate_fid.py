@@ -11,17 +11,16 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-if __name__ == "__main__":
-    sys.path[0] = str(ROOT)  # python puts this file's folder there, whose modules are not top-level ones
+if __name__ == "__main__":  # Python has put this file's folder on its path, where the folder above belongs
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import click  # noqa: E402
+import click
 
-from edm.family import EDM  # noqa: E402
-from edm.guidance import GuidedEDM  # noqa: E402
-from edm.options import Sampling  # noqa: E402
-from neon import quantize  # noqa: E402
-from neon.cli.published_flags import (  # noqa: E402
+from edm.family import EDM
+from edm.guidance import GuidedEDM
+from edm.options import Sampling
+from neon import quantize
+from neon.cli.published_flags import (
     PATH,
     Common,
     Images,

@@ -11,19 +11,19 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+
+if __name__ == "__main__":  # Python has put this file's folder on its path, where the folder above belongs
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 from typing import get_args
 
-ROOT = Path(__file__).resolve().parents[1]
-if __name__ == "__main__":
-    sys.path[0] = str(ROOT)  # python puts this file's folder there, whose modules are not top-level ones
+import click
 
-import click  # noqa: E402
-
-from flow.family import Flow  # noqa: E402
-from flow.options import ErrorNorm, Sampling, Solver  # noqa: E402
-from flow.presets import EULER_STEPS  # noqa: E402
-from neon import quantize  # noqa: E402
-from neon.cli.published_flags import (  # noqa: E402
+from flow.family import Flow
+from flow.options import ErrorNorm, Sampling, Solver
+from flow.presets import EULER_STEPS
+from neon import quantize
+from neon.cli.published_flags import (
     PATH,
     Common,
     Images,

@@ -11,19 +11,18 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-if __name__ == "__main__":
-    sys.path[0] = str(ROOT)  # python puts this file's folder there, whose modules are not top-level ones
+if __name__ == "__main__":  # Python has put this file's folder on its path, where the folder above belongs
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import click  # noqa: E402
+import click
 
-from imm.family import IMM  # noqa: E402
-from imm.load import autoencoder_file  # noqa: E402
-from imm.options import Sampling  # noqa: E402
-from imm.presets import CFG_SCALE, Protocol  # noqa: E402
-from neon import quantize  # noqa: E402
-from neon.checkpoints import checkpoint  # noqa: E402
-from neon.cli.published_flags import (  # noqa: E402
+from imm.family import IMM
+from imm.load import autoencoder_file
+from imm.options import Sampling
+from imm.presets import CFG_SCALE, Protocol
+from neon import quantize
+from neon.checkpoints import checkpoint
+from neon.cli.published_flags import (
     PATH,
     Common,
     Images,

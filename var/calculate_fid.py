@@ -11,15 +11,14 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-if __name__ == "__main__":
-    sys.path[0] = str(ROOT)  # python puts this file's folder there, whose modules are not top-level ones
+if __name__ == "__main__":  # Python has put this file's folder on its path, where the folder above belongs
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import click  # noqa: E402
+import click
 
-from neon import binding, quantize  # noqa: E402
-from neon.checkpoints import checkpoint  # noqa: E402
-from neon.cli.published_flags import (  # noqa: E402
+from neon import binding, quantize
+from neon.checkpoints import checkpoint
+from neon.cli.published_flags import (
     PATH,
     Common,
     Images,
@@ -29,10 +28,10 @@ from neon.cli.published_flags import (  # noqa: E402
     images_options,
     published_command,
 )
-from var.family import VAR  # noqa: E402
-from var.options import Sampling  # noqa: E402
-from var.presets import CFG_SCALE, PATCH_NUMS, TOP_K, TOP_P, Protocol  # noqa: E402
-from var.transformer import VARArch  # noqa: E402
+from var.family import VAR
+from var.options import Sampling
+from var.presets import CFG_SCALE, PATCH_NUMS, TOP_K, TOP_P, Protocol
+from var.transformer import VARArch
 
 
 @published_command()
