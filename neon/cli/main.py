@@ -19,7 +19,7 @@ def main() -> None:
         theta_neon = theta_base - w (theta_syn - theta_base),   w > 0
 
     theta_syn is the base model after a brief fine-tune on images that it sampled itself. `neon run CONFIG` does
-    everything; synth, finetune and select are its stages, and every stage goes on where a killed one stopped. Under
+    everything; synth, finetune and search are its stages, and every stage goes on where a killed one stopped. Under
     torchrun the same commands use all ranks: torchrun --standalone --nproc_per_node=8 -m neon run CONFIG
     """
 

@@ -133,15 +133,14 @@ def finetune(on: OnConfig) -> None:
 
 @click.command()
 @config_options
-def select(on: OnConfig) -> None:
-    """Stage 3: score every (snapshot, w, cfg_scale) on the selection seeds, with w = 0, w = -1 and a random
-    direction."""
+def search(on: OnConfig) -> None:
+    """Stage 3: find (snapshot, w, cfg_scale) on the selection seeds, with as few images as the decision needs."""
+    from neon.pipeline.result import selection
     from neon.pipeline.run import Run
 
     def work(experiment: Experiment, folder: Path, ranks: World) -> dict[str, object]:
-        winner, scores = Run(experiment, folder, ranks).select()
-        points = [{**to_table(s.point), "metrics": s.metrics} for s in scores]
-        return {"chosen": {**to_table(winner.point), "metrics": winner.metrics}, "points": points}
+        choice = Run(experiment, folder, ranks).select()
+        return {"chosen": to_table(choice.point), **selection(choice)}
 
     on.do(work)
 
@@ -190,4 +189,4 @@ def autoencoder(on: OnConfig) -> None:
     on.do(train_autoencoder)
 
 
-commands: Sequence[click.Command] = (check, run, synth, finetune, select, evaluate, train, autoencoder)
+commands: Sequence[click.Command] = (check, run, synth, finetune, search, evaluate, train, autoencoder)

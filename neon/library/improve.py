@@ -110,7 +110,12 @@ def improve(
                 **(finetune or {}),
                 "objective": {"function": fingerprint(loss), "batch": batch},
             },
-            "select": {"w": list(w), "num_images": num_select or num_synth, "first_seed": select_seed},
+            "select": {
+                "strategy": "grid",
+                "w": list(w),
+                "num_images": num_select or num_synth,
+                "first_seed": select_seed,
+            },
             "report": {
                 "num_images": num_report or num_synth,
                 "first_seed": report_seed,

@@ -20,7 +20,7 @@ def evaluate_base(run: Run, repeats: int) -> dict[str, object]:
         )
     run.base  # noqa: B018 - a family of many kinds of models learns from it whether this one is guided
     need_guidance(run.family, "report", config.cfg_scale)
-    metric = run.metric(config.num_images, None)
+    metric = run.yardsticks[0].headline(config.num_images)
     evaluations = []
     for repeat in range(repeats):
         first_seed = config.first_seed + repeat * config.num_images

@@ -1,93 +1,171 @@
-"""The figures of a run: the curve over w, and the same noise through each model."""
+"""The figures of a run: the curve or map over (w, cfg_scale), and the same noise through each model."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor
 
+from neon.pipeline.result import Result
+from neon.search.choose import Measured
+from neon.search.points import Score
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-INK, BASE, NEON, RANDOM, SYNTH = "#1b1b1f", "#6b7280", "#c2185b", "#b08900", "#1565c0"
-
-
-COLOURS = {"base": BASE, "self-trained": SYNTH, "random direction": RANDOM, "neon": NEON}
-
-
 CAPTIONS = {"base": "base (w = 0)", "self-trained": "self-trained (w = -1)", "neon": "Neon"}
 
 
-def curve_figure(result: Mapping) -> Figure:
-    """Frechet distance against w on the selection block: one line per snapshot at the chosen guidance, with
-    controls."""
-    figure = _blank(7.5, 4.2, dpi=130)
-    draw_curve(figure.add_subplot(), result)
+@dataclass(frozen=True)
+class Ink:
+    """Colours on one background."""
+
+    text: str
+    faint: str
+    base: str
+    neon: str
+    random: str
+    synth: str
+
+    def of(self, row: str) -> str:
+        return {"self-trained": self.synth, "random direction": self.random, "neon": self.neon}.get(row, self.base)
+
+
+LIGHT = Ink("#1b1b1f", "#d5d5dc", "#6b7280", "#c2185b", "#b08900", "#1565c0")
+DARK = Ink("#ececf1", "#44444f", "#a3abb8", "#ff6fa5", "#e5b93c", "#7fb2ff")
+
+
+def curve_figure(result: Result, ink: Ink = LIGHT) -> Figure:
+    """What the selection seeds showed: a curve over w with error bars, or a map over (w, cfg_scale)."""
+    figure = _blank(7.5, 4.4, dpi=130)
+    axes = figure.add_subplot()
+    if result.choice.plan is not None and result.choice.plan.is_plane:
+        draw_map(axes, result, ink)
+    else:
+        draw_curve(axes, result, ink)
     return figure
 
 
-def summary_figure(result: Mapping, pictures: Mapping[str, Tensor]) -> Figure:
+def summary_figure(result: Result) -> Figure:
     """The curve beside the same noise through base, self-trained model and Neon: one picture that says what
     happened."""
+    names = [name for name in ("self-trained", "base", "neon") if name in result.pictures]
     figure = _blank(15, 3.9, dpi=120)
-    names = [name for name in ("self-trained", "base", "neon") if name in pictures]
-    axes = figure.subplots(1, 1 + len(names), width_ratios=[1.25, *(1 for _ in names)], squeeze=False)[0]
-    draw_curve(axes[0], result)
+    axes = np.atleast_1d(figure.subplots(1, 1 + len(names), width_ratios=[1.25, *(1 for _ in names)]))
+    if result.choice.plan is not None and result.choice.plan.is_plane:
+        draw_map(axes[0], result, LIGHT)
+    else:
+        draw_curve(axes[0], result, LIGHT)
     for axis, name in zip(axes[1:], names, strict=True):
-        axis.imshow(tile(pictures[name]), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-        axis.set_title(
-            f"{caption(name, result)}: {result['rows'][name]['metrics'][result['metric']]:.4g}",
-            color=COLOURS[name],
-            fontsize=11,
-        )
+        axis.imshow(tile(result.pictures[name]), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        value = result.rows[name].metrics.get(result.metric, math.nan)
+        axis.set_title(f"{caption(name, result)}: {result.metric} {value:.4g}", color=LIGHT.of(name), fontsize=10)
         axis.axis("off")
     return figure
 
 
-def draw_curve(axes: Axes, result: Mapping) -> None:
-    select, chosen_cfg = result["select"], result["cfg_scale"]
-    metric = select["metric"]
-    shots = sorted({p["snapshot"] for p in select["points"]}, key=int)
-    base = next(p["metrics"][metric] for p in select["points"] if p["w"] == 0 and p["cfg_scale"] == chosen_cfg)
-    for i, snapshot in enumerate(shots):
-        curve = [
-            p
-            for p in select["points"]
-            if p["snapshot"] == snapshot and p["direction"] == "synth" and p["cfg_scale"] == chosen_cfg
-        ]
-        line = dict(sorted({**{p["w"]: p["metrics"][metric] for p in curve}, 0.0: base}.items()))
-        is_chosen = int(snapshot) == result["snapshot_images"]
-        label = f"{int(snapshot):,} images of fine-tuning" if is_chosen or len(shots) < 4 else None
-        colour, alpha = (NEON, 1.0) if is_chosen else ("#d9a0b8", 0.35 + 0.5 * i / len(shots))
-        axes.plot(
-            list(line), list(line.values()), "o-", color=colour, alpha=alpha, label=label, zorder=3 if is_chosen else 2
-        )
-    _mark_controls(axes, result, metric, base)
+def draw_curve(axes: Axes, result: Result, ink: Ink) -> None:
+    """Distance against w on the selection seeds."""
+    if result.choice.found is None:
+        _draw_grid(axes, result, ink)
+    else:
+        _draw_search(axes, result, ink)
+    axes.axvline(0, color=ink.faint, lw=1, zorder=0)
     axes.set_xlabel("w    (negative: towards the synthetic data;  positive: Neon)")
-    axes.set_ylabel(metric)
-    axes.set_ylim(bottom=0)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=9)
+    _finish(axes, ink)
+    low, high = axes.dataLim.intervaly
+    axes.set_ylim(low - 0.08 * (high - low or 1), high + 0.08 * (high - low or 1))
+    axes.legend(frameon=False, fontsize=8, labelcolor=ink.text)
 
 
-def _mark_controls(axes: Axes, result: Mapping, metric: str, base: float) -> None:
-    axes.axhline(base, color=BASE, lw=1, ls="--", zorder=1, label="base")
-    axes.axvline(0, color="#dddddd", lw=1, zorder=0)
-    chosen = (result["w"], result["cfg_scale"], result["snapshot_images"])
-    for p in result["select"]["points"]:
-        value = p["metrics"][metric]
-        if p["direction"] == "random":
-            axes.plot(
-                [p["w"]], [value], "x", color=RANDOM, ms=8, mew=2, label="random direction of the same norm", zorder=4
-            )
-        elif (p["w"], p["cfg_scale"], int(p["snapshot"])) == chosen:
-            axes.plot(
-                [p["w"]], [value], "o", ms=14, mfc="none", mec=INK, mew=1.5, label=f"chosen: w = {p['w']:g}", zorder=5
-            )
+def _draw_search(axes: Axes, result: Result, ink: Ink) -> None:
+    choice = result.choice
+    assert choice.found is not None
+    whole = choice.found.whole
+    w = [place.w for place in whole.places]
+    values, errors = whole.values.numpy(), whole.draws.std(dim=0).numpy()
+    axes.fill_between(w, values - errors, values + errors, color=ink.neon, alpha=0.18, lw=0)
+    axes.plot(w, values, color=ink.neon, lw=1.6, label="fitted moments, +- one standard error")
+    snapshot = choice.point.snapshot
+    for m in choice.measured:
+        is_own = m.point.snapshot == snapshot or m.point.w == 0
+        if math.isnan(m.value):
+            axes.plot([m.point.w], [values.max()], "x", color=ink.random, label="images were no numbers")
+            continue
+        axes.errorbar([m.point.w], [m.value], yerr=[m.error], fmt="o", ms=5, capsize=3, alpha=1.0 if is_own else 0.4,
+                      color=ink.text if is_own else ink.base)  # fmt: skip
+        axes.annotate(f"N = {m.num_images}", (m.point.w, m.value), xytext=(5, 5), textcoords="offset points",
+                      fontsize=7, color=ink.base)  # fmt: skip
+    best = choice.found.surface
+    axes.plot([choice.point.w], [float(best.values[best.best])], "o", ms=13, mfc="none", mec=ink.neon, mew=1.6,
+              label=f"chosen: w = {choice.point.w:g}")  # fmt: skip
+    axes.set_ylabel(f"{choice.metric}, bias of few images taken off", color=ink.text)
+
+
+def _draw_grid(axes: Axes, result: Result, ink: Ink) -> None:
+    """One line per snapshot and guidance; the chosen one strong."""
+    choice, chosen = result.choice, result.choice.point
+    finite = [s for s in choice.scores if s.failed is None]
+    lines = {(s.point.snapshot, s.point.cfg_scale) for s in finite if s.point.direction == "synth"}
+    for snapshot, cfg_scale in sorted(lines, key=lambda line: (int(line[0]), line[1] or 0.0)):
+        own = [s for s in finite if _is_on(s, snapshot, cfg_scale)]
+        is_chosen = (snapshot, cfg_scale) == (chosen.snapshot, chosen.cfg_scale)
+        label = f"{int(snapshot):,} images of fine-tuning" + ("" if cfg_scale is None else f", cfg {cfg_scale:g}")
+        line = sorted((s.point.w, s.metrics[choice.metric]) for s in own)
+        axes.plot(*zip(*line, strict=True), "o-", color=ink.neon if is_chosen else ink.base,
+                  alpha=1.0 if is_chosen else 0.4, label=label, zorder=3 if is_chosen else 2)  # fmt: skip
+    for s in finite:
+        if s.point.direction == "random":
+            axes.plot([s.point.w], [s.metrics[choice.metric]], "x", color=ink.random, ms=8, mew=2,
+                      label="random direction of the same norm", zorder=4)  # fmt: skip
+        elif s.point == chosen:
+            axes.plot([s.point.w], [s.metrics[choice.metric]], "o", ms=14, mfc="none", mec=ink.text, mew=1.5,
+                      label=f"chosen: w = {chosen.w:g}", zorder=5)  # fmt: skip
+    axes.set_ylabel(choice.metric, color=ink.text)
+
+
+def _is_on(score: Score, snapshot: str, cfg_scale: float | None) -> bool:
+    point = score.point
+    return point.direction == "synth" and point.cfg_scale == cfg_scale and (point.snapshot == snapshot or point.w == 0)
+
+
+def draw_map(axes: Axes, result: Result, ink: Ink) -> None:
+    """The fitted distance over (w, cfg_scale) with the evaluated points."""
+    choice = result.choice
+    assert choice.found is not None
+    whole = choice.found.whole
+    ws, scales = sorted({p.w for p in whole.places}), sorted({p.cfg_scale for p in whole.places})
+    at = {(p.w, p.cfg_scale): float(v) for p, v in zip(whole.places, whole.values, strict=True)}
+    values = np.array([[at[w, c] for w in ws] for c in scales])
+    low, high = float(values.min()), float(np.quantile(values, 0.9))
+    filled = axes.contourf(ws, scales, values, levels=np.linspace(low, max(high, low + 1e-9), 14), cmap="viridis_r",
+                           extend="max")  # fmt: skip
+    bar = axes.figure.colorbar(filled, ax=axes)
+    bar.set_label(f"{choice.metric}, bias of few images taken off", color=ink.text, fontsize=8)
+    bar.ax.tick_params(colors=ink.text, labelsize=8)
+    for m in choice.measured:
+        axes.plot(
+            [m.point.w], [m.point.cfg_scale or 0.0], "o" if not math.isnan(m.value) else "x", color="white", mec="black"
+        )
+        axes.annotate(_short(m), (m.point.w, m.point.cfg_scale or 0.0), xytext=(5, 4), textcoords="offset points",
+                      fontsize=7, color="white")  # fmt: skip
+    base, point = choice.found.base, choice.point
+    axes.plot([0], [base.cfg_scale], "s", ms=9, mfc="none", mec="white", mew=1.5, label="base, best guidance")
+    axes.plot([point.w], [point.cfg_scale or 0.0], "*", ms=16, color=ink.neon, mec="white", label="chosen")
+    axes.set_xlabel("w    (negative: towards the synthetic data;  positive: Neon)")
+    axes.set_ylabel("guidance (cfg_scale)")
+    _finish(axes, ink)
+    axes.margins(0.03)
+    axes.legend(fontsize=8, loc="upper right")
+
+
+def _short(m: Measured) -> str:
+    return "no numbers" if math.isnan(m.value) else f"{m.value:.3g} +- {m.error:.2g}, N = {m.num_images}"
 
 
 def tile(images: Tensor, columns: int | None = None) -> np.ndarray:
@@ -102,8 +180,23 @@ def tile(images: Tensor, columns: int | None = None) -> np.ndarray:
     return canvas[..., 0] if channels == 1 else canvas
 
 
-def caption(name: str, result: Mapping) -> str:
-    return f"Neon (w = {result['w']:g})" if name == "neon" else CAPTIONS[name]
+def caption(name: str, result: Result) -> str:
+    return f"Neon (w = {result.neon.point.w:g})" if name == "neon" else CAPTIONS.get(name, name)
+
+
+def _finish(axes: Axes, ink: Ink) -> None:
+    """One legend entry per label, text in the page's colour, no frame."""
+    seen: set[str] = set()
+    for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+        if label in seen:
+            handle.set_label("_again")
+        seen.add(label)
+    for name, spine in axes.spines.items():
+        spine.set_visible(name in ("left", "bottom"))
+        spine.set_color(ink.base)
+    axes.tick_params(colors=ink.text)
+    axes.xaxis.label.set_color(ink.text)
+    axes.yaxis.label.set_color(ink.text)
 
 
 def _blank(width: float, height: float, *, dpi: int) -> Figure:
@@ -112,7 +205,12 @@ def _blank(width: float, height: float, *, dpi: int) -> Figure:
     return Figure(figsize=(width, height), dpi=dpi, layout="constrained")
 
 
-def as_png(figure: Figure) -> bytes:
+def as_png(figure: Figure, *, transparent: bool = False) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
+    figure.savefig(buffer, format="png", transparent=transparent)
     return buffer.getvalue()
+
+
+def shrunk(images: Tensor, pixels: int) -> Tensor:
+    """The first images of a set that fit into so many pixels, at least one."""
+    return images[: max(1, pixels // (images.shape[-1] * images.shape[-2]))]

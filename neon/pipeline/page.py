@@ -1,100 +1,201 @@
-"""The page of a run: curve, pictures with the same noise, table and protocol in one HTML file that needs nothing
-else."""
+"""The page of a run: verdict, curve, slider over w, pictures, table, cost and protocol in one HTML file that needs
+nothing else: no server, no network."""
 
 from __future__ import annotations
 
 import base64
+import datetime
 import html
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
-from torch import Tensor
 
-from neon.pipeline.figures import COLOURS, as_png, caption, curve_figure, summary_figure, tile
+from neon.pipeline.figures import DARK, LIGHT, as_png, caption, curve_figure, shrunk, summary_figure, tile
+from neon.pipeline.page_style import PAGE
+from neon.pipeline.result import FORMULA, Result, why_it_ended
 from neon.store import files
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-INK, BASE, NEON, RANDOM, SYNTH = "#1b1b1f", "#6b7280", "#c2185b", "#b08900", "#1565c0"
+SLIDE_PIXELS = 150_000
+"""Of one picture of the slider: 36 images of 64 x 64, two of 256 x 256."""
 
 
-def write_page(result: Mapping, pictures: Mapping[str, Tensor], path: Path) -> None:
-    """Write the page of a result (neon/pipeline/run.py), and its summary as a .png beside it.
-
-    pictures: row name -> uint8 images (n, C, H, W) of the same seeds.
-    """
-    curve = _data_uri(curve_figure(result))
-    grids = "".join(_figure(name, images, result) for name, images in pictures.items() if name != "random direction")
-    verdict = (
-        "comparable with published FIDs"
-        if result["comparable"]
-        else f"not comparable with published FIDs: {result['reason']}"
-    )
-    neon, base = result["value"], result["base_value"]
-    protocol = json.dumps({k: v for k, v in result.items() if k not in ("rows", "select")}, indent=1)
-    body = f"""<h1>Neon: {html.escape(result["config"]["family_name"])}</h1>
-<p class="summary">On held-out noise {html.escape(result["metric"])} goes from <b>{base:.4g}</b> (base) to
-<b>{neon:.4g}</b> (Neon, w = {result["w"]:g}): {100 * (neon / base - 1):+.0f} %. These values are
-{html.escape(verdict)}.</p>
-<p>The model sampled a synthetic set, was fine-tuned on it for a moment, and was then moved the other way:
-<code>{html.escape(result["formula"])}</code>. w = 0 is the base, w = -1 the self-trained model.</p>
-<img class="plot" src="{curve}" alt="Frechet distance against w">
-<h2>Held-out noise</h2>{_table(result)}
-<h2>The same noise through each model</h2><div class="grids">{grids}</div>
-<h2>Protocol</h2><details><summary>Everything that these numbers depend
-on</summary><pre>{html.escape(protocol)}</pre></details>"""
-    files.write_text(path, _PAGE.replace("BODY", body))
+def write_page(result: Result, path: Path) -> None:
+    """Write the page of a result, and its summary as a .png beside it."""
+    name = path.resolve().parent.name
+    files.write_text(path, page(result, name, datetime.datetime.now(datetime.UTC).date()))
     with files.replacing(path.with_suffix(".png")) as stream:
-        stream.write(as_png(summary_figure(result, pictures)))
+        stream.write(as_png(summary_figure(result)))
 
 
-def _table(result: Mapping) -> str:
-    names = list(next(iter(result["rows"].values()))["metrics"])
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in names)
-    base = result["rows"]["base"]["metrics"]
-    rows = ""
-    for name, row in result["rows"].items():
-        values = row["metrics"]
-        cells = "".join(f"<td>{values[m]:.4g}<small>{_change(values[m], base[m], name)}</small></td>" for m in names)
-        cfg = "" if row["cfg_scale"] is None else f", cfg {row['cfg_scale']:g}"
-        rows += f'<tr><td style="color:{COLOURS[name]}">{name}</td><td>w = {row["w"]:g}{cfg}</td>{cells}</tr>'
-    return f"<table><tr><th></th><th></th>{head}</tr>{rows}</table>"
+def page(result: Result, name: str, date: datetime.date) -> str:
+    family = str(_mapping(result.about.get("config")).get("family_name", ""))
+    comparable = result.not_comparable
+    body = f"""<header><h1>Neon: {html.escape(name)}</h1>
+<p class="small">{html.escape(family)}, {date.isoformat()}</p></header>
+<p class="verdict {result.verdict.kind}">{html.escape(result.verdict.text)}</p>
+<p>These values are {"comparable" if comparable is None else "not comparable"} with published FIDs{
+        "" if comparable is None else ": " + html.escape(comparable)
+    }.</p>
+<p>The model sampled a synthetic set, was fine-tuned on it briefly, and was then moved the other way:
+<code>{html.escape(FORMULA)}</code>. w = 0 is the base, w = -1 the self-trained model.</p>
+<h2>The search</h2>{_curve(result)}<p class="small">{html.escape(why_it_ended(result.choice))}.</p>
+{_neighbours(result)}
+{_slider(result)}
+<h2>Held-out noise</h2><div class="wide">{_table(result)}</div>
+<p class="small">{html.escape(_selection_against_report(result))}</p>
+<h2>The same noise through each model</h2><div class="grids">{_pictures(result)}</div>
+<h2>What it cost</h2><div class="wide">{_costs(result)}</div>
+<h2>Use it</h2>{_use(result)}
+<h2>Protocol</h2><details><summary>Everything that these numbers depend on</summary>
+<pre>{html.escape(json.dumps(dict(result.about), indent=1))}</pre></details>"""
+    return PAGE.replace("TITLE", html.escape(f"Neon: {name}")).replace("BODY", body)
 
 
-def _change(value: float, base: float, name: str) -> str:
-    return "" if name == "base" or base == 0 else f" ({100 * (value / base - 1):+.0f} %)"
+def _mapping(value: object) -> Mapping[str, object]:
+    return value if isinstance(value, Mapping) else {}
 
 
-def _figure(name: str, images: Tensor, result: Mapping) -> str:
-    picture = f'<img src="{_image_uri(tile(images))}" alt="{html.escape(name)} samples">'
-    return f"<figure>{picture}<figcaption>{html.escape(caption(name, result))}</figcaption></figure>"
+def _curve(result: Result) -> str:
+    """The figure twice: for a light and for a dark page."""
+    light, dark = (_data_uri(curve_figure(result, ink)) for ink in (LIGHT, DARK))
+    point = result.choice.point
+    scale = "" if point.cfg_scale is None else f" and guidance {point.cfg_scale:g}"
+    alt = (
+        f"{result.choice.metric} on the selection seeds against w{' and guidance' if scale else ''}: "
+        f"{len(result.choice.scores)} points, lowest at w = {point.w:g}{scale}"
+    )
+    return (
+        f'<picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
+        f'<img class="plot" src="{light}" alt="{html.escape(alt)}"></picture>'
+    )
+
+
+def _slider(result: Result) -> str:
+    """Pictures of the same seeds at every evaluated w, one of them shown."""
+    slides = [(_place(w, cfg), w, shrunk(images, SLIDE_PIXELS)) for w, cfg, images in result.slides]
+    seeds = "the selection seeds"
+    if len(slides) < 2:
+        rows = [(row, result.rows[row].point.w) for row in ("self-trained", "base", "neon") if row in result.pictures]
+        slides = [
+            (caption(row, result), w, shrunk(result.pictures[row], SLIDE_PIXELS))
+            for row, w in sorted(rows, key=lambda item: item[1])
+        ]
+        seeds = "held-out seeds"
+    if len(slides) < 2:
+        return ""
+    start = min(range(len(slides)), key=lambda i: abs(slides[i][1]))
+    frames = [{"label": label, "src": _image_uri(tile(images))} for label, _, images in slides]
+    return f"""<h2>The same noise at every w</h2><figure class="slides">
+<label for="w">w</label><input id="w" type="range" min="0" max="{len(frames) - 1}" step="1" value="{start}"
+ aria-describedby="label"><output id="label" for="w">{html.escape(frames[start]["label"])}</output>
+<img id="slide" class="pixels" src="{frames[start]["src"]}" alt="Samples at {html.escape(frames[start]["label"])}">
+<figcaption>The same {len(slides[0][2])} of {seeds}, at the points that were evaluated.</figcaption></figure>
+<script type="application/json" id="frames">{json.dumps(frames)}</script>"""
+
+
+def _place(w: float, cfg_scale: float | None) -> str:
+    return f"w = {w:g}" + ("" if cfg_scale is None else f", cfg {cfg_scale:g}")
+
+
+def _table(result: Result) -> str:
+    names = list(next((s.metrics for s in result.rows.values() if s.metrics), {}))
+    base = result.rows["base"].metrics
+    extra = [m for m in ("precision", "recall") if any(m in found for found in result.neighbours.values())]
+    body = []
+    for name, score in result.rows.items():
+        cells = [name, _place(score.point.w, score.point.cfg_scale)]
+        for metric in names:
+            if score.failed is not None:
+                cells.append("no numbers")
+                continue
+            error = f" +- {result.errors[name]:.2g}" if metric == result.metric and name in result.errors else ""
+            change = "" if name == "base" or not base.get(metric) else score.metrics[metric] / base[metric] - 1
+            text = f"{score.metrics[metric]:.4g}{error}"
+            cells.append(text + ("" if change == "" else f" <small>({100 * float(change):+.0f} %)</small>"))
+        cells += [f"{result.neighbours.get(name, {}).get(m, float('nan')):.3f}" for m in extra]
+        body.append(cells)
+    return _rows(["", "", *map(html.escape, names), *extra], body)
+
+
+def _rows(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    cells = "".join(f"<th>{cell}</th>" for cell in head)
+    lines = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in body)
+    return f"<table><tr>{cells}</tr>{lines}</table>"
+
+
+def _neighbours(result: Result) -> str:
+    """Precision and recall along the curve."""
+    curve = {label: found for label, found in result.neighbours.items() if label not in result.rows}
+    if not curve:
+        return ""
+    body = [[html.escape(label), f"{m['precision']:.3f}", f"{m['recall']:.3f}"] for label, m in curve.items()]
+    note = "5 nearest neighbours against the images of [data]; few images give a low recall"
+    table = _rows(["point", "precision", "recall"], body)
+    return (
+        f'<details><summary>Precision and recall along the curve</summary>{table}<p class="small">{note}.</p></details>'
+    )
+
+
+def _selection_against_report(result: Result) -> str:
+    """The choice's value where it was chosen beside that on held-out noise: how optimistic the choice was."""
+    choice, value = result.choice, result.neon.metrics.get(result.metric)
+    if choice.found is None or value is None:
+        return f"Chosen by {choice.metric} on other seeds than these."
+    found = choice.found.surface
+    return (
+        f"On the selection seeds the search expected {float(found.values[found.best]):.4g} +- {found.noise:.2g} at the "
+        f"chosen point, with the bias of few images taken off (N = {choice.found.num_images}); {result.metric} on "
+        f"held-out noise is {value:.4g}, its own bias included."
+    )
+
+
+def _pictures(result: Result) -> str:
+    figures = []
+    for name, images in result.pictures.items():
+        alt = f"{len(images)} samples: {caption(name, result)}"
+        picture = f'<img class="pixels" src="{_image_uri(tile(images))}" alt="{html.escape(alt)}">'
+        figures.append(f"<figure>{picture}<figcaption>{html.escape(caption(name, result))}</figcaption></figure>")
+    return "".join(figures)
+
+
+def _costs(result: Result) -> str:
+    body = []
+    for cost in result.costs:
+        calls = "not counted" if cost.network_calls is None else f"{cost.network_calls:,}"
+        seconds = "not known" if cost.seconds is None else f"{cost.seconds:,.0f}"
+        share = "not known" if cost.share_of_training is None else f"{100 * cost.share_of_training:.2g} %"
+        body.append([cost.stage, f"{cost.images:,}", calls, seconds, share])
+    note = "A training image counts as three network calls. The share needs the base's own [train] in the config."
+    return (
+        _rows(["", "images", "network calls", "seconds", "of the base's training"], body)
+        + f'<p class="small">{note}</p>'
+    )
+
+
+def _use(result: Result) -> str:
+    path = html.escape(str(result.about.get("merged", "neon.safetensors")))
+    is_base = " It holds the base's own weights, since no w helped." if result.neon.point.w == 0 else ""
+    return f"""<p>The merged model is <code>{path}</code>.{is_base}</p>
+<pre>neon info {path}
+neon eval CONFIG --checkpoint {path}
+
+from safetensors.torch import load_file
+model.load_state_dict(load_file("{path}"))</pre>"""
 
 
 def _data_uri(figure: Figure) -> str:
-    return "data:image/png;base64," + base64.b64encode(as_png(figure)).decode()
+    return "data:image/png;base64," + base64.b64encode(as_png(figure, transparent=True)).decode()
 
 
 def _image_uri(pixels: np.ndarray) -> str:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "png")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-_PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Neon</title><style>
-body{font:16px/1.5 system-ui,sans-serif;color:#1b1b1f;max-width:62rem;
-margin:2rem auto;padding:0 1rem}
-h1{font-weight:650;letter-spacing:-.01em}h2{margin-top:2.2rem;font-size:1.15rem}.summary{font-size:1.1rem}
-.plot{max-width:100%}table{border-collapse:collapse}td,th{padding:.3rem .9rem .3rem 0;text-align:left;border-bottom:1px
-solid #e5e5ea}
-th{font-weight:500;font-size:.85rem}td small{color:#6b7280}.grids{display:flex;gap:1.2rem;flex-wrap:wrap}
-figure{margin:0;flex:1 1 16rem;max-width:20rem}
-figure img{width:100%;image-rendering:pixelated}figcaption{font-size:.9rem;color:#444}
-pre{overflow:auto;background:#f6f6f8;padding:1rem;font-size:.8rem}
-</style></head><body>BODY</body></html>
-"""

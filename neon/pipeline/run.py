@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -12,24 +13,26 @@ import torch
 from torch import Tensor
 
 from neon import merge
-from neon.binding import to_plain, to_table
+from neon.binding import to_plain
 from neon.checkpoints import checkpoint
-from neon.evaluation.evaluate import Yardstick, why_not_comparable
+from neon.evaluation.evaluate import Yardstick
 from neon.evaluation.options import Report
 from neon.evaluation.yardsticks import open_yardsticks
 from neon.family import Family, source_sha256
 from neon.pipeline import page
 from neon.pipeline.check import check_first_images
 from neon.pipeline.experiment import Base, Experiment
+from neon.pipeline.judging import Judge, calls_per_image, timed
 from neon.pipeline.preflight import Stage, preflight
 from neon.runtime.distributed import World
 from neon.runtime.progress import say
 from neon.sampling.generate import Source
 from neon.sampling.options import Labels, Sampling, Synth
 from neon.sampling.synthesize import synthesize
+from neon.search.choose import Choice
 from neon.search.grid import Grid
 from neon.search.options import Select
-from neon.search.points import Block, Point, Score, best, parabola_minimum, points_to_try
+from neon.search.points import Point, Score
 from neon.store import files, records
 from neon.store.shards import Corpus, Shards
 from neon.training.encoding import encoded
@@ -39,7 +42,7 @@ from neon.training.trainer import Trainer
 
 
 class Run:
-    """One experiment in one folder. Its stages may be called one by one (`neon synth`, `neon finetune`, `neon select`)
+    """One experiment in one folder. Its stages may be called one by one (`neon synth`, `neon finetune`, `neon search`)
     or all.
 
     family, yardsticks: in place of those that the config names (neon/library/improve.py makes both from functions).
@@ -117,7 +120,8 @@ class Run:
         identity |= {"labels": config.labels, "first_seed": config.first_seed, "cfg_scale": config.cfg_scale}
         check_first_images(self.config, self.family, self.model, self.world.device)
         source = self.source(config.labels, config.first_seed, config.cfg_scale, sampling)
-        return synthesize(source, self.model, config, self.folder / "synth", identity, self.world)
+        with timed(self.folder, "synth", self.world):
+            return synthesize(source, self.model, config, self.folder / "synth", identity, self.world)
 
     def finetune(self) -> list[Path]:
         """Stage 2: the short fine-tune on S. Returns the snapshots."""
@@ -139,16 +143,9 @@ class Run:
                 self.family, corpus, folder / "encoded", {"synth": synth_manifest}, self.world, self.sampling.batch
             )
         say(self.world, f"finetune: {recipe.images} images seen, batch {recipe.batch}, lr {recipe.lr:g}")
-        return train(
-            self.family,
-            self._trainable_model(recipe),
-            codes,
-            recipe,
-            folder,
-            identity,
-            self._snapshot_writer(recipe),
-            self.world,
-        )
+        model, writer = self._trainable_model(recipe), self._snapshot_writer(recipe)
+        with timed(self.folder, "finetune", self.world):
+            return train(self.family, model, codes, recipe, folder, identity, writer, self.world)
 
     def _preflight(self, stages: Sequence[Stage]) -> None:
         self.base  # noqa: B018 - a family of many kinds of models learns from it whether this one is guided
@@ -201,67 +198,34 @@ class Run:
         source, base = self.source("balanced", 0), self.base_tensors
         return Grid(source, self.model, base, readers, self.yardsticks, self.folder, protocol, self.world)
 
-    def select(self) -> tuple[Score, list[Score]]:
-        """Stage 3: the grid on the selection block. Returns the chosen score and all scores (the random control
-        last)."""
+    @cached_property
+    def judge(self) -> Judge:
+        classes = self.family.num_classes(self.model)
+        return Judge(self.config, self.grid, self.yardsticks, classes, self.world, self.folder)
+
+    def select(self) -> Choice:
+        """Stage 3: the search, or the grid, on the selection block."""
         self._preflight(["select"])
-        config = self.config.need("select", Select)
-        names = [path.stem.removeprefix("snapshot-") for path in snapshots(self.folder / "finetune")]
-        chosen = names if config.snapshots == "all" else names[-1:]
-        block = Block(labels=config.labels, first_seed=config.first_seed, num_images=config.num_images)
-        metric = self.metric(config.num_images, config.metric)
-        say(self.world, f"select: {metric} on seeds {config.first_seed} .. {config.first_seed + config.num_images - 1}")
-        scores = [self.grid.score(point, block) for point in points_to_try(chosen, config.w, config.cfg_scale)]
-        winner = best([s for s in scores if s.point.w >= 0], metric)
-        control = self.grid.score(self._control(winner.point), block)
-        return winner, [*scores, control]
+        paths = snapshots(self.folder / "finetune")
+        names = [path.stem.removeprefix("snapshot-") for path in paths]
+        if self.config.need("select", Select).snapshots == "last" or len(names) == 1:
+            return self.judge.choose({names[-1]: 1.0})
+        return self.judge.choose({name: self._step_size(name, 0.0)["relative_step"] for name in names})
 
-    @staticmethod
-    def _control(point: Point) -> Point:
-        """A random direction at the chosen point's step; at w = 0 there is no step, so at w = 1."""
-        return Point(w=point.w or 1.0, snapshot=point.snapshot, cfg_scale=point.cfg_scale, direction="random")
+    def _step_size(self, snapshot: str, w: float) -> dict[str, float]:
+        synth = checkpoint.read(self.folder / "finetune" / f"snapshot-{snapshot}.safetensors", weights="any")
+        return merge.step_size(self.base_tensors, synth.tensors, w, [n for n, _ in self.model.named_parameters()])
 
-    def metric(self, num_images: int, extractor: str | None) -> str:
-        yardstick = next((y for y in self.yardsticks if y.extractor.name == extractor), self.yardsticks[0])
-        return yardstick.headline(num_images)
-
-    def report(self, winner: Score, scores: list[Score]) -> dict[str, Score]:
-        """Stage 4: base, self-trained, random and Neon on held-out noise."""
-        config, select = self.config.need("report", Report), self.config.need("select", Select)
-        block = Block(
-            labels=config.labels,
-            first_seed=config.first_seed,
-            num_images=config.num_images,
-            num_shown=min(config.num_shown, config.num_images),
-        )
-        metric = self.metric(select.num_images, select.metric)
-        cfg_scale = winner.point.cfg_scale if config.cfg_scale == "selected" else config.cfg_scale
-        base_cfg = (
-            best([s for s in scores if s.point.w == 0], metric).point.cfg_scale
-            if config.cfg_scale == "selected"
-            else cfg_scale
-        )
-        point = Point(w=winner.point.w, snapshot=winner.point.snapshot, cfg_scale=cfg_scale)
-        say(self.world, f"report: {config.num_images} images of held-out noise, seeds from {config.first_seed}")
-        rows = {
-            "base": Point(w=0.0, snapshot=point.snapshot, cfg_scale=base_cfg),
-            "self-trained": Point(w=-1.0, snapshot=point.snapshot, cfg_scale=cfg_scale),
-            "random direction": self._control(point),
-            "neon": point,
-        }
-        return {name: self.grid.score(p, block) for name, p in rows.items()}
-
-    def write_merged(self, point: Point) -> Path:
-        """Stage 5: theta_neon as a file that every command reads."""
+    def write_merged(self, point: Point, note: str) -> Path:
+        """Stage 5: theta_neon as a file that every command reads. note: what the run showed, kept in its metadata."""
         path = self.folder / "neon.safetensors"
         shot = self.folder / "finetune" / f"snapshot-{point.snapshot}.safetensors"
         if self.world.is_main:
             synth = checkpoint.read(shot, weights="any")
             parameters = {name for name, _ in self.model.named_parameters()}
             merged = merge.reverse_merge(self.base_tensors, synth.tensors, point.w, parameters=parameters)
-            checkpoint.write(
-                path, merged, metadata={**self._metadata(self.base.weights), "w": point.w, "synth_sha256": synth.sha256}
-            )
+            metadata = {**self._metadata(self.base.weights), "w": point.w, "synth_sha256": synth.sha256, "note": note}
+            checkpoint.write(path, merged, metadata=metadata | {"is_base": point.w == 0})
             self.family.export(merged, self.folder)
         self.world.barrier()
         return path
@@ -272,53 +236,26 @@ class Run:
         self._preflight(["synth", "finetune", "select", "report"])
         self.yardsticks  # noqa: B018 - a missing reference or extractor is said before any image is made
         self.finetune()
-        winner, scores = self.select()
-        rows = self.report(winner, scores)
-        merged = self.write_merged(rows["neon"].point)
-        result = self.result(winner, scores, rows, merged)
+        choice = self.select()
+        rows, features = self.judge.report(choice)
+        point = rows["neon"].point
+        calls = calls_per_image(self.source("balanced", 0, point.cfg_scale), self.model, self.world.device)
+        result = self.judge.result(choice, rows, features, calls)
+        merged = self.write_merged(point, result.verdict.text)
+        result = replace(result, about=self.about(rows["neon"], merged))
         if self.world.is_main:
-            records.write_json(result, self.folder / "result.json")
-            num_shown = self.config.need("report", Report).num_shown
-            found = {name: self.grid.shown(score, num_shown) for name, score in rows.items()}
-            pictures = {name: images for name, images in found.items() if images is not None}
-            page.write_page(result, pictures, self.folder / "report.html")
+            records.write_json(result.as_json(), self.folder / "result.json")
+            page.write_page(result, self.folder / "report.html")
             for partial in self.folder.glob("partial-*"):  # of points that are no longer asked for
                 shutil.rmtree(partial)
         self.world.barrier()
+        say(self.world, result.verdict.text)
         say(self.world, f"done in {time.perf_counter() - started:.0f} s: {self.folder / 'report.html'}")
-        return result
+        return result.as_json()
 
-    def result(self, winner: Score, scores: list[Score], rows: Mapping[str, Score], merged: Path) -> dict[str, object]:
-        """One JSON object with the numbers, the protocol and the reasons why a number is or is not comparable."""
-        config, select = self.config.need("report", Report), self.config.need("select", Select)
-        metric, select_metric = (
-            self.metric(config.num_images, select.metric),
-            self.metric(select.num_images, select.metric),
-        )
-        yardstick = next(y for y in self.yardsticks if metric.endswith(f"[{y.extractor.name}]"))
-        reason = why_not_comparable(yardstick, config.num_images)
-        curve = [s for s in scores if s.point.snapshot == winner.point.snapshot and s.point.direction == "synth"]
-        curve = [s for s in curve if s.point.cfg_scale == winner.point.cfg_scale]
+    def about(self, neon: Score, merged: Path) -> dict[str, object]:
+        """What the numbers depend on, as JSON."""
         return {
-            "metric": metric,
-            "value": rows["neon"].metrics[metric],
-            "base_value": rows["base"].metrics[metric],
-            "comparable": reason is None,
-            "reason": reason,
-            "w": winner.point.w,
-            "cfg_scale": rows["neon"].point.cfg_scale,
-            "snapshot_images": int(winner.point.snapshot),
-            "formula": "theta_neon = theta_base - w (theta_syn - theta_base)",
-            "rows": {
-                name: {"w": s.point.w, "cfg_scale": s.point.cfg_scale, "metrics": s.metrics, "seconds": s.seconds}
-                | ({} if s.made_with == rows["neon"].made_with else {"made_with": s.made_with})
-                for name, s in rows.items()
-            },
-            "select": {
-                "metric": select_metric,
-                "parabola_w": parabola_minimum(curve, select_metric),
-                "points": [{**to_table(s.point), "metrics": s.metrics, "seconds": s.seconds} for s in scores],
-            },
             "config": to_plain(self.config),
             "hashes": {
                 **{k: v for k, v in self.identity.items() if k.endswith("sha256")},
@@ -331,17 +268,7 @@ class Run:
                 }
                 for y in self.yardsticks
             },
-            "step": merge.step_size(
-                self.base_tensors,
-                self._synth_tensors(winner.point),
-                winner.point.w,
-                [n for n, _ in self.model.named_parameters()],
-            ),
-            **rows["neon"].made_with,
+            "step": self._step_size(neon.point.snapshot, neon.point.w),
+            **neon.made_with,
             "merged": str(merged),
         }
-
-    def _synth_tensors(self, point: Point) -> Mapping[str, Tensor]:
-        return checkpoint.read(
-            self.folder / "finetune" / f"snapshot-{point.snapshot}.safetensors", weights="any"
-        ).tensors

@@ -6,14 +6,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from fid.files import UNREADABLE
 from neon.evaluation.evaluate import Yardstick, evaluate
 from neon.merge import LiveMerge, RandomDirection
+from neon.quantize import DivergedError
 from neon.runtime.distributed import World
 from neon.runtime.progress import say
 from neon.sampling.generate import Source, generate, to_images
@@ -65,10 +69,31 @@ class Grid:
         known = self._known.get(key)
         if known is None:
             known = self._compute(point, block, key, entry)
-        elif block.num_shown:
+        elif block.num_shown and "failed" not in known:
             self._show_again(point, block, known["key"])
+        return self._as_score(point, known)
+
+    def score_with_features(
+        self, point: Point, block: Block, *, make_again: bool = True
+    ) -> tuple[Score, Mapping[str, Tensor]]:
+        """`score`, and the features (num_images, dim) of every extractor by its name; none if the point failed.
+
+        make_again: whether a known point whose features were not kept is computed again; else it has none.
+        """
+        key = _key(self._entry(point, block))
+        known = self._known.get(key, {})
+        if "failed" in known:
+            return self._as_score(point, known), {}
+        path = self._folder / "features" / f"{key[:16]}.safetensors"
+        features = self._world.broadcast(_read_features(path) if self._world.is_main and known else None)
+        if features is None and (make_again or not known):
+            self._compute(point, block, key, self._entry(point, block), features=path)
+            features = self._world.broadcast(_read_features(path) if self._world.is_main else None)
+        return self.score(point, block), features or {}
+
+    def _as_score(self, point: Point, known: Mapping[str, Any]) -> Score:
         made_with = known.get("made_with", dict.fromkeys(records.made_with(self._world)))
-        return Score(point, known["metrics"], known["seconds"], known["key"], made_with)
+        return Score(point, known["metrics"], known["seconds"], known["key"], made_with, known.get("failed"))
 
     def shown(self, score: Score, count: int) -> Tensor | None:
         """The first `count` images of a score, uint8 (n, C, H, W), if its block kept any."""
@@ -118,30 +143,46 @@ class Grid:
         }
         return {"point": {**weights, "cfg_scale": point.cfg_scale}, "block": images, "protocol": dict(self._protocol)}
 
-    def _compute(self, point: Point, block: Block, key: str, entry: Mapping[str, object]) -> dict:
+    def _compute(
+        self, point: Point, block: Block, key: str, entry: Mapping[str, object], features: Path | None = None
+    ) -> dict:
+        """Evaluate a point and enter it into the ledger. features: the file that keeps those of every image."""
+        try:
+            line = {"key": key, **entry, **self._evaluated(point, block, key, features)}
+        except DivergedError as error:
+            line = {"key": key, **entry, "metrics": {}, "seconds": {}, "failed": str(error)}
+        line["made_with"] = records.made_with(self._world)
+        if self._world.is_main:
+            records.append_line(self._ledger, line)
+        self._world.barrier()
+        self._known[key] = line
+        values = ", ".join(f"{name} {value:.4g}" for name, value in line["metrics"].items())
+        took = f"({line['seconds']['total']:.0f} s)" if line["seconds"] else ""
+        say(self._world, f"  {point.label():<32} {values or line['failed']}   {took}")
+        return line
+
+    def _evaluated(self, point: Point, block: Block, key: str, features: Path | None) -> dict:
         self._move_to(point)
         source = replace(self._source, labels=block.labels, first_seed=block.first_seed, cfg_scale=point.cfg_scale)
+        kept = "-features" if features else ""
         found = evaluate(
             source,
             self._model,
             block.num_images,
-            self._yardsticks,
+            [replace(y, keep_features=True) for y in self._yardsticks] if features else self._yardsticks,
             self._world,
             num_shown=block.num_shown,
-            partial=self._folder / f"partial-{key[:16]}-{source.sampling.batch}-{block.num_shown}",
+            partial=self._folder / f"partial-{key[:16]}-{source.sampling.batch}-{block.num_shown}{kept}",
             desc=point.label(),
         )
-        line = {"key": key, **entry, "metrics": found.metrics, "seconds": found.seconds}
-        line["made_with"] = records.made_with(self._world)
         if self._world.is_main:
             if found.shown is not None:
                 self._keep(found.shown, key)
-            records.append_line(self._ledger, line)
-        self._world.barrier()
-        self._known[key] = line
-        values = ", ".join(f"{name} {value:.4g}" for name, value in found.metrics.items())
-        say(self._world, f"  {point.label():<32} {values}   ({found.seconds['total']:.0f} s)")
-        return line
+            if features is not None:
+                features.parent.mkdir(exist_ok=True)
+                with files.replacing(features) as stream:
+                    stream.write(save({name: rows.cpu().contiguous() for name, rows in found.features.items()}))
+        return {"metrics": found.metrics, "seconds": found.seconds}
 
     def _keep(self, images: Tensor, key: str) -> None:
         folder = self._folder / "shown"
@@ -159,3 +200,11 @@ class Grid:
                 synth = RandomDirection(self._base, synth, names, seed=0)
             self._live = (wanted, LiveMerge(self._model, self._base, synth))
         self._live[1].set_w(point.w)
+
+
+def _read_features(path: Path) -> dict[str, Tensor] | None:
+    """None: there is no such file, or it is damaged; the features are made again."""
+    try:
+        return load(path.read_bytes())
+    except (SafetensorError, *UNREADABLE):
+        return None

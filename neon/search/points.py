@@ -50,6 +50,8 @@ class Score:
     seconds: dict[str, float]
     key: str
     made_with: Mapping[str, object] = field(default_factory=dict)
+    failed: str | None = None
+    """Why there are no metrics: its images were no numbers."""
 
 
 def points_to_try(snapshots: Sequence[str], w: Sequence[float], cfg_scales: Sequence[float] | None) -> list[Point]:
@@ -67,14 +69,17 @@ def points_to_try(snapshots: Sequence[str], w: Sequence[float], cfg_scales: Sequ
 
 
 def best(scores: Sequence[Score], metric: str) -> Score:
-    """The score with the least distance; the earliest of equal ones."""
-    return min(scores, key=lambda s: s.metrics[metric])
+    """The score with the least distance; the earliest of equal ones. Raises ValueError if no point gave images."""
+    finite = [score for score in scores if score.failed is None]
+    if not finite:
+        raise ValueError(f"none of the {len(scores)} points gave images that are numbers")
+    return min(finite, key=lambda s: s.metrics[metric])
 
 
 def parabola_minimum(scores: Sequence[Score], metric: str) -> float | None:
     """w of the vertex of the parabola through the best point and its two neighbours: the curve is locally quadratic in
     w (paper, App. C). None if the best point is at the border or the three points do not bend upwards."""
-    ordered = sorted(scores, key=lambda s: s.point.w)
+    ordered = sorted((s for s in scores if s.failed is None), key=lambda s: s.point.w)
     i = min(range(len(ordered)), key=lambda k: ordered[k].metrics[metric])
     if i in (0, len(ordered) - 1):
         return None

@@ -44,6 +44,11 @@ class Plan:
     num_classes: int = 1
     """Period of the labels: image i has the label i % num_classes. 1: labels are drawn, or there are none."""
 
+    @property
+    def is_plane(self) -> bool:
+        """Whether w and cfg_scale are searched together."""
+        return self.cfg_scale is not None and self.cfg_scale[0] < self.cfg_scale[1]
+
 
 @dataclass(frozen=True)
 class Found:
@@ -100,9 +105,12 @@ class Search:
                 is_verified = abs(self._value(wanted[0], count) - predicted) <= fine.noise
                 near = near if is_verified else near / 2
             predicted, next_count, side = math.nan, count, self._edge(best, low, high)
-            if _is_flat(fit):
+            is_flat = _is_flat(fit, noise)
+            if is_flat == "certainly":
                 return self._found(fit, fine, "flat", count)
-            if side and edge_steps[side] < EDGE_STEPS:
+            if is_flat == "so far":
+                next_count, wanted = min(2 * count, self.plan.most_images), self._points(count)
+            elif side and edge_steps[side] < EDGE_STEPS:
                 edge_steps[side] += 1
                 width = (high - low) / 2
                 low, high = (low - width, high) if side < 0 else (low, high + width)
@@ -115,7 +123,10 @@ class Search:
                 next_count, wanted = min(2 * count, self.plan.most_images), self._best_points(count)
             else:
                 return self._found(fit, fine, "edge" if side else "gain", count)
-            if self._spent + self._cost(wanted, next_count) > self.plan.budget_images:
+            is_affordable = self._spent + self._cost(wanted, next_count) <= self.plan.budget_images
+            if is_flat == "so far" and (next_count == count or not is_affordable):
+                return self._found(fit, fine, "flat", count)
+            if not is_affordable:
                 return self._found(fit, fine, "budget", count)
             count = next_count
 
@@ -164,14 +175,13 @@ class Search:
         if not points:
             raise ValueError("no point gave finite images, not even the base (w = 0): check the base's samples first")
         trust, cfgs = self._trust(count), self.plan.cfg_scale
-        ws = _spaced(low, high, 21 if cfgs is None else 13)
         scales = [0.0] if cfgs is None else _spaced(*cfgs, 7)
+        ws = _spaced(low, high, 21 if len(scales) == 1 else 13)
         fit = self._surface(points, [Place(w, c) for c in scales for w in ws], count, trust)
         best, step = fit.places[fit.best], ws[1] - ws[0]
-        near_ws = _spaced(max(low, best.w - step), min(high, best.w + step), 21 if cfgs is None else 9)
-        if cfgs is None:
-            near_scales = [0.0]
-        else:
+        near_ws = _spaced(max(low, best.w - step), min(high, best.w + step), 21 if len(scales) == 1 else 9)
+        near_scales = scales
+        if cfgs is not None and len(scales) > 1:
             step = scales[1] - scales[0]
             near_scales = _spaced(max(cfgs[0], best.cfg_scale - step), min(cfgs[1], best.cfg_scale + step), 5)
         places = [Place(w, c) for c in near_scales for w in near_ws]
@@ -216,7 +226,7 @@ class Search:
     def _best_points(self, count: int) -> list[Place]:
         """The points that the fit around the optimum rests on: a parabola's four, a quadratic surface's eight."""
         points = sorted(self._points(count), key=lambda p: self._value(p, count))
-        return points[: 4 if self.plan.cfg_scale is None else 8]
+        return points[: 8 if self.plan.is_plane else 4]
 
     def _report_noise(self, fine: Surface, count: int) -> float:
         return fine.noise * math.sqrt(count / self.plan.report_images)
@@ -247,7 +257,7 @@ def first_places(plan: Plan) -> list[Place]:
     """w: both ends and the base. (w, cfg_scale): six places that determine a quadratic surface, with the base at both
     ends of cfg_scale."""
     low, high = plan.w
-    if plan.cfg_scale is None or plan.cfg_scale[0] == plan.cfg_scale[1]:
+    if not plan.is_plane or plan.cfg_scale is None:
         cfg_scale = 0.0 if plan.cfg_scale is None else plan.cfg_scale[0]
         return [Place(w, cfg_scale) for w in dict.fromkeys((0.0, low, high))]
     small, large = plan.cfg_scale
@@ -262,10 +272,15 @@ def first_places(plan: Plan) -> list[Place]:
     ]
 
 
-def _is_flat(fit: Surface) -> bool:
-    """Whether the highest and the lowest place of the range cannot be told apart by three standard errors."""
-    difference, error = fit.difference(int(fit.values.argmax()), fit.best)
-    return difference <= 3 * error or difference < 1e-9
+def _is_flat(fit: Surface, noise: float) -> Literal["no", "so far", "certainly"]:
+    """Whether at the best guidance no two places over w are three standard errors apart; certainly, where that is less
+    than the report's noise."""
+    scale = fit.places[fit.best].cfg_scale
+    own = [i for i, place in enumerate(fit.places) if place.cfg_scale == scale]
+    difference, error = fit.difference(max(own, key=lambda i: float(fit.values[i])), fit.best)
+    if difference > 3 * error and difference > 1e-9:
+        return "no"
+    return "certainly" if 3 * error <= noise or difference <= 1e-9 else "so far"
 
 
 def _spaced(low: float, high: float, count: int) -> list[float]:

@@ -28,6 +28,7 @@ lr = 1e-2
 ema_decay = 0.5
 snapshot_images = 48
 [select]
+strategy = "grid"
 num_images = 30
 first_seed = 1000
 w = [0.5, 1.0]

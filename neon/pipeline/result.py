@@ -1,0 +1,227 @@
+"""What a run found, typed, with its verdict and its cost; `as_json` is result.json."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from neon.binding import to_plain, to_table
+from neon.evaluation.evaluate import Yardstick
+from neon.search.choose import Choice
+from neon.search.points import Score, parabola_minimum
+from neon.search.surface import Place, surface
+
+Kind = Literal["helps", "base", "edge", "flat", "noise", "worse", "failed"]
+FORMULA = "theta_neon = theta_base - w (theta_syn - theta_base)"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """base - Neon on the report's noise, positive: Neon is better. error: standard error over images, None where the
+    features of an earlier version's point were not kept."""
+
+    value: float
+    error: float | None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One sentence about what the run showed, and its reason."""
+
+    kind: Kind
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """One stage: what it took in this folder. None: not known."""
+
+    stage: str
+    images: int
+    network_calls: int | None
+    seconds: float | None
+    share_of_training: float | None
+    """Images over those that the base was trained on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """Everything that the page shows and result.json holds."""
+
+    metric: str
+    rows: Mapping[str, Score]
+    choice: Choice
+    difference: Difference
+    verdict: Verdict
+    not_comparable: str | None
+    """Why the value may not stand beside published FIDs; None: it may."""
+    errors: Mapping[str, float]
+    """Standard error of the rows' values."""
+    neighbours: Mapping[str, Mapping[str, float]]
+    """Row, or "w = ..." of the curve -> {precision, recall}; empty without [data]."""
+    costs: Sequence[Cost]
+    pictures: Mapping[str, Tensor] = field(repr=False)
+    """Row -> uint8 images (n, C, H, W) of the same held-out seeds."""
+    slides: Sequence[tuple[float, float | None, Tensor]] = field(repr=False)
+    """(w, cfg_scale, uint8 images) of the same selection seeds, in the order of w."""
+    about: Mapping[str, object]
+    """Config, hashes, versions, device: what the numbers depend on."""
+
+    @property
+    def neon(self) -> Score:
+        return self.rows["neon"]
+
+    def as_json(self) -> dict[str, object]:
+        row = self.neon
+        return {
+            "metric": self.metric,
+            "value": row.metrics.get(self.metric),
+            "base_value": self.rows["base"].metrics.get(self.metric),
+            "verdict": self.verdict.text,
+            "difference": to_plain(self.difference),
+            "comparable": self.not_comparable is None,
+            "reason": self.not_comparable,
+            "w": row.point.w,
+            "cfg_scale": row.point.cfg_scale,
+            "snapshot_images": int(row.point.snapshot),
+            "formula": FORMULA,
+            "rows": {name: self._row(name, score) for name, score in self.rows.items()},
+            "select": selection(self.choice),
+            "neighbours": to_plain(self.neighbours),
+            "costs": to_plain(list(self.costs)),
+            **self.about,
+        }
+
+    def _row(self, name: str, score: Score) -> dict[str, object]:
+        point = score.point
+        found: dict[str, object] = {
+            "w": point.w,
+            "cfg_scale": point.cfg_scale,
+            "metrics": score.metrics,
+            "seconds": score.seconds,
+        }
+        if score.made_with != self.neon.made_with:
+            found["made_with"] = score.made_with
+        return found | ({"error": self.errors[name]} if name in self.errors else {}) | _failure(score)
+
+
+def _failure(score: Score) -> dict[str, object]:
+    return {} if score.failed is None else {"failed": score.failed}
+
+
+def selection(choice: Choice) -> dict[str, object]:
+    """How the point was chosen, as JSON."""
+    points = [{**to_table(s.point), "metrics": s.metrics, "seconds": s.seconds, **_failure(s)} for s in choice.scores]
+    found: dict[str, object] = {"metric": choice.metric, "points": points}
+    if choice.found is None or choice.plan is None:
+        return {"strategy": "grid", "parabola_w": parabola_minimum(_curve(choice), choice.metric), **found}
+    search = choice.found
+    return {
+        "strategy": "search",
+        **found,
+        "chosen": to_table(choice.point),
+        "ended_by": search.reason,
+        "why": why_it_ended(choice),
+        "images": search.images_spent,
+        "budget_images": choice.plan.budget_images,
+        "expected_gain": search.gain,
+        "noise": search.noise,
+        "measured": [
+            {**to_table(m.point), "num_images": m.num_images, "value": _finite(m.value), "error": _finite(m.error)}
+            for m in choice.measured
+        ],
+        "fitted": [
+            {"w": p.w, "cfg_scale": p.cfg_scale if choice.plan.cfg_scale else None, "value": v, "error": e}
+            for p, v, e in zip(
+                search.whole.places, search.whole.values.tolist(), search.whole.draws.std(dim=0).tolist(), strict=True
+            )
+        ],
+    }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _curve(choice: Choice) -> list[Score]:
+    """The grid's points at the chosen snapshot and guidance."""
+    point = choice.point
+    return [
+        s
+        for s in choice.scores
+        if (s.point.snapshot, s.point.direction, s.point.cfg_scale) == (point.snapshot, "synth", point.cfg_scale)
+    ]
+
+
+def why_it_ended(choice: Choice) -> str:
+    """One sentence: what ended the search."""
+    search, plan = choice.found, choice.plan
+    if search is None or plan is None:
+        return "a fixed grid: every point was evaluated"
+    spent = f"{search.images_spent:,} images"
+    return {
+        "gain": f"{spent}; a better place could gain about {search.gain:.3g}, less than the report's images could show "
+        f"({search.noise:.3g})",
+        "budget": f"the budget of {plan.budget_images:,} images was used ({spent}); a better place could gain about "
+        f"{search.gain:.3g}",
+        "images": f"every point used the whole selection block of {plan.most_images:,} images; a better place could "
+        f"gain about {search.gain:.3g}: make select.num_images larger",
+        "flat": f"{spent}; the curve is flat: no two values of w can be told apart",
+        "edge": f"{spent}; the lowest distance lies at the edge of the range, w = {search.place.w:g}: widen select.w",
+    }[search.reason]
+
+
+def compared(
+    rows: Mapping[str, Mapping[str, Tensor]], yardstick: Yardstick, values: Mapping[str, float], num_classes: int
+) -> tuple[Difference, dict[str, float]]:
+    """base - Neon with its standard error, and the error of every row, from the features of the report's images.
+
+    rows: row -> extractor -> features (N, D), without rows whose features were not kept. values: row -> distance.
+    """
+    name, reference = yardstick.extractor.name, yardstick.reference
+    difference = values.get("base", math.nan) - values.get("neon", math.nan)
+    kept = {row: features[name] for row, features in rows.items() if name in features}
+    if reference is None or not kept:
+        return Difference(difference, None), {}
+    places = [Place(float(i)) for i in range(len(kept))]  # rows as places: the same images, so differences are sharp
+    period = num_classes if len(next(iter(kept.values()))) >= max(4, 2 * num_classes) else 1
+    errors: dict[str, float] = {}
+    for row, features in kept.items():
+        errors[row] = surface(places[:1], features[None], reference, places[:1], num_classes=period).noise
+    if not {"base", "neon"} <= set(kept):
+        return Difference(difference, None), errors
+    pair = [kept["base"], kept["neon"]]
+    both = surface(places[:2], torch.stack(pair), reference, places[:2], num_classes=period)
+    return Difference(difference, both.difference(0, 1)[1]), errors
+
+
+def verdict(choice: Choice, rows: Mapping[str, Score], metric: str, difference: Difference) -> Verdict:
+    """What the run showed, by the difference on held-out noise and by how the search ended."""
+    point, ended = choice.point, None if choice.found is None else choice.found.reason
+    failed = [name for name in ("base", "neon") if rows[name].failed is not None]
+    if failed:
+        return Verdict("failed", f"no verdict: the images of {' and '.join(failed)} are no numbers")
+    base, neon = rows["base"].metrics[metric], rows["neon"].metrics[metric]
+    error = difference.error
+    spread = "" if error is None else f" (difference {difference.value:.3g} +- {error:.2g})"
+    numbers = f"{metric} {base:.4g} -> {neon:.4g} at w = {point.w:g}{spread}"
+    if point.w == 0:
+        flat = "the curve over w is flat" if ended == "flat" else "w = 0 is best"
+        return Verdict("flat" if ended == "flat" else "base", f"no w helped: {flat}; the merged file is the base")
+    if error is not None and abs(difference.value) < 2 * error:
+        return Verdict("noise", f"within noise: {numbers} is less than two standard errors")
+    if difference.value < 0:
+        return Verdict("worse", f"worse on held-out noise: {numbers}, although it was best on the selection seeds")
+    if ended == "edge" or (ended is None and _at_edge(choice)):
+        return Verdict("edge", f"{numbers}, and w lies at the edge of what was tried: widen select.w for more")
+    return Verdict("helps", f"Neon helps: {numbers}")
+
+
+def _at_edge(choice: Choice) -> bool:
+    tried = sorted(s.point.w for s in _curve(choice))
+    return choice.point.w in (tried[0], tried[-1])

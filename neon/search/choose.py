@@ -1,0 +1,214 @@
+"""From a [select] section to one point: by the search or by the fixed grid, over one or all snapshots."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from fid.frechet import Gaussian
+from neon.evaluation.evaluate import Yardstick
+from neon.search.grid import Grid
+from neon.search.options import Select
+from neon.search.points import Block, Point, Score, best, points_to_try
+from neon.search.strategy import Found, Plan, Search, first_places
+from neon.search.surface import Place, surface
+
+LEAST_IMAGES = 120
+NUM_SHOWN = 36
+"""Images of every point that are kept as pictures."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """An evaluated point of the search: its distance without the bias of few images, and its standard error. NaN: its
+    images were no numbers."""
+
+    point: Point
+    num_images: int
+    value: float
+    error: float
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The point that was chosen and everything that was looked at."""
+
+    point: Point
+    base_cfg_scale: float | None
+    """The guidance that suits the base best."""
+    metric: str
+    """Of `scores`, with the number of images of their block."""
+    scores: Sequence[Score]
+    """Every point on its first images."""
+    found: Found | None = None
+    """Of the search; None for a grid."""
+    measured: Sequence[Measured] = ()
+    """The search's points with all of their images."""
+    plan: Plan | None = None
+    features: Mapping[Point, Tensor] = field(default_factory=dict, repr=False)
+    """(N, D) of the search's points, for what else is measured along the curve."""
+
+
+def by_grid(grid: Grid, config: Select, snapshots: Sequence[str], yardstick: Yardstick) -> Choice:
+    """Every (snapshot, w, cfg_scale) on the whole block, and a random direction; the lowest distance of w >= 0."""
+    block = Block(labels=config.labels, first_seed=config.first_seed, num_images=config.num_images)
+    metric = yardstick.headline(config.num_images)
+    scores = [grid.score(point, block) for point in points_to_try(snapshots, config.w, config.cfg_scale)]
+    winner = best([score for score in scores if score.point.w >= 0], metric)
+    base = best([score for score in scores if score.point.w == 0], metric)
+    control = grid.score(random_control(winner.point), block)
+    return Choice(winner.point, base.point.cfg_scale, metric, [*scores, control])
+
+
+def random_control(point: Point) -> Point:
+    """A random direction at the chosen point's step; at w = 0 there is no step, so at w = 1."""
+    return Point(w=point.w or 1.0, snapshot=point.snapshot, cfg_scale=point.cfg_scale, direction="random")
+
+
+def by_search(
+    grid: Grid,
+    config: Select,
+    steps: Mapping[str, float],
+    yardstick: Yardstick,
+    *,
+    num_classes: int,
+    report_images: int,
+) -> Choice:
+    """Search on the last snapshot, then look at the others where w moves the weights as far, and search again on one
+    that is better there by more than two standard errors.
+
+    steps: snapshot -> |theta_syn - theta_base|. A snapshot's best w is inversely proportional to it and its best
+        distance hardly depends on it (paper, section 3.1): one look is enough to drop it.
+    """
+    if yardstick.reference is None:
+        raise ValueError(f"strategy = 'search' needs reference statistics of {yardstick.extractor.name}; it has none")
+    plan = plan_of(config, len(steps), yardstick.extractor.dim, num_classes, report_images)
+    *others, last = steps
+    looked = Looked(grid, config, yardstick, last)
+    found = Search(plan, yardstick.reference, looked.at(last)).run()
+    snapshot = last
+    if others and found.reason != "flat":
+        better = _better_snapshot(found, plan, steps, looked, yardstick.reference)
+        left = plan.budget_images - looked.images_spent
+        if better is not None and left >= 3 * plan.start_images:
+            scale = steps[last] / steps[better]
+            ends = sorted((0.5 * found.place.w * scale, 1.5 * found.place.w * scale))
+            again = replace(plan, w=(ends[0], ends[1]), budget_images=left)
+            found, snapshot, plan = Search(again, yardstick.reference, looked.at(better)).run(), better, again
+    is_guided = config.cfg_scale is not None
+    point = looked.point(snapshot, found.place)
+    base_cfg = found.base.cfg_scale if is_guided else None
+    metric = yardstick.headline(plan.start_images)
+    measured = looked.measured(plan)
+    return Choice(point, base_cfg, metric, looked.first_scores, found, measured, plan, looked.all_features)
+
+
+def plan_of(config: Select, num_snapshots: int, dim: int, num_classes: int, report_images: int) -> Plan:
+    """The search that a [select] section asks for. Raises ValueError if the budget does not pay for its first
+    points."""
+    period = num_classes if config.labels == "balanced" and num_classes else 1
+    start = config.start_images or max(LEAST_IMAGES, dim, 2 * period)
+    start = min(-(-start // period) * period, config.num_images)
+    if start < max(4, 2 * period):
+        raise ValueError(
+            f"select.num_images = {config.num_images}: the search needs 2 images of each of {period} classes and 4 in "
+            "all; make the block larger, or set select.strategy = 'grid'"
+        )
+    cfgs = None if config.cfg_scale is None else (min(config.cfg_scale), max(config.cfg_scale))
+    snapshots = num_snapshots if config.snapshots == "all" else 1
+    values = len({0.0, -1.0, *config.w}) * len(config.cfg_scale or (None,)) * snapshots + 1
+    plan = Plan(
+        w=(min(-1.0, *config.w), max(config.w) if max(config.w) > 0 else 1.0),
+        cfg_scale=cfgs,
+        start_images=start,
+        most_images=config.num_images,
+        budget_images=config.budget_images or 0,
+        report_images=report_images,
+        num_classes=period,
+    )
+    least = start * len(first_places(plan))
+    if config.budget_images is None:
+        return replace(plan, budget_images=max(values * config.num_images // 3, least + 2 * start))
+    if config.budget_images < least:
+        raise ValueError(
+            f"select.budget_images = {config.budget_images}: the first points take {least} images "
+            f"({start} each; select.start_images)"
+        )
+    return plan
+
+
+class Looked:
+    """What the search has seen: the ledger's scores and features, by point."""
+
+    def __init__(self, grid: Grid, config: Select, yardstick: Yardstick, last: str):
+        self._grid, self._config, self._yardstick, self._last = grid, config, yardstick, last
+        self.all_features: dict[Point, Tensor] = {}
+        self.first_scores: list[Score] = []
+        self.images_spent = 0
+
+    def point(self, snapshot: str, place: Place) -> Point:
+        cfg_scale = None if self._config.cfg_scale is None else place.cfg_scale
+        return Point(w=place.w, snapshot=snapshot if place.w else self._last, cfg_scale=cfg_scale)  # w = 0: the base
+
+    def at(self, snapshot: str) -> Callable[[Place, range], Tensor | None]:
+        """What `Search` asks, for one snapshot."""
+        return lambda place, images: self.features(self.point(snapshot, place), images)
+
+    def features(self, point: Point, images: range) -> Tensor | None:
+        config = self._config
+        block = Block(
+            labels=config.labels,
+            first_seed=config.first_seed + images.start,
+            num_images=len(images),
+            num_shown=0 if images.start else min(NUM_SHOWN, len(images)),
+        )
+        score, features = self._grid.score_with_features(point, block)
+        if images.start == 0 and all(score.key != other.key for other in self.first_scores):
+            self.first_scores.append(score)
+        self.images_spent += len(images)
+        if score.failed is not None:
+            self.all_features[point] = torch.empty(0, self._yardstick.extractor.dim)
+            return None
+        rows = features[self._yardstick.extractor.name]
+        have = self.all_features.get(point, rows[:0])
+        self.all_features[point] = torch.cat([have[: images.start], rows])
+        return rows
+
+    def measured(self, plan: Plan) -> list[Measured]:
+        """Every point with its distance on all of its images, in the order of (snapshot, cfg_scale, w)."""
+        assert self._yardstick.reference is not None
+        found = []
+        for point, rows in self.all_features.items():
+            value = error = float("nan")
+            if len(rows):
+                here = [Place(0.0)]
+                own = surface(here, rows[None], self._yardstick.reference, here, num_classes=plan.num_classes)
+                value, error = float(own.values[0]), own.noise
+            found.append(Measured(point, len(rows), value, error))
+        return sorted(found, key=lambda m: (m.point.snapshot, m.point.cfg_scale or 0.0, m.point.w))
+
+
+def _better_snapshot(
+    found: Found, plan: Plan, steps: Mapping[str, float], looked: Looked, reference: Gaussian
+) -> str | None:
+    """The snapshot that is better than the last one at the same length of step, by more than two standard errors."""
+    *others, last = steps
+    images = range(plan.start_images)
+    here = looked.features(looked.point(last, found.place), images)
+    best_name, best_score = None, 0.0
+    for name in others:
+        if looked.images_spent + plan.start_images > plan.budget_images:
+            break
+        w = round(found.place.w * steps[last] / steps[name], 4)
+        there = looked.features(looked.point(name, replace(found.place, w=w)), images)
+        if here is None or there is None:
+            continue
+        pair = [Place(0.0), Place(1.0)]  # two models as two places: the same images, so the difference is sharp
+        both = surface(pair, torch.stack([here, there]), reference, pair, num_classes=plan.num_classes)
+        difference, error = both.difference(1, 0)
+        if difference < -2 * error and difference < best_score:
+            best_name, best_score = name, difference
+    return best_name

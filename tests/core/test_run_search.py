@@ -1,0 +1,182 @@
+"""The search inside a run, on the smallest family: its ledger, its budget, its controls, kills and refusals."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from neon.checkpoints import checkpoint
+from neon.pipeline.experiment import load
+from neon.pipeline.run import Run
+from neon.runtime.distributed import World
+from neon.seeds import Rng
+from neon.store.files import folder_lock
+from tests.commands import start, started
+from tests.core.line import Line, Sampling
+
+SEARCH = (
+    "select.strategy=search",
+    "select.num_images=120",
+    "select.snapshots=last",
+    "report.num_images=400",
+    "synth.cfg_scale=0.5",  # S is too grey, the base a little: moving away from S helps
+)
+
+
+def run(config: Path, folder: Path, *overrides: str) -> dict:
+    return Run(load(config, (*SEARCH, *overrides)), folder, World()).all()
+
+
+def ledger(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
+
+
+def without_times(value: object) -> object:
+    if isinstance(value, dict):
+        return {k: without_times(v) for k, v in value.items() if k not in ("seconds", "merged", "costs")}
+    return [without_times(v) for v in value] if isinstance(value, list) else value
+
+
+def test_a_run_searches_within_its_budget_and_reports_the_controls(line_config, tmp_path):
+    found = run(line_config, tmp_path / "run")
+    select = found["select"]
+    assert select["strategy"] == "search"
+    assert set(found["rows"]) == {"base", "self-trained", "random direction", "neon"}
+    assert found["rows"]["neon"]["w"] == found["w"] == select["chosen"]["w"]
+    first_seeds = {line["block"]["first_seed"] for line in ledger(tmp_path / "run")}
+    assert first_seeds >= {1000, 2000}
+    spent = sum(line["block"]["num_images"] for line in ledger(tmp_path / "run") if line["block"]["first_seed"] < 2000)
+    assert spent == select["images"] <= select["budget_images"]
+    assert {(p["w"], p["cfg_scale"]) for p in select["points"]} >= {(0.0, 1.0), (0.0, 1.2)}  # the base at both ends
+    assert 1.0 <= found["rows"]["base"]["cfg_scale"] <= 1.2
+    error = found["difference"]["error"]
+    assert 0 < error < found["rows"]["base"]["error"] + found["rows"]["neon"]["error"]  # the same noise
+
+
+def test_a_finished_search_repeats_nothing_and_a_larger_budget_goes_on(line_config, tmp_path):
+    tight = ("select.start_images=30", "select.budget_images=200")
+    first = run(line_config, tmp_path / "run", *tight)
+    lines = ledger(tmp_path / "run")
+    again = run(line_config, tmp_path / "run", *tight)
+    assert ledger(tmp_path / "run") == lines
+    assert without_times(again) == without_times(first)
+    more = run(line_config, tmp_path / "run", "select.start_images=30", "select.budget_images=2000")
+    assert ledger(tmp_path / "run")[: len(lines)] == lines
+    assert more["select"]["images"] > first["select"]["images"]
+
+
+def test_killed_at_any_line_of_the_ledger_it_makes_the_same_choice(line_config, tmp_path):
+    """A kill leaves a prefix of the ledger, perhaps half a line, and perhaps the features of a point without its
+    line."""
+    whole = run(line_config, tmp_path / "run")
+    path, text = tmp_path / "run/ledger.jsonl", (tmp_path / "run/ledger.jsonl").read_text()
+    lines = text.splitlines(keepends=True)
+    for count in (1, 3, len(lines) - 1):
+        path.write_text("".join(lines[:count]) + lines[count][:40])
+        assert without_times(run(line_config, tmp_path / "run")) == without_times(whole)
+        assert [line["key"] for line in ledger(tmp_path / "run")] == [json.loads(line)["key"] for line in lines]
+
+
+def test_features_that_are_lost_are_made_again_with_the_same_bits(line_config, tmp_path):
+    whole = run(line_config, tmp_path / "run")
+    files = sorted((tmp_path / "run/features").iterdir())
+    before = {file.name: file.read_bytes() for file in files}
+    for file in files:
+        file.write_bytes(b"half a f")
+    assert without_times(run(line_config, tmp_path / "run")["select"]) == without_times(whole["select"])
+    searched = {line["key"][:16] for line in ledger(tmp_path / "run") if line["block"]["first_seed"] < 2000}
+    assert all(
+        (tmp_path / f"run/features/{k}.safetensors").read_bytes() == before[f"{k}.safetensors"] for k in searched
+    )
+
+
+def test_a_grid_of_before_is_known_and_its_keys_stay(line_config, tmp_path):
+    """A folder in which the grid ran keeps its lines; the search adds to them."""
+    grid = Run(load(line_config, []), tmp_path / "run", World()).all()
+    lines = ledger(tmp_path / "run")
+    assert grid["select"]["strategy"] == "grid"
+    Run(load(line_config, ["select.strategy=search"]), tmp_path / "run", World()).all()
+    assert ledger(tmp_path / "run")[: len(lines)] == lines
+
+
+def test_a_budget_below_the_first_points_is_refused_before_any_is_made(line_config, tmp_path):
+    with pytest.raises(ValueError, match=r"select.budget_images = 100: the first points take 720 images \(120 each"):
+        run(line_config, tmp_path / "run", "select.budget_images=100")
+    assert not (tmp_path / "run/ledger.jsonl").exists()
+
+
+def test_a_second_process_on_the_folder_is_refused(line_config, tmp_path):
+    folder = tmp_path / "run"
+    with folder_lock(folder):
+        done = start("-m", "neon", "search", line_config, "--out", folder, "--device", "cpu")
+    assert done.returncode == 1
+    assert "is in use by process" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_command_says_what_it_chose_and_why(line_config, tmp_path):
+    settings = [word for setting in SEARCH for word in ("--set", setting)]
+    started("-m", "neon", "finetune", line_config, "--out", tmp_path / "run", "--device", "cpu", *settings)
+    found = started("-m", "neon", "search", line_config, "--out", tmp_path / "run", "--device", "cpu", *settings)
+    assert found["chosen"] == found["chosen"] | {"direction": "synth"}
+    assert found["ended_by"] in ("gain", "flat", "images", "budget", "edge")
+    assert f"{found['images']:,} images" in found["why"]
+
+
+class Exploding(Line):
+    """Its sampler gives NaN where the weights have moved far from the base's."""
+
+    name = "exploding"
+
+    def sample(self, model: nn.Module, rng: Rng, labels: Tensor | None, how: Sampling) -> tuple[Tensor, Tensor]:
+        codes, labels = super().sample(model, rng, labels, how)
+        start = torch.linspace(-0.5, 0.5, 48).view(3, 1, 4, 4)
+        moved = float((model.mean - start).norm())
+        return (codes * math.nan if moved > LIMIT else codes), labels
+
+
+LIMIT = 0.0
+
+
+def test_images_that_are_no_numbers_are_a_line_of_the_ledger_not_a_stop(line_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "LIMIT", math.inf)
+    line_config.write_text(line_config.read_text().replace("tests.core.line:Line", f"{__name__}:Exploding"))
+    settings = ("select.w=[-1, 5]", "select.cfg_scale=[1.0]", "report.cfg_scale=1.0")
+    runner = Run(load(line_config, (*SEARCH, *settings)), tmp_path / "run", World())
+    (shot,) = runner.finetune()[-1:]
+    step = checkpoint.read(shot, weights="any").tensors["mean"] - runner.base_tensors["mean"]
+    monkeypatch.setattr(sys.modules[__name__], "LIMIT", 3 * float(step.norm()))
+    found = runner.all()
+    failed = [p for p in found["select"]["points"] if "failed" in p]
+    assert {p["w"] for p in failed} >= {5.0}
+    assert all(p["w"] > 3 for p in failed)
+    assert "NaN" in failed[0]["failed"]
+    assert abs(found["w"]) < 3
+    assert [line for line in ledger(tmp_path / "run") if "failed" in line]
+
+
+def test_the_merged_file_says_whether_it_is_the_base(line_config, tmp_path):
+    """A fine-tune that moves nothing: the curve is flat, the base stays, and the file says so."""
+    found = run(line_config, tmp_path / "run", "finetune.lr=1e-30")
+    meta = checkpoint.read(tmp_path / "run/neon.safetensors").meta
+    assert found["w"] == 0
+    assert found["verdict"].startswith("no w helped: the curve over w is flat")
+    assert meta["is_base"] is True
+    assert meta["note"] == found["verdict"]
+
+
+def test_two_ranks_search_as_one(line_config, tmp_path):
+    """Rank 0 keeps the features, both choose by them."""
+    settings = [word for setting in SEARCH for word in ("--set", setting)]
+    found = [
+        started("-m", "neon", "run", line_config, "--out", tmp_path / f"{n}", "--device", "cpu", *settings, ranks=n)
+        for n in (1, 2)
+    ]
+    assert found[0]["select"]["chosen"] == found[1]["select"]["chosen"]
+    assert found[0]["select"]["ended_by"] == found[1]["select"]["ended_by"]
