@@ -6,10 +6,11 @@ default) and their messages name Python types; a researcher needs the key, the e
 
 from __future__ import annotations
 
+import difflib
 import math
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TypeVar, Union
@@ -68,8 +69,14 @@ def _given(kind: type[DataclassInstance], table: Mapping[str, object], where: st
     known = [f.name for f in fields(kind)]
     for key in table:
         if key not in known:
-            raise ValueError(f"[{where}] has no key {key!r}; known keys: {', '.join(known) or 'none'}")
+            raise ValueError(_unknown(key, known, where))
     return {key: _checked(value, hints[key], f"{where}.{key}") for key, value in table.items()}
+
+
+def _unknown(key: str, known: Sequence[str], where: str) -> str:
+    close = difflib.get_close_matches(key, known, n=1)
+    suggestion = f" (did you mean {close[0]!r}?)" if close else ""
+    return f"[{where}] has no key {key!r}{suggestion}; known keys: {', '.join(known) or 'none'}"
 
 
 def _complete(kind: type[Section], values: Mapping[str, object], where: str) -> Section:
@@ -134,7 +141,7 @@ def with_family_options(
     family_names = {f.name for f in fields(options)}
     for key in table:
         if key not in own_names | family_names:
-            raise ValueError(f"[{where}] has no key {key!r}; known keys: {', '.join(sorted(own_names | family_names))}")
+            raise ValueError(_unknown(key, sorted(own_names | family_names), where))
     own = _given(kind, {k: v for k, v in table.items() if k in own_names}, where)
     family_part = _given(options, {k: v for k, v in table.items() if k not in own_names}, where)
     built: object = _complete(options, family_part, where)

@@ -84,18 +84,46 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Experiment:
         raise FileNotFoundError(f"no config file {path}")
     if (folder := str(path.resolve().parent)) not in sys.path:
         sys.path.append(folder)
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid TOML in UTF-8: {error}") from error
-    except RecursionError as error:
-        raise ValueError(f"{path}: its arrays or tables are nested too deep to be read") from error
+    table = _read(path)
     for override in overrides:
         _override(table, override)
     try:
         return parse(table)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def _read(path: Path) -> dict[str, object]:
+    """The table of a config. `based_on = "OTHER.toml"` takes the keys that it does not name from a config beside it."""
+    table = _toml(path)
+    name = table.pop("based_on", None)
+    if name is None:
+        return table
+    other = path.with_name(str(name))
+    if not other.is_file():
+        raise FileNotFoundError(f"{path}: based_on = {name!r}: there is no config {other}")
+    under = _toml(other)
+    if "based_on" in under:
+        raise ValueError(f"{path}: based_on = {name!r}: that config is based on another one; name that one instead")
+    return _joined(under, table)
+
+
+def _toml(path: Path) -> dict[str, object]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not valid TOML in UTF-8: {error}") from error
+    except RecursionError as error:
+        raise ValueError(f"{path}: its arrays or tables are nested too deep to be read") from error
+
+
+def _joined(under: Mapping[str, object], over: Mapping[str, object]) -> dict[str, object]:
+    """The keys of both, those of `over` where they meet; tables that meet are joined in the same way."""
+    joined = dict(under)
+    for key, value in over.items():
+        below = under.get(key)
+        joined[key] = _joined(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+    return joined
 
 
 def parse(table: Mapping[str, object], family: Family | None = None) -> Experiment:

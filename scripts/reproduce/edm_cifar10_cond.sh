@@ -1,20 +1,8 @@
 #!/usr/bin/env bash
-# EDM, CIFAR-10 class-conditional: published FID 1.78 -> 1.38 (arXiv 2510.03597). First Neon's published checkpoint, then the base, then the whole loop.
-#
-#   scripts/reproduce/edm_cifar10_cond.sh [number of GPUs, default 8] [published | base | run, default all three]
-set -euo pipefail
-cd "$(dirname "$0")/../.."
-gpus="${1:-8}" what="${2:-all}"
-
-bash download_models.sh --refs edm-cifar10-32x32-cond-vp.pkl Neon_EDM_conditional_CIFAR10.pkl
-
-evaluate() {
-    torchrun --standalone --nproc_per_node="$gpus" edm/calculate_fid.py --ref fid_stats/cifar10-32x32.npz \
-        --seeds 0-49999 --max_batch_size 256 --num_steps 18 "$@"
-}
-
-if [[ $what == all || $what == published ]]; then evaluate --network_pkl checkpoints/Neon_EDM_conditional_CIFAR10.pkl; fi
-if [[ $what == all || $what == base ]]; then evaluate --network_pkl checkpoints/edm-cifar10-32x32-cond-vp.pkl; fi
-if [[ $what == all || $what == run ]]; then
-    torchrun --standalone --nproc_per_node="$gpus" -m neon run configs/edm_cifar10_cond.toml
-fi
+# EDM, CIFAR-10 class-conditional: published FID 1.78 -> 1.38 (arXiv 2510.03597). How it is called: _row.sh
+. "$(dirname "${BASH_SOURCE[0]}")/_row.sh"
+fetch edm-cifar10-32x32-cond-vp.pkl Neon_EDM_conditional_CIFAR10.pkl
+evaluate=(edm/calculate_fid.py --ref fid_stats/cifar10-32x32.npz --seeds 0-49999 --max_batch_size 256 --num_steps 18)
+published --network_pkl checkpoints/Neon_EDM_conditional_CIFAR10.pkl    # 1.38
+base --network_pkl checkpoints/edm-cifar10-32x32-cond-vp.pkl    # 1.78
+run configs/edm_cifar10_cond.toml

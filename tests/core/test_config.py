@@ -1,6 +1,7 @@
 """A wrong config is refused by name before anything expensive; what is accepted says what the file says."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
@@ -88,6 +89,25 @@ def test_values_arrive(line_config):
 )
 def test_mistakes_are_named(line_config, override, message):
     assert message in refused(line_config, override)
+
+
+def test_a_config_may_be_based_on_another(line_config, tmp_path):
+    own = line_config.with_name("own.toml")
+    own.write_text(f'based_on = "{line_config.name}"\n[sampling]\nspread = 0.5\n[finetune.objective]\nnoise = 0.7\n')
+    expected = load(line_config, ["sampling.spread=0.5", "finetune.objective.noise=0.7", "report.num_images=60"])
+    assert load(own, ["report.num_images=60"]) == expected
+    line_config.with_name("third.toml").write_text('based_on = "own.toml"\n')
+    assert "own.toml': that config is based on another one" in refused(line_config.with_name("third.toml"))
+    own.write_text('based_on = "nowhere.toml"\n')
+    with pytest.raises(FileNotFoundError, match=r"own.toml: based_on = 'nowhere.toml': there is no config"):
+        load(own)
+
+
+def test_a_name_that_is_almost_right_is_suggested(line_config):
+    assert "[sampling] has no key 'spred' (did you mean 'spread'?)" in refused(line_config, "sampling.spred=1")
+    path = Path(__file__).resolve().parents[2] / "configs" / "imm_imagenet256_t8.toml"
+    renamed = refused(path, "finetune.objective.label_dropout=0.1")
+    assert "[finetune.objective] has no key 'label_dropout' (did you mean 'label_drop'?)" in renamed
 
 
 def test_a_missing_key_and_a_missing_file(line_config, tmp_path):

@@ -1,8 +1,9 @@
 """The project's own files agree with each other."""
 
 import json
+import os
 import re
-import shlex
+import subprocess
 import tomllib
 from pathlib import Path
 
@@ -45,18 +46,31 @@ def test_no_published_number_poses_as_ours():
     assert "published, not yet reproduced here" in readme
 
 
-@pytest.mark.parametrize("script", sorted((ROOT / "scripts/reproduce").glob("*.sh")), ids=lambda p: p.stem)
+ROWS = [path for path in sorted((ROOT / "scripts/reproduce").glob("*.sh")) if not path.name.startswith("_")]
+
+
+@pytest.mark.parametrize("script", ROWS, ids=lambda p: p.stem)
 def test_a_reproduction_fetches_every_file_that_it_reads(script):
     text = script.read_text()
-    for name, value in re.findall(r"^(\w+)=(\S+)$", text, re.M):
-        text = text.replace(f"${name}", value)
-    (line,) = re.findall(r"download_models\.sh (.*)", text)
-    words = shlex.split(line)
-    groups = [word.removeprefix("--") for word in words if not word.startswith("https://") and word.startswith("--")]
-    fetched = {
-        str(item.target(Path())) for item in select([word for word in words if not word.startswith("--")], groups)
-    }
-    read = text + "".join((ROOT / config).read_text() for config in re.findall(r"configs/\w+\.toml", text))
+    (names,) = re.findall(r"^fetch (.*)", text, re.M)
+    fetched = {str(item.target(Path())) for item in select(names.split(), ["refs"])}
+    (config,) = re.findall(r"^run (configs/\w+\.toml)", text, re.M)
+    read = text + (ROOT / config).read_text()
+    read += "".join((ROOT / "configs" / name).read_text() for name in re.findall(r'based_on = "(.+)"', read))
     needed = set(re.findall(r"(?:checkpoints|fid_stats|xar/pretrained)/[\w./-]+\w", read))
     assert needed <= fetched
     assert needed
+
+
+@pytest.mark.parametrize(
+    ("row", "step", "message"),
+    [
+        ("edm_ffhq64", "train", "expected a number of GPUs, then published, base, run or all; got '2' 'train'"),
+        ("flow_cifar10", "published", "this row has no 'published'"),
+    ],
+)
+def test_a_step_that_a_row_lacks_is_said(row, step, message, tmp_path):
+    command = ["bash", str(ROOT / "scripts/reproduce" / f"{row}.sh"), "2", step]
+    done = subprocess.run(command, env={**os.environ, "PYTHON": "true"}, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1
+    assert message in done.stderr
