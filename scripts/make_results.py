@@ -72,7 +72,7 @@ def base_section(found: Mapping, family: str) -> str:
         [row["sampler"], number(row["cfg_scale"]), *(number(v) for v in row["metrics"].values())]
         for row in base["rows"]
     ]
-    sampler = f"{best['sampler']}, guidance {number(best['cfg_scale'])}"
+    sampler = f"{best['sampler']}, guidance {number(best['cfg_scale'])}; {base['precision']}"
     return f"""Base at its best sampler ({sampler}): {name} = {number(value)}; real
 against real {number(floor[name])}. Ratio {ratio:.1f}, gate {GATES[family]}: {gate}. Recognised by the classifier:
 {100 * share:.1f} % (gate {100 * RECOGNISED:.0f} %: {"passed" if share >= RECOGNISED else "MISSED"}).
@@ -205,10 +205,14 @@ def laws(found: Mapping) -> str:
     return "\n".join(parts)
 
 
-def family_section(found: Mapping, out: Path) -> str:
+def family_section(found: Mapping, trained: Mapping | None, out: Path) -> str:
     job = JOBS[found["job"]]
     title = f"## {found['job']} ({job.family})" if job.is_repeat else f"## {job.family}"
     parts = [title, f"`scripts/reproduce/small/{job.family}.sh`; numbers: `results/small/{found['job']}.json`."]
+    if trained is not None:
+        images = f"{trained['images_seen']:,} images"
+        parts.append(f"Trained on {images} in {trained['seconds']:.0f} s, with others beside it on the GPU:")
+        parts.append(f"    {trained['command']}")
     if is_measured(found.get("base")):
         parts.append(base_section(found, job.family))
     if is_measured(found.get("main")):
@@ -271,7 +275,10 @@ def page(results: Path, out: Path) -> str:
     families = [json.loads(file.read_text()) for file in files if file.is_file()]
     families.sort(key=lambda found: FAMILIES.index(JOBS[found["job"]].family))
     absent = [name for name in FAMILIES if name not in {JOBS[found["job"]].family for found in families}]
-    sections = [INTRODUCTION.strip(), *(family_section(found, out) for found in families)]
+    sections = [INTRODUCTION.strip()]
+    for found in families:
+        trained = results / "small" / f"train-{found['job']}.json"
+        sections.append(family_section(found, json.loads(trained.read_text()) if trained.is_file() else None, out))
     if absent:
         sections.append(f"Not measured yet: {', '.join(absent)} (`scripts/reproduce/small/FAMILY.sh measure`).")
     sections.append(demo_section(json.loads((results / "demo.json").read_text())))

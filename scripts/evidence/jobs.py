@@ -1,4 +1,4 @@
-"""What the small experiments train: one job per base model, and other settings for two of them."""
+"""What the small experiments train: one job per base model."""
 
 from __future__ import annotations
 
@@ -18,9 +18,6 @@ class Job:
     family: str
     autoencoder: str | None = None
     """Stem of the autoencoder's config in configs/small."""
-    autoencoder_share: float = 0.0
-    """Share of the training time that the autoencoder gets."""
-    autoencoder_overrides: tuple[str, ...] = ()
     overrides: tuple[str, ...] = ()
     """Of the family's config, for training and measuring."""
     is_repeat: bool = False
@@ -36,8 +33,8 @@ JOBS = {
     for job in (
         Job(name="edm", family="edm"),
         Job(name="flow", family="flow"),
-        Job(name="var", family="var", autoencoder="var_tokeniser", autoencoder_share=0.28),
-        Job(name="xar", family="xar", autoencoder="xar_vae", autoencoder_share=0.2),
+        Job(name="var", family="var", autoencoder="var_tokeniser"),
+        Job(name="xar", family="xar", autoencoder="xar_vae"),
         Job(name="imm", family="imm"),
         Job(
             name="edm-again",
@@ -51,19 +48,10 @@ JOBS = {
                 "report.first_seed=12_000_000",
             ),
         ),
-        Job(
-            name="xar-kl",
-            family="xar",
-            autoencoder="xar_vae",
-            autoencoder_share=0.2,
-            autoencoder_overrides=("autoencoder.train.objective.kl_weight=0.001",),
-        ),
-        Job(name="imm-k", family="imm", overrides=("train.objective.k=12.0", "finetune.objective.k=12.0")),
     )
 }
 FAMILIES = ("edm", "flow", "var", "xar", "imm")
-"""The first job of each; the others are a repeat with everything seeded anew, and settings of which the better is
-kept."""
+"""The first job of each; the other is a repeat with everything seeded anew."""
 
 
 def model_path(folder: Path, job: Job) -> Path:

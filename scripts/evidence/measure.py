@@ -13,7 +13,7 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -40,9 +40,11 @@ from neon.sampling.generate import generate, to_images  # noqa: E402
 from neon.sampling.options import Synth  # noqa: E402
 from neon.search.points import Block, Point, Score, best, parabola_minimum  # noqa: E402
 from neon.store import files, records, shards  # noqa: E402
+from neon.store.filling import Made, Plan, fill  # noqa: E402
 from scripts.evidence.jobs import JOBS, Job, base_overrides  # noqa: E402
 
 K = 5
+SHARD_IMAGES = 1024
 CURVE = (-1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0, 3.0)
 SAMPLERS: dict[str, dict[str, tuple[str, ...]]] = {
     "edm": {f"{n} steps": (f"sampling.num_steps={n}",) for n in (8, 18, 40)},
@@ -86,13 +88,18 @@ class Measured(Run):
         if self._images is None:
             return super().synth()
         images, config = self._images, self.config.need("synth", Synth)
+        self.model  # noqa: B018 - opens the autoencoder, which the fine-tune encodes with
         folder = self.folder / "synth"
         records.claim_folder(folder, images.manifest, self.world)
-        ranges = shards.shard_ranges(config.num_images, config.shard_images)
-        for i, indices in enumerate(ranges):
-            if not shards.is_complete(shards.shard_path(folder, i), indices):
-                shards.write_shard(shards.shard_path(folder, i), *images.read(indices), indices)
-        return shards.open_shards(folder, config.num_images, config.shard_images)
+
+        def make(batches: Sequence[Sequence[int]]) -> Iterator[Made]:
+            for indices in batches:
+                yield (indices, *images.read(indices))
+
+        plan = Plan(
+            folder=folder, num_images=config.num_images, shard_images=SHARD_IMAGES, batch=SHARD_IMAGES, damaged="refuse"
+        )
+        return fill(plan, make, self.world, "copy")
 
 
 class Corpus:
@@ -102,14 +109,14 @@ class Corpus:
         self._images = open_images(path, pad=pad)
         if len(self._images) < num_images:
             raise ValueError(f"{path}: {len(self._images)} images, {num_images} are needed")
-        sha256 = files.sha256_of(path) if path.is_file() else records.key_of(records.read_json(path / "manifest.json"))
+        sha256 = files.sha256_of(path) if path.is_file() else records.key_of(records.read_manifest(path))
         self.manifest = {
             "store": "images",
             "images": path.name,
             "sha256": sha256,
             "num_images": num_images,
             "pad": pad,
-            "shard_images": 1024,
+            "shard_images": SHARD_IMAGES,
         }
 
     def read(self, indices: Sequence[int]) -> tuple[Tensor, Tensor | None]:
@@ -193,6 +200,7 @@ class Measurement:
             "rows": rows,
             "best": chosen,
             "recognised": recognised,
+            "precision": run.sampling.arithmetic,
             "real_against_real": real_against_real(run),
             "hashes": hashes(run),
         }
@@ -245,7 +253,7 @@ class Measurement:
             "curve": [plain(score) for score in scores],
             "rows": {name: plain(score) for name, score in held_out.items()},
             "step": step(run, snapshot),
-            "synth_sha256": records.key_of(records.read_json(run.folder / "synth" / "manifest.json")),
+            "synth_sha256": records.key_of(records.read_manifest(run.folder / "synth")),
         }
 
     def snapshots_and_w(self) -> list[dict[str, object]]:
@@ -303,10 +311,13 @@ class Measurement:
             return
         self.measure("real_data", self.real_data)
         self.measure("synth_1000", lambda: self.other_seed(0, 1_000))
-        for name in AXIS.get(family, ()):
-            self.measure(f"sampler {name}", lambda name=name: self.axis(name))
+        first, *others = AXIS.get(family, ("",))
+        if first:
+            self.measure(f"sampler {first}", lambda: self.axis(first))
         if family == "edm":
             self.measure("synth_of_flow", lambda: self.other_model("flow"))
+        for name in others:
+            self.measure(f"sampler {name}", lambda name=name: self.axis(name))
         self.measure("snapshots", self.snapshots_and_w)
 
 

@@ -1,18 +1,21 @@
 #!/usr/bin/env bash
-# All small experiments side by side on one GPU, in two calls.
+# All small experiments side by side on one GPU, in one call: bases are trained, and every base is measured as soon as it is there.
 #
-#   OUT=out scripts/evidence/on_gpu.sh train 330      # base models, then each base alone; weights, logs and pictures into $OUT
-#   OUT=out scripts/evidence/on_gpu.sh measure 240    # Neon and its controls; JSON, logs and pictures into $OUT
+#   OUT=out GIVEN=runs/given scripts/evidence/on_gpu.sh 185 390
 #
+# 185: seconds for training; 390: for everything. GIVEN: JOB/model.safetensors, JOB/autoencoder.safetensors and out/JOB.json that are
+# there already: such models are not trained, such measurements not repeated. JOBS: which jobs (scripts/evidence/jobs.py).
 # Needs data/fashion_{train,reference,test}.npz (scripts/make_small_data.py). Work lies in $WORK (default /tmp/small).
 # MPS=0 leaves out CUDA's multi-process service, which lets the small kernels of several processes run at once.
 set -u
 cd "$(dirname "$0")/../.."
-mode="$1" seconds="$2"
+train_s="$1" total_s="$2"
 work="${WORK:-/tmp/small}" out="${OUT:?name a folder for the results}"
+jobs="${JOBS:-edm imm flow var xar edm-again}" # repeats come last
 python="${PYTHON:-python3}"
 export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD" OMP_NUM_THREADS=1
-mkdir -p "$work" "$out"
+mkdir -p "$work/logs" "$work/out" "$out"
+[[ -n "${GIVEN:-}" ]] && cp -r "$GIVEN/." "$work/" && chmod -R u+w "$work"
 
 say() { echo "[$SECONDS s] $*"; }
 
@@ -26,84 +29,57 @@ start_mps() {
     say "no MPS"
     command -v nvidia-cuda-mps-control >/dev/null && echo quit | timeout 10 nvidia-cuda-mps-control
     unset CUDA_MPS_PIPE_DIRECTORY CUDA_MPS_LOG_DIRECTORY
-    JOBS="${JOBS:-edm,flow,var,xar,imm}" # the processes take turns then: no room for repeats
 }
 
 stop_mps() { [[ -n "${CUDA_MPS_PIPE_DIRECTORY:-}" ]] && echo quit | timeout 10 nvidia-cuda-mps-control; }
 
-# The whole measurement of a family on a model of two updates: finds what does not run here while the real models train.
-smoke() {
-    local family="$1" autoencoder="" dir="$work/smoke"
-    case "$family" in var) autoencoder=var_tokeniser ;; xar) autoencoder=xar_vae ;; esac
-    mkdir -p "$dir/$family"
-    if [[ -n "$autoencoder" ]]; then
-        "$python" -m neon train-autoencoder "configs/small/$autoencoder.toml" --set autoencoder.train.images=256 --out "$dir/a-$family" &&
-            cp "$dir/a-$family/autoencoder.safetensors" "$dir/$family/" || return 1
-        set -- --set "base.autoencoder=$dir/$family/autoencoder.safetensors"
-    else
-        set --
-    fi
-    "$python" -m neon train "configs/small/$family.toml" --set data.path=data/fashion_test.npz --set train.images=512 "$@" \
-        --out "$dir/m-$family" && cp "$dir/m-$family/model.safetensors" "$dir/$family/" || return 1
-    "$python" scripts/evidence/measure.py "$family" --models "$dir" --folder "$dir/neon" --out "$dir/out" --seconds 60 \
-        --set synth.num_images=100 --set finetune.images=512 --set finetune.snapshot_images=256 --set select.num_images=100 \
-        --set report.num_images=200 --set report.num_shown=100
+is_there() { [[ -f "$work/$1/model.safetensors" ]]; }
+
+# measure JOB: begins nothing new in the last 20 seconds; what is under way when they end is lost.
+measure() {
+    local left=$((total_s - SECONDS))
+    timeout -k 3 "$left" "$python" scripts/evidence/measure.py "$1" --models "$work" --folder "$work/neon" --out "$work/out" \
+        --seconds $((left - 20)) >>"$work/logs/measure-$1.log" 2>&1 || say "$1: measuring ended with $?"
 }
 
-jobs_of() { # every job that has a model
-    for model in "$work"/*/model.safetensors; do [[ -f "$model" ]] && basename "$(dirname "$model")"; done
+# Until the others are trained, the models that are there already get a part of the GPU.
+early() {
+    CUDA_MPS_ACTIVE_THREAD_PERCENTAGE="${EARLY_PERCENT:-40}" measure "$1"
 }
 
-measure() { # measure JOB SECONDS LIMIT [option ...]
-    local job="$1" limit="$3"
-    timeout -k 5 "$limit" "$python" scripts/evidence/measure.py "$job" --models "$work" --folder "$work/neon" --out "$work/out" \
-        --seconds "$2" "${@:4}" >>"$work/logs/measure-$job.log" 2>&1 || say "$job: measuring ended with $?"
+train_and_measure() {
+    "$python" scripts/evidence/train.py --jobs "$1" --folder "$work" --seconds $((train_s - SECONDS)) || say "$1: training ended with $?"
+    is_there "$1" && measure "$1"
 }
 
-pack() { # pack NAME: JSON, pictures and logs
-    tar -czf "$out/$1.part" -C "$work" --ignore-failed-read out logs 2>/dev/null && mv "$out/$1.part" "$out/$1.tar.gz"
+repeat() { # a repeat waits for the end of training
+    while ((SECONDS < train_s)); do sleep 1; done
+    measure "$1"
 }
 
-# Of several settings of a family, the one whose base is best.
-chosen_jobs() {
-    "$python" - "$work/out" <<'PY'
-import json, sys
-from pathlib import Path
-sys.path.insert(0, ".")
-from scripts.evidence.jobs import JOBS
-best = {}
-for name, job in JOBS.items():
-    file = Path(sys.argv[1]) / f"{name}.json"
-    base = json.loads(file.read_text()).get("base", {}) if file.is_file() else {}
-    if "best" in base:
-        value = base["best"]["metrics"][next(iter(base["best"]["metrics"]))]
-        key = name if job.is_repeat else job.family
-        if key not in best or value < best[key][0]:
-            best[key] = (value, name)
-print("\n".join(name for _, name in best.values()))
-PY
+pack() { # pack NAME FOLDER ... : into $out, whole or not at all
+    (cd "$work" && tar -czf "$out/$1.part" --ignore-failed-read "${@:2}" 2>/dev/null)
+    mv "$out/$1.part" "$out/$1.tar.gz"
 }
 
-mkdir -p "$work/logs" "$work/out"
 command -v nvidia-smi >/dev/null && nvidia-smi --query-gpu=name,memory.total --format=csv,noheader
 start_mps
-say "$mode begins"
-if [[ "$mode" == train ]]; then
-    for family in edm flow var xar imm; do
-        (timeout 150 bash -c "$(declare -f smoke); work=$work python=$python; smoke $family" >"$work/logs/smoke-$family.log" 2>&1 &&
-            ! grep -q FAILED "$work/logs/smoke-$family.log" && say "smoke $family: ok" ||
-            { say "smoke $family: FAILED"; grep -A1 -E "FAILED|Error" "$work/logs/smoke-$family.log" | tail -8; }) &
-    done
-    timeout -k 5 $((seconds + 40)) "$python" scripts/evidence/train.py --folder "$work" --seconds "$seconds" --pack "$out" ${JOBS:+--jobs "$JOBS"}
-    say "trained; each base alone"
-    for job in $(jobs_of); do measure "$job" 60 75 --base-only & done
-    wait
-    pack base
-else
-    for job in $(chosen_jobs); do measure "$job" "$seconds" $((seconds + 60)) & done
-    while [[ -n "$(jobs -r)" ]]; do sleep 5; ((SECONDS % 60 < 5)) && pack measure; done
-    pack measure
-fi
+say "begins: $jobs"
+for job in $jobs; do
+    if ! is_there "$job"; then
+        train_and_measure "$job" &
+    elif [[ "$job" == *-again ]]; then
+        repeat "$job" &
+    else
+        early "$job" &
+    fi
+done
+while [[ -n "$(jobs -r)" ]] && ((SECONDS < total_s + 5)); do
+    sleep 5
+    ((SECONDS % 60 < 5)) && pack results out logs
+done
+(cd "$work" && pack models $(ls -d */model.safetensors train-*.json runs/*/log.jsonl 2>/dev/null))
+pack results out logs $(cd "$work" && ls -d neon/*/*/*.jsonl 2>/dev/null)
 "$python" - "$work/out" <<'PY'
 import json, sys
 from pathlib import Path
