@@ -18,8 +18,14 @@ from fid.files import not_what_it_is_called, sha256_of
 
 
 def cache_folder() -> Path:
-    """$NEON_CACHE, or ~/.cache/neon."""
-    return Path(os.environ.get("NEON_CACHE") or Path.home() / ".cache" / "neon")
+    """$NEON_CACHE, or ~/.cache/neon. Raises FileNotFoundError if there is neither."""
+    named = os.environ.get("NEON_CACHE")
+    if named:
+        return Path(named)
+    try:
+        return Path.home() / ".cache" / "neon"
+    except RuntimeError as error:
+        raise FileNotFoundError("this user has no home folder: set NEON_CACHE to a folder for fetched files") from error
 
 
 def sha256_of_tensors(tensors: dict[str, Tensor]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Iterator
@@ -18,12 +19,14 @@ class OnStderr(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         if os.environ.get("RANK", "0") == "0":
-            click.echo(f"warning: {record.getMessage()}", err=True)
+            with contextlib.suppress(OSError, ValueError):  # a closed or full stderr
+                click.echo(f"warning: {record.getMessage()}", err=True)
 
 
 @contextmanager
 def plain_messages() -> Iterator[None]:
     """Run a command: its warnings are printed, its errors end it with exit code 1 and one line."""
+    _occupy_standard_streams()
     log, handler = logging.getLogger("neon"), OnStderr(logging.WARNING)
     log.addHandler(handler)
     try:
@@ -32,6 +35,16 @@ def plain_messages() -> Iterator[None]:
         raise click.ClickException(str(error)) from error
     finally:
         log.removeHandler(handler)
+
+
+def _occupy_standard_streams() -> None:
+    """Where a standard stream was closed, its number would go to the next file that is opened, and whatever a library
+    prints would go into that file."""
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest free number: this one
 
 
 class PlainCommand(click.Command):

@@ -24,15 +24,17 @@ from neon import binding, quantize
 from neon.checkpoints import checkpoint
 from neon.cli.messages import PlainCommand
 from neon.cli.options import PATH, RANK_OPTIONS, Command, gathered
+from neon.cli.resume import pass_folder
 from neon.evaluation.evaluate import Evaluation, Yardstick, evaluate, spread, why_not_comparable
 from neon.family import Family
 from neon.runtime.distributed import World, world
+from neon.runtime.interrupt import told_how_to_go_on
 from neon.runtime.precision import Precision
 from neon.runtime.progress import say
 from neon.sampling import options
 from neon.sampling.generate import Source
 from neon.sampling.options import Labels
-from neon.store import files
+from neon.store import files, records
 
 log = logging.getLogger(__name__)
 
@@ -150,14 +152,15 @@ class Request:
 
 def calculate_fid(request: Request) -> None:
     """Evaluate on all ranks and print one JSON object on rank 0."""
-    with world(request.common.device, request.common.timeout) as ranks:
-        result = _calculate(request, ranks)
+    with world(request.common.device, request.common.timeout) as ranks, told_how_to_go_on(ranks):
+        yardstick = _yardstick(request, ranks)
+        with pass_folder(ranks, yardstick.identity) as folder:
+            result = _calculate(request, yardstick, folder, ranks)
         if ranks.is_main:
             click.echo(json.dumps(result))
 
 
-def _calculate(request: Request, ranks: World) -> dict[str, object]:
-    yardstick = _yardstick(request, ranks)
+def _calculate(request: Request, yardstick: Yardstick, folder: Path | None, ranks: World) -> dict[str, object]:
     found = checkpoint.read(request.checkpoint, weights=request.common.weights)
     request.family.open(request.autoencoder, ranks.device)
     model = request.family.load(found).to(ranks.device).eval().requires_grad_(False)
@@ -181,8 +184,34 @@ def _calculate(request: Request, ranks: World) -> dict[str, object]:
             num_classes=request.family.num_classes(model),
         )
         desc = f"block {repeat + 1} of {request.common.repeats}"
-        runs.append(evaluate(block, model, request.images.num_images, [yardstick], ranks, desc=desc))
+        runs.append(_evaluation(block, model, request.images.num_images, yardstick, folder, ranks, desc))
     return _result(request, yardstick, found, sampling, runs, ranks)
+
+
+def _evaluation(
+    block: Source,
+    model: torch.nn.Module,
+    num_images: int,
+    yardstick: Yardstick,
+    folder: Path | None,
+    ranks: World,
+    desc: str,
+) -> Evaluation:
+    """One block of seeds: from `folder` if a killed command has finished it, half of it from there, or anew."""
+    if folder is None:
+        return evaluate(block, model, num_images, [yardstick], ranks, desc=desc)
+    finished = ranks.broadcast(records.read_lines(folder / "blocks.jsonl") if ranks.is_main else [])
+    for line in finished:
+        if line["first_seed"] == block.first_seed:
+            say(ranks, f"{desc}: found finished in {folder}")
+            return Evaluation(line["metrics"], line["seconds"], num_images, None)
+    partial = folder / f"seed-{block.first_seed}"
+    found = evaluate(block, model, num_images, [yardstick], ranks, partial=partial, desc=desc)
+    if ranks.is_main:
+        line = {"first_seed": block.first_seed, "metrics": found.metrics, "seconds": found.seconds}
+        records.append_line(folder / "blocks.jsonl", line)
+    ranks.barrier()
+    return found
 
 
 def _yardstick(request: Request, ranks: World) -> Yardstick:

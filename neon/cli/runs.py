@@ -33,6 +33,7 @@ class OnConfig:
         """Load and check the config, own the run's folder, do the work on all ranks, print the result."""
         from neon.pipeline.experiment import load
         from neon.runtime.distributed import world
+        from neon.runtime.interrupt import told_how_to_go_on
         from neon.store.files import folder_lock
 
         experiment = load(self.config, self.overrides)
@@ -40,7 +41,7 @@ class OnConfig:
         if self.dry_run:
             click.echo(json.dumps({"out": str(folder), **to_table(experiment)}))
             return
-        with world(self.device, self.timeout) as ranks:
+        with world(self.device, self.timeout) as ranks, told_how_to_go_on(ranks):
             if ranks.is_main:
                 with folder_lock(folder):
                     result = work(experiment, folder, ranks)

@@ -20,7 +20,9 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+from http.client import HTTPMessage
 from pathlib import Path
+from typing import IO
 
 from tqdm import tqdm
 
@@ -160,6 +162,20 @@ def fetch_url(item: Published, target: Path) -> None:
     part.with_name(part.name + ".etag").unlink(missing_ok=True)
 
 
+class StayEncrypted(urllib.request.HTTPRedirectHandler):
+    """Follows redirects, but never from https to anything else."""
+
+    def redirect_request(
+        self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
+    ) -> urllib.request.Request | None:
+        if req.full_url.startswith("https:") and not newurl.startswith("https:"):
+            raise DownloadError(f"{req.full_url} redirects to {newurl}, which is not encrypted: not followed")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+_OPENER = urllib.request.build_opener(StayEncrypted)
+
+
 def download_rest(url: str, part: Path) -> None:
     """Append to `part` what it lacks of `url`; start again if the server cannot resume or the file there has
     changed."""
@@ -171,7 +187,7 @@ def download_rest(url: str, part: Path) -> None:
         if tag_file.is_file():
             headers["If-Range"] = tag_file.read_text()
     try:
-        response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT_S)
+        response = _OPENER.open(urllib.request.Request(url, headers=headers), timeout=TIMEOUT_S)
     except urllib.error.HTTPError as error:
         if error.code != 416 or not have:
             raise

@@ -3,6 +3,7 @@ there."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from neon.sampling.generate import Source, generate, to_images
 from neon.search.points import Block, Point, Score
 from neon.store import files, records
 
+LOG = logging.getLogger(__name__)
 ENTRY = ("point", "block", "protocol")
 """The parts of a ledger line that its value depends on."""
 
@@ -108,7 +110,7 @@ class Grid:
             with np.load(path, allow_pickle=False) as data:
                 return torch.from_numpy(data["images"])
         except UNREADABLE as error:
-            say(self._world, f"warning: {path}: damaged ({error}). Its pictures are made again")
+            LOG.warning("%s: damaged (%s). Its pictures are made again", path, error)
             return None
 
     def _show_again(self, point: Point, block: Block, key: str) -> None:

@@ -6,6 +6,7 @@ keep what they made in `parts/` until the shards of a round are whole; a killed 
 
 from __future__ import annotations
 
+import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +22,8 @@ from fid.files import UNREADABLE, map_member
 from neon.runtime.distributed import World
 from neon.runtime.progress import progress, say
 from neon.store import files, shards
+
+LOG = logging.getLogger(__name__)
 
 Made = tuple[Sequence[int], Tensor, Tensor | None]
 """Indices of a batch, their codes (B, ...) and labels (B,) or None."""
@@ -52,11 +55,12 @@ def fill(plan: Plan, make: Make, world: World, desc: str) -> shards.Shards:
     ranges, parts = plan.ranges, plan.folder / "parts"
     whole = _whole(plan, world)
     missing = [i for i in range(len(ranges)) if i not in whole]
-    left = world.broadcast(_kept(parts, world) if world.is_main else set())
+    left = world.broadcast(_kept(parts) if world.is_main else set())
     kept = {k for i in missing for k in ranges[i] if k in left}
     done = sum(len(ranges[i]) for i in whole) + len(kept)
-    if done and missing:
-        say(world, f"{desc}: found {done:,} of {plan.num_images:,} images in {plan.folder}, going on")
+    if done:
+        rest = ", going on" if missing else ""
+        say(world, f"{desc}: found {done:,} of {plan.num_images:,} images in {plan.folder}{rest}")
     bar = progress(total=plan.num_images, initial=done, desc=desc, unit="img", world=world)
     for first in range(0, len(missing), world.size):
         round_ = missing[first : first + world.size]
@@ -91,12 +95,12 @@ def _whole(plan: Plan, world: World) -> set[int]:
         except ValueError as error:
             if plan.damaged == "refuse":
                 raise
-            say(world, f"warning: {error}. It is made again")
+            LOG.warning("%s. It is made again", error)
             plan.path(i).unlink()
     return {i for part in world.gather(found) for i in part}
 
 
-def _kept(parts: Path, world: World) -> set[int]:
+def _kept(parts: Path) -> set[int]:
     """Images that a killed round left in its parts. A damaged part is removed with a warning."""
     kept: set[int] = set()
     for path in sorted(parts.glob("part-*.npz")):
@@ -104,7 +108,7 @@ def _kept(parts: Path, world: World) -> set[int]:
             files.check_zip(path)
             kept.update(map_member(path, "index").tolist())
         except UNREADABLE as error:
-            say(world, f"warning: {path}: damaged ({error}). It is made again")
+            LOG.warning("%s: damaged (%s). It is made again", path, error)
             path.unlink()
     return kept
 

@@ -92,8 +92,7 @@ def train(
         while trainer.images_seen < recipe.images:
             before = trainer.images_seen
             loss = train_step(trainer, corpus, ahead.take(trainer.step))
-            bar.update(min(trainer.images_seen, recipe.images) - before)
-            bar.set_postfix(loss=f"{loss:.4g}", refresh=False)
+            bar.update(trainer.images_seen - before, note=f"loss {loss:.4g}")
             is_done = trainer.images_seen >= recipe.images
             is_due = is_done or (
                 recipe.snapshot_images is not None

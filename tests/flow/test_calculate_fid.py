@@ -17,6 +17,7 @@ from flow.presets import CIFAR10
 from neon.checkpoints import checkpoint
 from neon.quantize import to_uint8
 from neon.seeds import image_rng
+from neon.store import records
 from tests.commands import FidCommand
 from tests.flow import published
 from tests.quarters import Quarters, write_statistics
@@ -47,6 +48,35 @@ def test_the_number_is_the_one_of_the_parts(tiny):
     assert found["value"] == pytest.approx(expected, rel=1e-3)
     assert found["metric"] == "fd5[quarters]"
     assert (found["sampling"]["uint8"], found["comparable"], found["checkpoint"]["weights"]) == ("edm", False, "ema")
+
+
+def test_a_killed_command_goes_on_with_the_same_bits(tiny, tmp_path, monkeypatch):
+    """Two blocks of two batches, killed in the second block: one finished block and one batch are found again."""
+    monkeypatch.setenv("NEON_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(records.Saver, "is_due", property(lambda self: True))
+    options = ("--num_images", 4, "--batch_size", 2, "--integration_method", "euler", "--integration_steps", 2)
+    sampled: list[int] = []
+    sample = Flow.sample
+
+    def counted(self, model, rng, labels, how):
+        if len(sampled) == 3:
+            raise KeyboardInterrupt
+        sampled.append(rng.seeds[0])
+        return sample(self, model, rng, labels, how)
+
+    whole = COMMAND.here(tiny, *options, "--repeats", 2)
+    assert not list((tmp_path / "cache/passes").iterdir())
+    with monkeypatch.context() as patch:
+        patch.setattr(Flow, "sample", counted)
+        killed = COMMAND.invoke(tiny, *options, "--repeats", 2)
+        assert killed.exit_code == 130
+        assert killed.output.splitlines()[-1] == "stopped. What was made is kept: run the same command to go on"
+        assert sampled == [0, 2, 4]
+        sampled.clear()
+        again = COMMAND.here(tiny, *options, "--repeats", 2)
+    assert sampled == [6]
+    assert again["metrics"] == whole["metrics"]
+    assert again["repeats"] == whole["repeats"]
 
 
 def test_ranks_and_batches_do_not_change_the_number(tiny):
