@@ -1,8 +1,8 @@
-"""Non-leaking augmentation: geometric and colour transforms whose parameters the network is told (Karras et al. 2022,
-arXiv 2206.00364, appendix F.2, after arXiv 2006.06676).
+"""Non-leaking augmentation: geometric and colour transforms whose parameters are also inputs of the network (Karras et
+al. 2022, arXiv 2206.00364, appendix F.2, after arXiv 2006.06676).
 
 Every transform of a `Pipe` draws its parameters and one uniform per image, the gate: the transform applies where the
-gate is below its multiplier times the pipe's probability. `draw` makes these numbers, `augment` consumes them.
+gate is below its multiplier times the pipe's probability. `draw` makes these numbers, `augment` uses them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SHIFT = 0.125
 SCALE_STD = 0.2
 """Scalings: standard deviation of log2."""
 ANISO_ROTATED = 0.5
-"""Share of images whose anisotropic scaling is along a random direction; whatever p is."""
+"""Share of images whose anisotropic scaling is along a random direction instead of x; it does not depend on p."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,8 +74,8 @@ TRANSFORMS = {  # number of labels of each
 
 
 def training_pipe(p: float) -> Pipe:
-    """EDM's training augmentation (9 labels). Mirroring is a fair coin whatever p is: its multiplier makes it
-    certain."""
+    """EDM's training augmentation (9 labels). Half of the images are mirrored whatever p is: the large multiplier lets
+    every image pass the gate."""
     return Pipe(p=p, xflip=1e8, yflip=1, scale=1, rotate_frac=1, aniso=1, translate_frac=1)
 
 

@@ -206,9 +206,8 @@ class UNetBlock(nn.Module):
         """(B, 3 C, H, W) -> (B, C, H, W); channel 3 c + j of a head is its channel c of query, key, value j."""
         B, _, H, W = qkv.shape
         split = qkv.reshape(B, self.num_heads, self.out_channels // self.num_heads, 3, H * W)
-        q, k, v = (
-            split.permute(3, 0, 1, 4, 2).contiguous().unbind(0)
-        )  # (B, heads, H W, C / heads): contiguous for the fast kernels
+        # each (B, heads, H W, C / heads), contiguous for the fast kernels
+        q, k, v = split.permute(3, 0, 1, 4, 2).contiguous().unbind(0)
         return F.scaled_dot_product_attention(q, k, v).transpose(-1, -2).reshape(B, self.out_channels, H, W)
 
 

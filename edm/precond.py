@@ -47,7 +47,7 @@ class Preconditioner(Denoiser):
     """What the four formulations share: the network and the assembly of D.
 
     pixel_unshuffle: an addition of ours. The network sees images folded by this factor (28 x 28 grey -> 14 x 14 with 4
-        channels for 2); nothing outside notices, because folding only permutes pixels.
+        channels for 2). Folding only permutes pixels, so samplers and losses do not depend on it.
     model_kwargs: the remaining constructor arguments of the network, as checkpoints store them beside ours.
     """
 
@@ -233,9 +233,8 @@ class iDDPMPrecond(Preconditioner):  # noqa: N801 - the class name stored in che
     ):
         super().__init__(img_resolution, img_channels, label_dim, use_fp16, model_type, pixel_unshuffle, model_kwargs)
         self.M = M
-        u = torch.zeros(
-            M + 1, device="cpu"
-        )  # also where the network is built on the meta device: sigma_min and sigma_max need it
+        # on the CPU even if the network is built on the meta device: sigma_min and sigma_max need the values
+        u = torch.zeros(M + 1, device="cpu")
         alpha_bar = (0.5 * math.pi * torch.arange(M + 1, device="cpu") / M / (C_2 + 1)).sin() ** 2
         for j in range(M, 0, -1):
             u[j - 1] = ((u[j] ** 2 + 1) / (alpha_bar[j - 1] / alpha_bar[j]).clip(min=C_1) - 1).sqrt()

@@ -1,5 +1,4 @@
-"""Published EDM networks as data (Karras et al. 2022, arXiv 2206.00364): constructor arguments as their files store
-them."""
+"""Published EDM networks (Karras et al. 2022, arXiv 2206.00364): the constructor arguments that their files hold."""
 
 from __future__ import annotations
 

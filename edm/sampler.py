@@ -57,11 +57,11 @@ def sample_heun(
 
     latents: (B, *) unit normal; scaled here by sigmas[0].
     sigmas: (N,) strictly decreasing and positive, in data units (pixels in [-1, 1]); 0 follows.
-    noise: (B, *) unit normals for the step that starts at a level, asked once in every step iff S_churn > 0: also
-        in steps that S_min and S_max exclude, so that an image's noise need not depend on them.
+    noise: gives (B, *) unit normals for the step that starts at a level. Called once per step if S_churn > 0, also in
+        steps outside S_min .. S_max, so that the noise of a step does not depend on these two.
     Returns (B, *) in the dtype of `sigmas`; float64 for published numbers. 2 N - 1 calls of D.
     """
-    levels = [*sigmas.tolist(), 0.0]  # the control flow follows host numbers: nothing waits for the device
+    levels = [*sigmas.tolist(), 0.0]  # Python numbers decide what is done: the CPU never waits for the GPU
     sigmas = torch.cat([sigmas, sigmas.new_zeros(1)]).to(latents.device)
     x = latents.to(sigmas.dtype) * sigmas[0]
     for i, level in enumerate(levels[:-1]):

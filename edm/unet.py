@@ -1,7 +1,7 @@
 """The two U-Nets of EDM: SongUNet (DDPM++ and NCSN++, arXiv 2011.13456) and DhariwalUNet (ADM, arXiv 2105.05233).
 
 Attribute names and constructor arguments are those of the published checkpoints. A network is a mapping (scalars to the
-embedding `emb`) followed by an encoder and a decoder, which edm/levels.py builds and runs; another mapping can be put
+embedding `emb`) followed by an encoder and a decoder, which edm/levels.py builds and runs; IMM puts another mapping
 before them.
 """
 
@@ -143,7 +143,7 @@ def adm_style(*, emb_channels: int, dropout: float) -> BlockStyle:
 class DhariwalUNet(nn.Module):
     """ADM. Labels join after the second mapping layer; otherwise called like SongUNet.
 
-    A layer narrower than 64 channels has no attention even where it is asked for (a trap of the published network).
+    As in the published network, a layer narrower than 64 channels has no attention, even where it is asked for.
     """
 
     def __init__(

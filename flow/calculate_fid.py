@@ -1,8 +1,8 @@
 """FID of a flow-matching checkpoint. The names of the solver's flags are those of TorchCFM's evaluation.
 
-    torchrun --standalone --nproc_per_node=8 flow/calculate_fid.py --model_ckpt
-    checkpoints/otcfm_cifar10_weights_step_400000.pt \\
-        --num_images 50000 --batch_size 1024 --fid_stats fid_stats/cifar10-32x32.npz
+    torchrun --standalone --nproc_per_node=8 flow/calculate_fid.py \\
+        --model_ckpt checkpoints/otcfm_cifar10_weights_step_400000.pt --num_images 50000 --batch_size 1024 \\
+        --fid_stats fid_stats/cifar10-32x32.npz
 
 Runs as plain `python` too, and on a CPU. The numbers do not depend on the number of ranks or the batch size.
 """

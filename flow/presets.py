@@ -21,8 +21,8 @@ MNIST28: dict[str, object] = {
     "class_cond": True,
     "num_classes": 10,
 }
-"""The network of TorchCFM's MNIST examples. Its level of width 32 cannot see the time: a norm with one channel per
-group follows."""
+"""The network of TorchCFM's MNIST examples. Its level of width 32 does not see the time: the norm
+after it has one channel per group, which removes what the embedding adds."""
 
 MODELS: dict[str, dict[str, object]] = {
     "cifar10_uncond": CIFAR10,

@@ -1,7 +1,7 @@
 """Integrate dx/dt = v(t, x) from noise at t = 0 to data at t = 1: Euler, and the adaptive method of Dormand and Prince.
 
 dopri5 follows torchdiffeq, by which the published numbers were made: Shampine's error weights, steps that are not cut
-at the end (the network is asked beyond t = 1, and the result is the last step's interpolant at 1), and an error norm
+at the end (the network is called beyond t = 1, and the result is the last step's interpolant at 1), and an error norm
 over the whole batch, which couples its images. Our default is the norm per image: each image has steps of its own and
 does not depend on its batch. G groups have steps of their own: the images of the batch, or the batch as one.
 """
@@ -74,7 +74,7 @@ def dopri5(
     """
     groups = len(x) if error_norm == "image" else 1
     images = torch.arange(len(x), device=x.device).view(groups, -1)
-    y, left = x.reshape(groups, -1), torch.arange(groups, device=x.device)  # groups that have not arrived yet
+    y, left = x.reshape(groups, -1), torch.arange(groups, device=x.device)  # groups that have not reached the last time
 
     def field(t: Tensor, y: Tensor) -> Tensor:
         there = images[left].flatten()
@@ -96,8 +96,7 @@ def dopri5(
         t_new = t + h
         if not ratio.isfinite().all() or (t_new == t).any():
             raise ValueError(
-                f"dopri5 cannot go on at t = {t.min():.4g}: the velocity is not finite, or the tolerance {tol:g} is "
-                "too small"
+                f"dopri5 stops at t = {t.min():.4g}: the velocity is not finite, or the tolerance {tol:g} is too small"
             )
         accepted = ratio <= 1
         for k, time in enumerate(times[1:], 1):

@@ -24,7 +24,7 @@ CHANNEL_MULT: dict[int, tuple[float, ...]] = {
     32: (1, 2, 2, 2),
     28: (1, 2, 2),
 }
-"""Width of every level over num_channels, by the side of the image, where it is not given."""
+"""Width of every level over num_channels, by the side of the image; used where the constructor names none."""
 Resample = Literal["up", "down"]
 
 
@@ -32,8 +32,7 @@ def timestep_embedding(t: Tensor, channels: int) -> Tensor:
     """(N,) times -> (N, channels): [cos(t f), sin(t f)], f falling geometrically from 1 towards 1e-4; odd widths end in
     a 0.
 
-    t enters as it is, in [0, 1]: most frequencies hardly move over that range, which is how the published networks were
-    trained.
+    t is not scaled: it lies in [0, 1], where most angles hardly change. The published networks were trained so.
     """
     half = channels // 2
     frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
@@ -42,7 +41,7 @@ def timestep_embedding(t: Tensor, channels: int) -> Tensor:
 
 
 def zeroed(layer: nn.Module) -> nn.Module:
-    """The layer with zero weights, after its default draw has advanced the random stream."""
+    """The layer with zero weights. Its default initialisation has advanced the random stream, as in TorchCFM."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer
@@ -128,9 +127,8 @@ class AttentionBlock(nn.Module):
             q, k, v = qkv.unflatten(1, (3, self.num_heads, -1)).unbind(1)
         else:
             q, k, v = qkv.unflatten(1, (self.num_heads, 3, -1)).unbind(2)
-        q, k, v = (
-            part.transpose(-1, -2).contiguous() for part in (q, k, v)
-        )  # (N, heads, H W, c): contiguous for the fast kernels
+        # each (N, heads, H W, c), contiguous for the fast kernels
+        q, k, v = (part.transpose(-1, -2).contiguous() for part in (q, k, v))
         attended = F.scaled_dot_product_attention(q, k, v).transpose(-1, -2).reshape(pixels.shape)
         return (pixels + self.proj_out(attended)).view(x.shape)
 
@@ -146,7 +144,7 @@ class Stage(nn.ModuleList):
 
 @dataclass(frozen=True, kw_only=True)
 class Blocks:
-    """What the blocks of one network have in common, and how its two halves are put together from them."""
+    """What the blocks of one network have in common; builds its encoder and its decoder from them."""
 
     emb_channels: int
     num_res_blocks: int
@@ -210,10 +208,8 @@ class UNet(nn.Module):
 
     dim: (C, H, W) of an image. attention_resolutions: sides of the feature maps that are attended over, "16" or
     "16,8"; the middle block always is. num_head_channels: width of a head; -1: there are num_heads (num_heads_upsample
-    in the decoder, if
-    not -1). num_classes counts only with class_cond. pixel_unshuffle (not TorchCFM's): n x n pixels become channels of
-    one
-    position on the way in and pixels again on the way out, for networks that a CPU can train.
+    in the decoder, if not -1). num_classes is used with class_cond only. pixel_unshuffle (not TorchCFM's): n x n pixels
+    become channels of one position at the input and pixels again at the output, for networks that a CPU can train.
     """
 
     def __init__(

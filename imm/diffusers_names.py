@@ -49,7 +49,7 @@ def diffusers_names(arch: ConvArch, attention: Mapping[str, str] = ATTENTION) ->
 
 
 def _module_names(arch: ConvArch, attention: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    """Pairs (ours, diffusers') of every module that any arch can have."""
+    """Pairs (ours, diffusers') of every module that an autoencoder can have."""
     num_levels = len(arch.ch_mult)
     for side, levels, resample in (("encoder", "down", "downsample"), ("decoder", "up", "upsample")):
         yield f"{side}.conv_in", f"{side}.conv_in"

@@ -110,9 +110,8 @@ class Attention(nn.Module):
         self.proj = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (
-            self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        )  # each (B, heads, N, D / heads)
+        # each (B, heads, N, D / heads)
+        q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v)
         return self.proj(mixed.transpose(1, 2).flatten(2))
 
@@ -200,8 +199,7 @@ class DiT(nn.Module):
         if img_resolution % patch_size or hidden_size % num_heads or hidden_size % 4:
             raise ValueError(
                 f"patch_size {patch_size} must divide img_resolution {img_resolution}; num_heads {num_heads} and 4 "
-                "must divide "
-                f"hidden_size {hidden_size}"
+                f"must divide hidden_size {hidden_size}"
             )
         if temb_mult != 1:
             raise ValueError(f"temb_mult must be 1 (no other value ever worked), got {temb_mult}")

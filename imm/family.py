@@ -1,4 +1,4 @@
-"""IMM as a family of Neon: inductive moment matching on SD latents (ImageNet-256) or on pixels (CIFAR-10)."""
+"""IMM as a Neon family: inductive moment matching on SD latents (ImageNet-256) or on pixels (CIFAR-10)."""
 
 from __future__ import annotations
 

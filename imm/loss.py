@@ -55,7 +55,7 @@ def times(net: IMMPrecond, u_t: Tensor, u_s: Tensor, how: Objective) -> tuple[Te
 
 
 def kernel_weight(net: IMMPrecond, t: Tensor, s: Tensor) -> Tensor:
-    """w(s, t) of the kernel: one over how much the network's output moves f. float64."""
+    """w(s, t) of the kernel: 1 / (factor of the network's output in f). float64."""
     alpha_t, alpha_s, sigma_t, sigma_s = (
         part(time) for part in (net.schedule.alpha, net.schedule.sigma) for time in (t, s)
     )
@@ -113,7 +113,7 @@ def imm_loss(
     t, r, s = (time[:, None, None, None] for time in times(net, u_t, u_s, how))
     noise = noise * net.sigma_data
     x_t, x_r = (net.schedule.add_noise(clean, noise, time) for time in (t, r))
-    # the random state goes back to where it was, so that both calls see the same dropout masks
+    # the random state is restored after the teacher, so that both calls have the same dropout masks
     with torch.no_grad(), torch.random.fork_rng(devices=[clean.device] if clean.is_cuda else []):
         teacher = net(x_r, r, s, class_labels, augment_labels=augment_labels, force_fp32=True)
     student_labels = None if class_labels is None else class_labels * (u_drop >= how.label_drop)[:, None]

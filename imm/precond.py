@@ -30,13 +30,12 @@ class IMMPrecond(nn.Module):
 
     noise_schedule: fm (alpha = 1 - t, sigma = t) or vp_cosine.
     f_type: euler_fm (the network is a velocity), simple_edm (a direction on the sphere) or identity (the clean data).
-    temb_type: what the second time embedding sees: identity, s; stride, t - s. State dicts do not tell them apart.
+    temb_type: the input of the second time embedding: s for identity, t - s for stride. State dicts do not show which.
     eps, T: the least and greatest time of training and sampling.
     mixed_precision: kept because checkpoints store it, without effect: a run's precision is the caller's autocast.
     model_kwargs: arguments of the network.
 
-    Raises ValueError for an unknown choice or an argument that no IMM network has (the original swallowed misspelt
-    ones).
+    Raises ValueError for an unknown choice or an argument that no IMM network has (the original ignored misspelt ones).
     """
 
     def __init__(
@@ -114,7 +113,7 @@ class IMMPrecond(nn.Module):
     ) -> Tensor:
         """x at time s <= t from x at time t.
 
-        x: (B, C, H, W); t, s: a scalar or (B, 1, 1, 1), whose dtype the result takes at least.
+        x: (B, C, H, W); t, s: a scalar or (B, 1, 1, 1). The result has at least the precision of their dtype.
         class_labels: one-hot (B, label_dim), a row of zeros for "no class"; None for no class at all.
         """
         F = self.network(x, t, s, class_labels, augment_labels=augment_labels, force_fp32=force_fp32)
@@ -162,8 +161,7 @@ class IMMPrecond(nn.Module):
 
 
 def build_network(model_type: str, arguments: dict[str, object]) -> nn.Module:
-    """A network by name from the arguments that it has; those of the other networks are left out, as stored recipes mix
-    them."""
+    """A network by its name. Stored recipes mix the arguments of all networks: those of the others are left out."""
     _expect("model_type", model_type, (*NETWORKS, *PRESET_SIZES))
     arguments = {**PRESET_SIZES.get(model_type, {}), **arguments}
     accepted = {name: arguments_of(network) for name, network in NETWORKS.items()}

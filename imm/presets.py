@@ -24,7 +24,7 @@ IMAGENET256: dict[str, object] = {
 """`imagenet256_ts_a2.pkl`, the base of Neon's rows, on latents of sd-vae-ft-ema. 676,735,504 parameters."""
 
 IMAGENET256_IDENTITY: dict[str, object] = {**IMAGENET256, "temb_type": "identity"}
-"""`imagenet256_s_a1.pkl`: same tensors by name and shape; only temb_type tells them apart."""
+"""`imagenet256_s_a1.pkl`: the same names and shapes; only temb_type differs."""
 
 CIFAR10: dict[str, object] = {
     "class_name": "IMMPrecond",

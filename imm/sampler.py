@@ -54,8 +54,8 @@ def uniform_grid(net: Times, num_steps: int, dtype: torch.dtype) -> Tensor:
 def edm_grid(net: Times, num_steps: int, dtype: torch.dtype) -> Tensor:
     """(num_steps + 1,) times whose nt are spaced as EDM spaces sigma; the ends are T and eps up to rounding.
 
-    In float32 the order of the operations is the published one: t is off by 1e-6 then, which the time embedding of 1000
-    t sees.
+    In float32 the order of the operations is the published one: it moves t by 1e-6, which matters to the embedding of
+    1000 t.
     """
     _at_least_one(num_steps)
     nt_max, nt_min = (net.schedule.log_nt(torch.tensor(t, dtype=dtype)).exp().item() for t in (net.T, net.eps))
@@ -92,7 +92,7 @@ def pushforward(net: Net, x: Tensor, grid: Tensor, class_labels: Tensor | None, 
 
 @torch.no_grad()
 def restart(net: Net, x: Tensor, grid: Tensor, class_labels: Tensor | None, rng: Rng, *, cfg_scale: float) -> Tensor:
-    """As pushforward, but every step jumps to eps, and fresh noise leads back up to the grid's next time."""
+    """As pushforward, but every step goes to eps; fresh noise then brings x to the grid's next time."""
     x, grid = x.to(grid.dtype), grid.to(x.device)
     eps = torch.tensor(net.eps, dtype=grid.dtype, device=x.device)
     fresh = (

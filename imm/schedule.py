@@ -1,9 +1,8 @@
 """The two noise schedules of IMM: x_t = alpha(t) x + sigma(t) noise, t in [0, 1].
 
 Zhou et al. 2025 (arXiv 2503.07565), sections 2 and 4. nt = sigma / alpha is the noise level that grids and gaps are
-stated in. Functions keep the dtype of t; those marked float64 compute in it and cast back, because log(1 - t) loses
-most digits in
-float32.
+stated in. Functions keep the dtype of t; those marked float64 compute in float64 and cast back, because log(1 - t)
+loses most digits in float32.
 """
 
 from __future__ import annotations

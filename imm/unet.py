@@ -19,7 +19,7 @@ from edm.layers import FourierEmbedding, Linear
 
 
 class PositionalEmbedding(layers.PositionalEmbedding):
-    """EDM's sinusoids in float64, which they stay: (B,) -> (B, channels)."""
+    """EDM's sinusoids, computed and returned in float64: (B,) -> (B, channels)."""
 
     def forward(self, c: Tensor) -> Tensor:
         half = self.channels // 2
@@ -94,7 +94,7 @@ def swap_halves(emb: Tensor) -> Tensor:
 
 
 def register_last(module: nn.Module, *names: str) -> None:
-    """Move children to the end: published files list the branch of s before them, and optimiser states go by that
+    """Move children to the end: published files list the branch of s before them, and optimiser states depend on the
     order."""
     for name in names:
         if name in module._modules:

@@ -1,4 +1,4 @@
-"""Attention of VAR over scales: over a whole sequence in training, with an explicit memory per sampling call."""
+"""Attention over the scales of VAR: of a whole sequence in training, of one scale and a memory in sampling."""
 
 # B batch, L tokens, C width, H heads, D head width
 
@@ -39,7 +39,7 @@ class BlockCausal:
 class Memory:
     """Keys and values of one block during one sampling call, preallocated in the dtype of the computation.
 
-    The last scale is attended to once, so it is never stored: for 512 px images it is nearly half of all tokens.
+    The last scale is used once, so it is not stored: for 512 px images it has nearly half of all tokens.
     """
 
     def __init__(self, num_tokens: int):
@@ -84,7 +84,7 @@ class Attention(nn.Module):
         queries, keys, values = qkv.permute(2, 0, 3, 1, 4)  # each BHLD
         if self.l2_norm:
             sharpness = self.scale_mul_1H11.clamp_max(MAX_LOG_SCALE).exp()
-            # the norm is computed in float32 under autocast; attention and its memory are not
+            # under autocast the norm is float32; attention and memory are in the dtype of the values
             queries = F.normalize(queries, dim=-1).mul(sharpness).to(values.dtype)
             keys = F.normalize(keys, dim=-1).to(values.dtype)
         mixed = attend(queries, keys, values, self.softmax_scale)

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 FIXED_POINT_BITS = 22
-"""Pillow's resampling rounds its coefficients to this many bits and each pass to uint8; the same integers come out
-here."""
+"""Pillow rounds the coefficients of its resampling to this many bits and each pass to uint8; so does this module."""
 
 
 def resized_size(height: int, width: int, shorter: int) -> tuple[int, int]:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class VAR(Family[Transformer, Objective, Sampling]):
-    """Codes: tokens (B, L) int64; with more_smooth, where an image is no function of tokens, features (B, Z, S, S)."""
+    """Codes: tokens (B, L) int64; with more_smooth, whose images have no tokens, features (B, Z, S, S)."""
 
     name = "var"
     sampling = Sampling
@@ -99,7 +99,7 @@ class VAR(Family[Transformer, Objective, Sampling]):
 
     def draw(self, rng: Rng, codes: Tensor, labels: Tensor | None, how: Objective) -> Draws:
         draws: Draws = {"label_dropped": rng.uniform(()) < how.label_drop}
-        # one stream per image: the number of blocks, and so of draws, is the network's
+        # a seed per image: `loss` draws from it, because only the network knows how many blocks there are
         draws["path_seed"] = rng.integers(1 << 32)
         if is_images(codes):
             side = min(codes.shape[2:])
@@ -144,8 +144,7 @@ class VAR(Family[Transformer, Objective, Sampling]):
         return model.num_classes
 
     def decays(self, name: str, parameter: nn.Parameter) -> bool:
-        """The published grouping (the published rate is 0): not vectors, biases, positions, levels, gammas,
-        temperatures."""
+        """As published (with the rate 0): no decay of vectors, biases, positions, levels, gammas and temperatures."""
         return parameter.ndim > 1 and not name.endswith("bias") and not any(word in name for word in UNDECAYED)
 
 
@@ -168,7 +167,7 @@ def split_scales(tokens: Tensor, patch_nums: Sequence[int]) -> list[Tensor]:
 
 
 def scales_of(num_tokens: int, patch_nums: Sequence[int]) -> Sequence[int]:
-    """The scales that have so many tokens: the tokeniser's own, or those of a published resolution."""
+    """The scales that have this many tokens in all: the tokeniser's own, or those of a published resolution."""
     for candidate in (patch_nums, *PATCH_NUMS.values()):
         if sum(side * side for side in candidate) == num_tokens:
             return candidate

@@ -19,8 +19,8 @@ from var.vqvae import VQVAE, VQVAEArch
 def transformer_arch_of(state: Mapping[str, Tensor]) -> dict[str, object]:
     """Constructor arguments (`VARArch`) of the network whose state dict this is.
 
-    What shapes cannot tell follows the published models: drop_path = 0.1 depth / 24 and, in a network without
-    attn_l2_norm, heads of width 64. Raises ValueError if entries that every VAR has are missing.
+    What shapes do not show is taken from the published models: drop_path = 0.1 depth / 24 and, without attn_l2_norm,
+    heads of width 64. Raises ValueError if entries that every VAR has are missing.
     """
     needed = ("pos_1LC", "lvl_1L", "word_embed.weight", "class_emb.weight", "head.weight", "blocks.0.attn.proj.weight")
     missing = [name for name in needed if name not in state]

@@ -1,5 +1,4 @@
-"""Published sizes of VAR (arXiv 2404.02905, table 1 and their repository), and the guidance of Neon's and the authors'
-numbers."""
+"""Published sizes of VAR (arXiv 2404.02905, table 1 and their repository), and the guidance of published numbers."""
 
 from __future__ import annotations
 
@@ -24,8 +23,7 @@ TOP_K, TOP_P = 900, 0.95
 CFG_SCALE: Mapping[Protocol, Mapping[int, float]] = {"base": {256: 1.5, 512: 2.0}, "neon": {256: 2.8, 512: 3.2}}
 """By image side. neon: Neon's optimum (FID 2.01, 1.70), from the commands in the authors' notes; the defaults in their
 scripts are 2.9 and 4.0. base: VAR's own protocol at 256 px (not verified), and at 512 px the guidance with which S was
-drawn
-(there is no published command for the base); S at 256 px was drawn with 1.25."""
+drawn (there is no published command for the base); S at 256 px was drawn with 1.25."""
 
 
 def published(name: str) -> VARArch:

@@ -1,13 +1,10 @@
-"""Multi-scale residual vector quantisation: what one scale leaves over, the next, finer scale encodes.
+"""Multi-scale residual vector quantisation: every scale encodes what the coarser scales have left over.
 
 Tian et al. 2024 (arXiv 2404.02905), Algorithms 1 and 2. Attribute names are those of the published state dict. Scale k
-is a map of patch_nums[k] x patch_nums[k] tokens; the last one has the size of the latent. All functions are pure:
-nothing is
-updated in place.
+is a map of patch_nums[k] x patch_nums[k] tokens; the last one has the size of the latent. Nothing is updated in place.
 """
 
-# B batch, Z latent channels, V vocabulary, l tokens of one scale = patch_nums[k] ** 2, L tokens of all scales, HW
-# latent side
+# B batch, Z latent channels, V vocabulary, HW latent side, l tokens of one scale = patch_nums[k] ** 2, L of all scales
 
 from __future__ import annotations
 
@@ -112,7 +109,7 @@ class MultiScaleQuantizer(nn.Module):
         self.register_buffer("ema_vocab_hit_SV", torch.zeros(len(patch_nums), vocab_size))
         self.quant_resi = phi_bank(z_channels, len(patch_nums), ratio=quant_resi, share=share_quant_resi)
         self.embedding = nn.Embedding(vocab_size, z_channels)
-        # far smaller than the features, so that no code starts out of their reach
+        # far smaller than the features, so that every code starts near some of them
         nn.init.uniform_(self.embedding.weight, -1 / vocab_size, 1 / vocab_size)
 
     @property
@@ -151,8 +148,7 @@ class MultiScaleQuantizer(nn.Module):
         return torch.zeros(batch, weight.shape[1], side, side, device=weight.device)
 
     def scales(self, f: Tensor, patch_nums: Sequence[int] | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Encode features f (B, Z, HW, HW), scale after scale: yields (indices (B, l), f_hat up to and with this
-        scale).
+        """Encode features f (B, Z, HW, HW), scale after scale: yields (indices (B, l), f_hat including this scale).
 
         patch_nums: other scales than the constructor's; the last one must be the side of f, else ValueError.
         """

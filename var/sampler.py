@@ -1,4 +1,4 @@
-"""Sampling of VAR: one network call per scale, guided, with keys and values of the coarser scales remembered.
+"""Sampling of VAR: one guided network call per scale; the keys and values of the coarser scales are kept.
 
 Tian et al. 2024 (arXiv 2404.02905), section 3.1 and appendix; guidance as in their published script.
 """
@@ -36,7 +36,7 @@ def sample_scales(
     """The scales of B images, coarse to fine.
 
     labels: (B,) int64 in 0 .. num_classes; num_classes means "no class". The network runs under the caller's autocast,
-    the quantiser always in float32: its sum over scales is what the image is made of.
+    the quantiser always in float32, because the sum over its scales is the image.
     """
     conditioning = model.conditioning(with_unconditional(labels, model.num_classes) if how.cfg_scale else labels)
     memories = model.sampling_memory()

@@ -37,9 +37,9 @@ class VARArch:
     num_classes: int = 1000
     """Labels 0 .. num_classes - 1; the label num_classes means "no class"."""
     vocabulary: int = 4096
-    """Entries of the tokeniser's codebook ..."""
+    """Number of entries of the tokeniser's codebook."""
     code_width: int = 32
-    """... and their width."""
+    """Width of these entries."""
     shared_aln: bool = False
     """One modulation shared by all blocks plus a learned offset per block (d36)."""
     attn_l2_norm: bool = True
@@ -212,8 +212,8 @@ class Transformer(nn.Module):
         """Teacher-forced logits (B, L, V), float32.
 
         labels: (B,) int64, `num_classes` for dropped ones.
-        features: (B, L - first scale, Z) input of every scale but the first; ending it after a coarser scale
-            stops the prediction there. Raises ValueError if it ends inside a scale.
+        features: (B, L - first scale, Z) input of every scale but the first. It may end after a coarser scale, and the
+            logits then end there. Raises ValueError if it ends inside a scale.
         kept: (B, depth, 2) bool, which attention and feed-forward branches survive drop path; None keeps all.
         """
         length = self.bounds[0][1] + features.shape[1]

@@ -1,13 +1,12 @@
 """FID of an xAR checkpoint, by the published command.
 
     torchrun --standalone --nproc_per_node=8 xar/calculate_fid.py --model xar_large \\
-        --model_ckpt checkpoints/Neon_xARL_imagenet256.pth --cfg 2.7 --flow_steps 50 --vae_path xar/pretrained/kl16.ckpt
-        \\
-        --num_images 50000 --batch_size 64 --img_size 256 --fid_stats fid_stats/adm_in256_stats.npz
+        --model_ckpt checkpoints/Neon_xARL_imagenet256.pth --cfg 2.7 --flow_steps 50 \\
+        --vae_path xar/pretrained/kl16.ckpt --num_images 50000 --batch_size 64 --img_size 256 \\
+        --fid_stats fid_stats/adm_in256_stats.npz
 
 Runs as plain `python` too, and on a CPU. The numbers do not depend on the number of ranks or the batch size. Images
-stay in
-memory: no folder is written or deleted.
+stay in memory: no folder is written or deleted.
 """
 
 from __future__ import annotations
@@ -79,9 +78,9 @@ def main(
 
     \b
     torchrun --standalone --nproc_per_node=8 xar/calculate_fid.py --model xar_large \\
-        --model_ckpt checkpoints/Neon_xARL_imagenet256.pth --cfg 2.7 --flow_steps 50 --vae_path xar/pretrained/kl16.ckpt
-        \\
-        --num_images 50000 --batch_size 64 --img_size 256 --fid_stats fid_stats/adm_in256_stats.npz
+        --model_ckpt checkpoints/Neon_xARL_imagenet256.pth --cfg 2.7 --flow_steps 50 \\
+        --vae_path xar/pretrained/kl16.ckpt --num_images 50000 --batch_size 64 --img_size 256 \\
+        --fid_stats fid_stats/adm_in256_stats.npz
 
     The authors sampled with --precision fp16.
     """

@@ -50,8 +50,7 @@ def rotary_frequencies(head_width: int) -> Tensor:
 
 
 def rotary_angles(head_width: int) -> Tensor:
-    """(256, H) angles in cell order: half of the channels turn with the row, half with the column, each frequency
-    twice."""
+    """(256, H) angles in cell order: half of the channels by the row, half by the column, each frequency twice."""
     angles = token_positions()[..., None] * rotary_frequencies(head_width)  # (256, 2, H / 4)
     return angles.repeat_interleave(2, dim=-1).flatten(1)
 
@@ -59,7 +58,7 @@ def rotary_angles(head_width: int) -> Tensor:
 def causal_mask() -> Tensor:
     """(1, 1, 256, 256) float32, 0 where a token may attend (its own cell and earlier ones), -inf elsewhere.
 
-    Checkpoints hold it. The attention here never adds it: a cell's queries are given the keys up to its own cell.
+    Checkpoints hold it. Our attention does not need it: a cell's queries get the keys up to their own cell.
     """
     cell = torch.arange(NUM_TOKENS) // CELL_TOKENS
     mask = torch.zeros(NUM_TOKENS, NUM_TOKENS).masked_fill(cell[None, :] > cell[:, None], float("-inf"))

@@ -15,7 +15,7 @@ from xar.transformer import XARArch, XARTransformer
 from xar.vae import KL16, KL16Arch
 
 TABLE_TOLERANCE = 1e-5
-"""Tables of a file were made by another version of torch: they may differ from ours in the last bits only."""
+"""The tables of a file were made by another version of torch: they may differ from ours in the last bits."""
 
 
 def arch_from_shapes(tensors: Mapping[str, Tensor]) -> XARArch:

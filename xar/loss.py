@@ -12,8 +12,8 @@ TIMESTEPS = 1000
 
 
 def timesteps(times: Tensor) -> Tensor:
-    """The integers that the time embedding takes: times in [0, 1], truncated to thousandths in float32 as the weights
-    learnt it.
+    """The integers that the time embedding takes: times in [0, 1], truncated to thousandths in float32, as in the
+    published training.
 
     In float64 some products land on the other side of an integer (for example one of the five steps of a 5-step grid).
     """

@@ -1,4 +1,4 @@
-"""Sampling cell by cell: each cell is carried from noise to data given the finished ones.
+"""Sampling cell by cell: each cell goes from noise to data, given the finished ones.
 
 xAR (arXiv 2502.20388); the stochastic integrator is SiT's (arXiv 2401.08740) for x_t = (1 - t) data + t noise.
 """
@@ -20,7 +20,7 @@ from xar.transformer import KeyValueCache, XARTransformer
 Velocity = Callable[[Tensor, Tensor], Tensor]
 """(x (B, 64, 16), time () in [0, 1]) -> noise - data, (B, 64, 16)."""
 LAST_TIME = 0.04
-"""The SDE is left here for a noiseless step to 0: its score estimate divides by t."""
+"""The last step of the SDE, from here to 0, adds no noise: the score estimate divides by t."""
 
 
 def time_grid(num_steps: int, solver: Solver) -> Tensor:
@@ -43,9 +43,10 @@ def integrate_sde(velocity: Velocity, start: Tensor, noise: Tensor) -> Tensor:
     """Euler-Maruyama on dx = (v - w score / 2) dt + sqrt(w) dW with w(t) = 2t, from t = 1 to 0.04, then one step
     without noise.
 
-    The score is ((t - 1) v - x) / t (SiT, eq. 9), so the drift is (2 - t) v + x. start: (B, 64, 16) unit normal;
-    noise: (num_steps - 1, B, 64, 16) float64. Returns (B, 64, 16) float64: in float32 the sum over the steps loses
-        digits.
+    The score is ((t - 1) v - x) / t (SiT, eq. 9), so the drift is (2 - t) v + x.
+
+    start: (B, 64, 16) unit normal. noise: (num_steps - 1, B, 64, 16) float64.
+    Returns (B, 64, 16) float64: in float32 the sum over the steps loses digits.
     """
     times = time_grid(len(noise) + 1, "sde")
     x = start.double()
@@ -82,7 +83,7 @@ def sample_cells(
 ) -> Tensor:
     """Latents (B, 16, 16, 16) float32 of `labels` (B,), in the scale of training.
 
-    Per cell: num_steps network calls and, from the second cell on, one that re-feeds the finished cell at time 0.
+    Per cell: num_steps network calls and, from the second cell on, one for the cell that was finished, at time 0.
     The calls of the first cell, and all calls if cfg_scale <= 1, are made without the unconditional half.
 
     The draws, cell by cell: float32 latents, then (SDE) the float64 noise of all its steps.
@@ -107,7 +108,7 @@ def sample_cells(
 def _velocity(
     model: XARTransformer, labels: Tensor, cell: int, scale: float, cache: Sequence[KeyValueCache], batch: int
 ) -> Velocity:
-    """The velocity field of one cell in float64; `labels` may hold the null half, which scale = 1 leaves out."""
+    """The velocity field of one cell in float64; `labels` may end with null labels, which scale = 1 does not use."""
 
     def conditional(x: Tensor, time: Tensor) -> Tensor:
         return _call(model, x, time, labels[:batch], cell, [slot.rows(batch) for slot in cache]).double()

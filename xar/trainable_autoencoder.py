@@ -26,7 +26,7 @@ class TrainableKL16(TrainableAutoencoder[KL16, AutoencoderObjective]):
         return KL16(binding.build(KL16Arch, arch, "autoencoder.arch"))
 
     def draw(self, rng: Rng, codes: Tensor, labels: Tensor | None, how: AutoencoderObjective) -> Draws:
-        """One stream per image: the shape of its noise is the network's."""
+        """A seed per image: `loss` draws the noise from it, because only the network knows its shape."""
         return {"noise_seed": rng.integers(1 << 32)}
 
     def loss(

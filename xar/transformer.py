@@ -1,9 +1,8 @@
 """The xAR transformer: a velocity field for each cell of latent tokens, given the cells before it.
 
 xAR: "Beyond Next-Token: Next-X Prediction for Autoregressive Visual Generation" (arXiv 2502.20388). In training
-every cell carries its own noise level and attends to the *noised* earlier cells (noisy-context learning); in sampling
-the finished
-cells are re-fed at time 0 and their keys and values kept in a `KeyValueCache`.
+every cell has its own noise level and attends to the *noised* earlier cells (noisy-context learning). In sampling a
+finished cell is passed through the network again at time 0, and its keys and values are kept in a `KeyValueCache`.
 
 B batch, C cells, P = 64 tokens of a cell, L tokens, D width, N heads, H head width, Z = 16 latent channels
 """
@@ -33,7 +32,8 @@ class XARArch:
     num_heads: int
     encoder_depth: int
     decoder_depth: int
-    """Blocks before and after the linear layer in the middle: one causal stack, the two names are the checkpoints'."""
+    """Blocks before and after the linear layer in the middle: one causal stack. The two names are those of the
+    checkpoints."""
     num_classes: int = 1000
     """Labels 0 .. num_classes - 1; the label num_classes means "no class"."""
 
@@ -52,7 +52,7 @@ class KeyValueCache:
     """Keys (after rotation) and values of one block, (B, N, 256, H) each.
 
     The slot of cell c holds those of the last call for that cell: of its latest noisy state while it is being sampled,
-    of the finished cell (time 0) once it has been re-fed.
+    then of the finished cell (time 0).
     """
 
     keys: Tensor
@@ -231,9 +231,8 @@ class XARTransformer(nn.Module):
         """Velocity (B, C, 64, 16) of C consecutive cells from `first_cell` on.
 
         timesteps: int64, 0 (data) to 1000 (noise), one per cell. Without a cache the cells must begin at cell 0
-        (training: all four). With one (sampling, C = 1) the slots of the earlier cells are attended to and the slot of
-        this cell is
-        written.
+        (training: all four). With one (sampling, C = 1) the slots of the earlier cells are attended to, and the slot
+        of this cell is written.
         """
         cells = x_BCPZ.shape[1]
         slots = cache if cache is not None else [None] * (len(self.encoder_blocks) + len(self.decoder_blocks))

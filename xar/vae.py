@@ -29,8 +29,7 @@ class KL16Arch:
     image_channels: int = 3
     num_groups: int = 32
     resolution: int = 256
-    """Decides, with the next two, where attention sits, and nothing else: images may have any side that can be
-    halved."""
+    """Only decides, with the next two, which levels have attention; images may have any side that can be halved."""
     encoder_attn_resolutions: tuple[int, ...] = (16,)
     decoder_attn_resolutions: tuple[int, ...] = ()
     latent_scale: float = LATENT_SCALE
