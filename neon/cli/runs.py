@@ -15,6 +15,7 @@ from neon.cli.options import PATH, RANK_OPTIONS, gathered
 
 if TYPE_CHECKING:
     from neon.pipeline.experiment import Experiment
+    from neon.pipeline.trackers import Kind
     from neon.runtime.distributed import World
 
 
@@ -28,10 +29,12 @@ class OnConfig:
     device: str | None
     timeout: float
     dry_run: bool
+    log: Kind | None
 
     def do(self, work: Callable[[Experiment, Path, World], dict[str, object]]) -> None:
         """Load and check the config, own the run's folder, do the work on all ranks, print the result."""
         from neon.pipeline.experiment import load
+        from neon.pipeline.trackers import tracked
         from neon.runtime.distributed import world
         from neon.runtime.interrupt import told_how_to_go_on
         from neon.store.files import folder_lock
@@ -43,7 +46,7 @@ class OnConfig:
             return
         with world(self.device, self.timeout) as ranks, told_how_to_go_on(ranks):
             if ranks.is_main:
-                with folder_lock(folder):
+                with folder_lock(folder), tracked(self.log, folder):
                     result = work(experiment, folder, ranks)
                     ranks.barrier()
                 click.echo(json.dumps(result))
@@ -68,6 +71,9 @@ config_options = gathered(
         click.option("--out", type=PATH, help="Folder of the run.  [default: runs/NAME-OF-CONFIG]"),
         *RANK_OPTIONS,
         click.option("--dry-run", is_flag=True, help="Check the config, print the resolved plan as JSON and stop."),
+        click.option(
+            "--log", type=click.Choice(["tensorboard", "wandb"]), help="Send losses and scores to a tracker as well."
+        ),
     ],
 )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,9 +27,10 @@ from neon.search.choose import Choice, by_grid, by_search, random_control
 from neon.search.grid import Grid
 from neon.search.options import Select
 from neon.search.points import Block, Score
-from neon.store import files
+from neon.store import files, records
 from neon.training.recipe import Training
 
+LOG = logging.getLogger(__name__)
 MAX_REAL = 5_000
 """Real images that precision and recall are measured against."""
 NEIGHBOURS = 5
@@ -208,4 +210,8 @@ def timed(folder: Path, stage: str, world: World) -> Iterator[None]:
 
 def read_times(folder: Path) -> dict[str, float]:
     path = folder / "seconds.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+    try:
+        return records.read_json(path) if path.is_file() else {}
+    except records.DamagedError as error:
+        LOG.warning("%s. The times of the earlier stages are forgotten", error)
+        return {}

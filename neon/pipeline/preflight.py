@@ -7,6 +7,7 @@ from typing import Literal
 
 from neon.family import Family
 from neon.pipeline.experiment import Experiment
+from neon.search.options import Select
 from neon.training.step_data import check_groups
 
 Stage = Literal["synth", "finetune", "select", "report"]
@@ -27,7 +28,7 @@ def preflight(config: Experiment, family: Family, stages: Sequence[Stage]) -> No
     if config.finetune is not None and "finetune" in stages:
         check_groups("finetune", family, config.finetune)
     if config.select is not None and config.report is not None and "report" in stages:
-        _check_reported_guidance(config.select.cfg_scale, config.report.cfg_scale)
+        _check_reported_guidance(config.select, config.report.cfg_scale)
 
 
 def need_guidance(family: Family, section: str, cfg_scale: object) -> None:
@@ -41,8 +42,11 @@ def need_guidance(family: Family, section: str, cfg_scale: object) -> None:
         )
 
 
-def _check_reported_guidance(searched: Sequence[float] | None, reported: float | str | None) -> None:
-    if reported is None or reported == "selected" or searched is None or reported in searched:
+def _check_reported_guidance(select: Select, reported: float | str | None) -> None:
+    searched = select.cfg_scale
+    if searched is None or not isinstance(reported, float) or reported in searched:
+        return
+    if select.strategy == "search" and min(searched) <= reported <= max(searched):
         return
     raise ValueError(
         f"report.cfg_scale: no w is searched at {reported}, select.cfg_scale is {list(searched)}. Add it there, or "

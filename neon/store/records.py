@@ -9,7 +9,7 @@ import os
 import pickle
 import platform
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -66,6 +66,12 @@ def append_line(path: Path, value: Mapping[str, object]) -> None:
         stream.write(json.dumps(sealed(value)) + "\n")
         stream.flush()
         os.fsync(stream.fileno())
+    for listen in LISTENERS:
+        listen(path, value)
+
+
+LISTENERS: list[Callable[[Path, Mapping[str, object]], None]] = []
+"""Called with every line that is appended: how a tracker (neon/pipeline/trackers.py) hears of a run."""
 
 
 def write_lines(path: Path, values: Iterable[Mapping[str, object]]) -> None:
