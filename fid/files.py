@@ -53,11 +53,14 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
 
 
-def check_writable(path: Path) -> None:
+def check_writable(path: Path, *, make_folder: bool = False) -> None:
     """Raise, before any work, what writing `path` would raise after it: no such folder, no permission, a folder there.
 
+    make_folder: make the folder if it is not there.
     Raises FileNotFoundError, PermissionError, IsADirectoryError or FileExistsError (a device or pipe).
     """
+    if make_folder:
+        path.parent.mkdir(parents=True, exist_ok=True)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"cannot write {path}: there is no folder {path.parent}")
     if path.is_dir():

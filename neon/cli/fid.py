@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +18,6 @@ if TYPE_CHECKING:
     from fid.features import Extractor
     from fid.names import Metric
     from fid.reference import Reference
-    from neon.evaluation.collect import Collected, Wanted
-    from neon.images.image_set import ImageSet
     from neon.runtime.distributed import World
 
 log = logging.getLogger(__name__)
@@ -50,13 +47,6 @@ class Extraction:
         return open_extractor(
             self.extractor, path=self.inception, device=ranks.device, allow_unknown_weights=self.allow_unknown_weights
         )
-
-    def pass_over(
-        self, source: Path, chosen: range | None, wanted: Wanted, ranks: World, desc: str
-    ) -> tuple[ImageSet, Collected]:
-        from neon.evaluation.on_disk import pass_over
-
-        return pass_over(source, chosen, wanted, self.batch, self.resume, ranks, desc)
 
 
 extraction_options = gathered(
@@ -100,22 +90,32 @@ def ref(source: Path, out: Path, how: Extraction) -> None:
     """
     from fid.reference import write_reference
     from neon.evaluation.collect import Wanted
-    from neon.evaluation.on_disk import describe_extractor, describe_source, versions
+    from neon.evaluation.on_disk import describe_extractor, describe_source, pass_over, versions
+    from neon.images.formats import open_images
     from neon.runtime.distributed import world
     from neon.store import files
 
+    files.check_writable(out, make_folder=True)
     with world(how.device, how.timeout) as ranks:
+        images = open_images(source, use_labels=False)
         network = how.open(ranks)
-        images, found = how.pass_over(source, None, Wanted(extractor=network), ranks, "reference")
+        found = pass_over(images, None, Wanted(extractor=network), how.batch, how.resume, ranks, "reference")
     if ranks.is_main:
+        warn(images.remarks.sentences())
         provenance = {
-            **describe_source(source, images),
+            **describe_source(images),
             "num_images": len(images),
             **describe_extractor(network),
             **versions(),
         }
         write_reference(out, found.collectors[0].moments, provenance)
-        click.echo(json.dumps({"out": str(out), **provenance, "sha256": files.sha256_of(out)}))
+        said = {"cautions": images.remarks.sentences(), "sha256": files.sha256_of(out)}
+        click.echo(json.dumps({"out": str(out), **provenance, **said}))
+
+
+def warn(notes: Sequence[str]) -> None:
+    for note in notes:
+        log.warning(note)
 
 
 @fid.command()
@@ -137,15 +137,20 @@ def part(source: Path, chosen: str, out: Path, how: Extraction) -> None:
     """
     from fid.partial import Partial, write_partial
     from neon.evaluation.collect import Wanted
-    from neon.evaluation.on_disk import describe_extractor, identity
+    from neon.evaluation.on_disk import describe_extractor, identity, pass_over
+    from neon.images.formats import open_images
     from neon.runtime.distributed import world
+    from neon.store import files
 
+    span = parse_span(chosen)
+    files.check_writable(out)
     with world(how.device, how.timeout) as ranks:
+        images = open_images(source, use_labels=False)
         network = how.open(ranks)
-        span = parse_span(chosen)
-        images, found = how.pass_over(source, span, Wanted(extractor=network), ranks, "part")
+        found = pass_over(images, span, Wanted(extractor=network), how.batch, how.resume, ranks, "part")
         which = identity(images, ranks)
     if ranks.is_main:
+        warn(images.remarks.sentences())
         moments, images_of = found.collectors[0].moments, ((span.start, span.stop),)
         write_partial(out, Partial(moments, network.name, network.sha256, which, images_of, len(images)))
         click.echo(
@@ -173,6 +178,7 @@ def merge_parts(parts: Sequence[Path], out: Path) -> None:
     from neon.evaluation.on_disk import versions
     from neon.store import files
 
+    files.check_writable(out, make_folder=True)
     total = merge_partials([read_partial(path) for path in parts])
     total.check_complete()
     provenance = {"source": total.source, "images": total.images[0], "num_images": total.moments.count}
@@ -183,8 +189,17 @@ def merge_parts(parts: Sequence[Path], out: Path) -> None:
 
 @fid.command()
 @click.option("--data", "source", type=PATH, required=True, help=f"The generated images. {DATA_HELP}")
-@click.option("--ref", "reference", type=PATH, required=True, help="Reference statistics (.npz).")
-@click.option("--ref-data", type=PATH, help="Reference images, for kid, precision, recall, density and coverage.")
+@click.option(
+    "--ref",
+    "reference",
+    type=PATH,
+    help="Reference statistics (.npz with mu and sigma), or reference images.  [needed unless only `is` is asked for]",
+)
+@click.option(
+    "--ref-data",
+    type=PATH,
+    help="Reference images, where --ref holds statistics: for kid, precision, recall, density and coverage.",
+)
 @click.option(
     "--metric",
     "metrics",
@@ -201,58 +216,54 @@ def merge_parts(parts: Sequence[Path], out: Path) -> None:
     show_default=True,
     help="Nearest neighbours of precision, recall, density, coverage (the paper: 5).",
 )
+@click.option(
+    "--kid-subset",
+    type=click.IntRange(min=2),
+    default=1000,
+    show_default=True,
+    help="Images in every subset of a KID; another number than 1000 stands in the metric's name.",
+)
 @extraction_options
 def calc(
-    source: Path, reference: Path, ref_data: Path | None, metrics: Sequence[Metric], k: int, how: Extraction
+    source: Path,
+    reference: Path | None,
+    ref_data: Path | None,
+    metrics: Sequence[Metric],
+    k: int,
+    kid_subset: int,
+    how: Extraction,
 ) -> None:
     """Metrics of generated images against a reference, in one pass.
 
     \b
     neon fid calc --data samples/ --ref fid_stats/adm_in256_stats.npz --metric fid --metric is
+    neon fid calc --data samples/ --ref real.zip --metric fid --metric precision --metric recall
     """
-    from fid.evaluator import measure
-    from fid.metrics import cautions
-    from fid.reference import check_made_with, read_reference
-    from neon.evaluation.collect import Wanted
-    from neon.evaluation.evaluate import why_not_comparable
+    from fid.reference import Reference
+    from neon.evaluation.compute import Question, compare, open_reference, open_side
     from neon.evaluation.on_disk import describe_extractor, describe_source, versions
     from neon.runtime.distributed import world
 
+    question = Question(metrics=metrics, k=k, kid_subset=kid_subset, batch=how.batch, resume=how.resume)
     with world(how.device, how.timeout) as ranks:
-        statistics = read_reference(reference)
+        against = None if reference is None else open_reference(reference)
+        images, real = open_side(source), None if ref_data is None else open_side(ref_data)
         network = how.open(ranks)
-        check_made_with(statistics, network)
-        started = time.perf_counter()
-        real = None
-        if ref_data is not None:
-            _, kept = how.pass_over(ref_data, None, Wanted(extractor=network, metrics=("kid",)), ranks, "reference")
-            real = kept.collectors[0].features
-        reference_s = time.perf_counter() - started
-        images, found = how.pass_over(source, None, Wanted(extractor=network, metrics=metrics), ranks, "features")
-    if not ranks.is_main:  # nobody waits for what one rank does alone
+        found = compare(images, against, real, network, question, ranks)
+    if found is None:
         return
-    values = measure(metrics, generated=found.collectors[0], reference=statistics, reference_features=real, k=k)
-    total_s = time.perf_counter() - started
-    seconds = {"reference": reference_s, "reading": found.source_s, "features": found.feature_s, "total": total_s}
-    reason = why_not_comparable(Wanted(extractor=network), len(images))
-    notes = cautions(values, num_images=len(images), extractor=network)
-    for note in notes:
-        log.warning(note)
-    result = {
-        "metrics": values,
-        "num_images": len(images),
-        "comparable": reason is None,
-        "reason": reason,
-        "cautions": notes,
+    warn(found.cautions)
+    result: dict[str, object] = {
+        "metrics": found.metrics,
+        "num_images": found.num_images,
+        "comparable": found.reason is None,
+        "reason": found.reason,
+        "cautions": found.cautions,
         "k": k,
-        "seconds": seconds,
-    }
-    result |= {
-        "images_per_second": len(images) / max(found.source_s + found.feature_s, 1e-9),
-        **describe_source(source, images),
-    }
-    result |= {
-        "reference_sha256": statistics.sha256,
+        "seconds": found.seconds,
+        "images_per_second": len(images) / max(found.seconds["reading"] + found.seconds["features"], 1e-9),
+        **describe_source(images),
+        "reference_sha256": against.sha256 if isinstance(against, Reference) else None,
         **describe_extractor(network),
         "ranks": ranks.size,
         "device": str(ranks.device),

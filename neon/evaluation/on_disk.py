@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
 import torch
@@ -10,49 +9,39 @@ import torch
 import neon
 from fid.features import Extractor
 from neon.evaluation.collect import Collected, Wanted, collect
-from neon.images.formats import open_images
 from neon.images.image_set import ImageSet
 from neon.runtime.distributed import World
 from neon.store import files, records
 
 BLOCK = 256
-log = logging.getLogger(__name__)
 
 
 def pass_over(
-    source: Path, chosen: range | None, wanted: Wanted, batch: int, resume: Path | None, ranks: World, desc: str
-) -> tuple[ImageSet, Collected]:
-    """One pass over an image set (or the part `chosen`) by all ranks. Warns of what the set's remarks say; unreadable
-    files are an error that names and counts them.
+    images: ImageSet, chosen: range | None, wanted: Wanted, batch: int, resume: Path | None, ranks: World, desc: str
+) -> Collected:
+    """One pass over an image set (or the part `chosen`) by all ranks. Afterwards every rank's `images.remarks` holds
+    what all of them saw; unreadable files are one error that names and counts them.
 
     resume: a folder for the sums so far; what they depend on is in the name of the folder inside.
     """
-    images = open_images(source, use_labels=False)
     chosen = range(len(images)) if chosen is None else chosen
     if not 0 <= chosen.start < chosen.stop <= len(images):
         raise ValueError(
-            f"--images {chosen.start}:{chosen.stop}: {source} holds the images 0 to {len(images)} (the last excluded)"
+            f"--images {chosen.start}:{chosen.stop}: {images.path} holds the images 0 to {len(images)} (the last "
+            "excluded)"
         )
     if len(images) < 2:
-        raise ValueError(f"{source}: a covariance needs at least 2 images, found {len(images)}")
+        raise ValueError(f"{images.path}: a covariance needs at least 2 images, found {len(images)}")
     partial = None
     if resume is not None:
         network = wanted.extractor
-        key = [
-            identity(images, ranks),
-            network.name,
-            network.sha256,
-            sorted(wanted.metrics),
-            [chosen.start, chosen.stop],
-            batch,
-        ]
+        kept = [*sorted(wanted.metrics), *(["features"] if wanted.keep_features else [])]
+        key = [identity(images, ranks), network.name, network.sha256, kept, [chosen.start, chosen.stop], batch]
         partial = resume / f"partial-{records.key_of(key)[:16]}"
     found = collect(images.parts, [wanted], chosen, batch, ranks, num_images=len(images), partial=partial, desc=desc)
     for other in ranks.gather(images.remarks):
         images.remarks.update(other)
-    for sentence in images.remarks.sentences():
-        log.warning("%s: %s", source, sentence)
-    return images, found
+    return found
 
 
 def identity(images: ImageSet, ranks: World) -> str:
@@ -65,10 +54,10 @@ def identity(images: ImageSet, ranks: World) -> str:
     return f"{len(images)} images of {images.shape}, content {content[:16]}"
 
 
-def describe_source(source: Path, images: ImageSet) -> dict[str, object]:
+def describe_source(images: ImageSet) -> dict[str, object]:
     return {
-        "source": source.name,
-        "source_sha256": files.sha256_of(source) if source.is_file() else None,
+        "source": images.path.name,
+        "source_sha256": files.sha256_of(images.path) if images.path.is_file() else None,
         "image_shape": list(images.shape),
     }
 

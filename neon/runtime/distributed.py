@@ -145,10 +145,16 @@ def _device(device: str | None) -> torch.device:
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    usual = {"gpu": "cuda"}.get(device, f"cuda:{device}" if device.isdecimal() else device)
     try:
-        chosen = torch.device(device)
+        chosen = torch.device(usual)
     except RuntimeError as error:
         raise ValueError(f"--device {device}: no such device; use cpu, cuda, cuda:1 or mps") from error
+    if chosen.type not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"--device {device}: nothing here runs on {chosen.type}; use cpu, cuda, cuda:1 or mps")
+    if chosen.type == "mps" and not torch.backends.mps.is_available():
+        why = "macOS is too old" if torch.backends.mps.is_built() else "this build of torch has no Metal (not a Mac?)"
+        raise ValueError(f"--device {device}: {why}; leave --device away to use the CPU")
     if chosen.type == "cuda":
         if not torch.cuda.is_available():
             raise ValueError(
@@ -157,6 +163,8 @@ def _device(device: str | None) -> torch.device:
             )
         if chosen.index is None:
             chosen = torch.device("cuda", local_rank)
+        if chosen.index >= torch.cuda.device_count():
+            raise ValueError(f"--device {device}: there are {torch.cuda.device_count()} CUDA devices, counted from 0")
         torch.cuda.set_device(chosen)
     return chosen
 
