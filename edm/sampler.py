@@ -61,7 +61,7 @@ def sample_heun(
         steps outside S_min .. S_max, so that the noise of a step does not depend on these two.
     Returns (B, *) in the dtype of `sigmas`; float64 for published numbers. 2 N - 1 calls of D.
     """
-    levels = [*sigmas.tolist(), 0.0]  # Python numbers decide what is done: the CPU never waits for the GPU
+    levels = [*sigmas.cpu().tolist(), 0.0]  # read once: no later step waits for the GPU
     sigmas = torch.cat([sigmas, sigmas.new_zeros(1)]).to(latents.device)
     x = latents.to(sigmas.dtype) * sigmas[0]
     for i, level in enumerate(levels[:-1]):

@@ -30,15 +30,18 @@ def resized_crops(images: Tensor, *, shorter: int, side: int, top: Tensor, left:
     Raises ValueError if a crop leaves the resized image.
     """
     height, width = resized_size(images.shape[2], images.shape[3], shorter)
-    if min(height, width) < side or int(top.max()) > height - side or int(left.max()) > width - side:
+    if min(height, width) < side:
+        raise ValueError(f"a crop of {side} is larger than the resized {height} x {width} image")
+    if top.device.type == "cpu" and (top.max() > height - side or left.max() > width - side):
+        # elsewhere the host would wait for the device, whose indexing checks itself
         raise ValueError(
             f"a crop of {side} at ({int(top.max())}, {int(left.max())}) leaves the resized {height} x {width} image"
         )
     window = torch.arange(side, device=images.device)
     columns = left[:, None] + window
     columns = torch.where(is_flipped[:, None], width - 1 - columns, columns)
-    across = lanczos_matrix(images.shape[3], width).to(images.device)[columns]  # (B, R, W)
-    down = lanczos_matrix(images.shape[2], height).to(images.device)[top[:, None] + window]  # (B, R, H)
+    across = _matrix_on(images.shape[3], width, images.device)[columns]  # (B, R, W)
+    down = _matrix_on(images.shape[2], height, images.device)[top[:, None] + window]  # (B, R, H)
     narrow = _fixed_point(torch.einsum("bchw,brw->bchr", images.double(), across))
     return _fixed_point(torch.einsum("bchr,bsh->bcsr", narrow, down)).to(torch.uint8)
 
@@ -46,6 +49,11 @@ def resized_crops(images: Tensor, *, shorter: int, side: int, top: Tensor, left:
 def _fixed_point(sums: Tensor) -> Tensor:
     """Integer sums of coefficient times pixel -> pixels, rounded half up. float64 holds these integers exactly."""
     return ((sums + (1 << (FIXED_POINT_BITS - 1))) / (1 << FIXED_POINT_BITS)).floor().clamp(0, 255)
+
+
+@functools.cache
+def _matrix_on(old: int, new: int, device: torch.device) -> Tensor:
+    return lanczos_matrix(old, new).to(device)
 
 
 @functools.cache
