@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from copy import copy
+
 import click
 
 from neon import __version__
 from neon.cli import fid, files, runs
 from neon.cli.download import download
+from neon.cli.example import example
 from neon.cli.messages import PlainGroup
+from neon.cli.sample import sample
 
 
 @click.group(cls=PlainGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -19,10 +23,14 @@ def main() -> None:
         theta_neon = theta_base - w (theta_syn - theta_base),   w > 0
 
     theta_syn is the base model after a brief fine-tune on images that it sampled itself. `neon run CONFIG` does
-    everything; synth, finetune and search are its stages, and every stage goes on where a killed one stopped. Under
+    everything; synth, finetune and select are its stages, and every stage goes on where a killed one stopped. Under
     torchrun the same commands use all ranks: torchrun --standalone --nproc_per_node=8 -m neon run CONFIG
     """
 
 
-for command in (*runs.commands, *files.commands, download, fid.fid):
+for command in (example, *runs.commands, sample, *files.commands, download, fid.fid):
     main.add_command(command)
+
+search = copy(runs.select)
+search.hidden = True  # the section is [select], so is the stage; what it does is a search
+main.add_command(search, "search")

@@ -15,6 +15,7 @@ from neon.cli.options import PATH, RANK_OPTIONS, gathered
 
 if TYPE_CHECKING:
     from neon.pipeline.experiment import Experiment
+    from neon.pipeline.needs import Part
     from neon.pipeline.trackers import Kind
     from neon.runtime.distributed import World
 
@@ -30,10 +31,15 @@ class OnConfig:
     timeout: float
     dry_run: bool
     log: Kind | None
+    as_json: bool
 
-    def do(self, work: Callable[[Experiment, Path, World], dict[str, object]]) -> None:
-        """Load and check the config, own the run's folder, do the work on all ranks, print the result."""
+    def do(self, work: Callable[[Experiment, Path, World], dict[str, object]], *, reads: Sequence[Part]) -> None:
+        """Load and check the config, own the run's folder, do the work on all ranks, print the result.
+
+        reads: the parts of the config whose files the work needs; all that are missing are said before it begins.
+        """
         from neon.pipeline.experiment import load
+        from neon.pipeline.needs import check_all_there
         from neon.pipeline.trackers import tracked
         from neon.runtime.distributed import world
         from neon.runtime.interrupt import told_how_to_go_on
@@ -41,9 +47,12 @@ class OnConfig:
 
         experiment = load(self.config, self.overrides)
         folder = self.out or Path("runs") / self.config.stem
+        if self.as_json and not self.dry_run:
+            raise click.UsageError("--json belongs to --dry-run")
         if self.dry_run:
-            click.echo(json.dumps({"out": str(folder), **to_table(experiment)}))
+            self.show_plan(experiment, folder, reads)
             return
+        check_all_there(experiment, reads, self.config)
         with world(self.device, self.timeout) as ranks, told_how_to_go_on(ranks):
             if ranks.is_main:
                 with folder_lock(folder), tracked(self.log, folder):
@@ -53,6 +62,23 @@ class OnConfig:
             else:
                 work(experiment, folder, ranks)
                 ranks.barrier()
+
+    def show_plan(self, experiment: Experiment, folder: Path, reads: Sequence[Part]) -> None:
+        """What the run would do, cost and lack; exit code 1 if a file is missing."""
+        from neon.pipeline import needs, plan
+        from neon.runtime.distributed import world
+
+        absent = needs.missing(experiment, reads, self.config)
+        with world(self.device, self.timeout) as ranks:
+            if not ranks.is_main:
+                return
+            found = plan.make_plan(experiment, folder, ranks.device, ranks.size, absent)
+        if self.as_json:
+            click.echo(json.dumps({**to_table(found), "config": to_table(experiment)}))
+        else:
+            click.echo(plan.text(found))
+        if absent:
+            raise SystemExit(1)
 
 
 set_option = click.option(
@@ -70,10 +96,15 @@ config_options = gathered(
         set_option,
         click.option("--out", type=PATH, help="Folder of the run.  [default: runs/NAME-OF-CONFIG]"),
         *RANK_OPTIONS,
-        click.option("--dry-run", is_flag=True, help="Check the config, print the resolved plan as JSON and stop."),
         click.option(
             "--log", type=click.Choice(["tensorboard", "wandb"]), help="Send losses and scores to a tracker as well."
         ),
+        click.option(
+            "--dry-run",
+            is_flag=True,
+            help="Check the config, measure a few images, print what the run would do, cost and lack, and stop.",
+        ),
+        click.option("--json", "as_json", is_flag=True, help="The --dry-run as JSON, with the resolved config."),
     ],
 )
 
@@ -84,7 +115,7 @@ def run(on: OnConfig) -> None:
     """Everything: synth, finetune, select w, report on held-out noise, merged file, one page."""
     from neon.pipeline.run import Run
 
-    on.do(lambda e, folder, ranks: Run(e, folder, ranks).all())
+    on.do(lambda e, folder, ranks: Run(e, folder, ranks).all(), reads=["base", "autoencoder", "report"])
 
 
 @click.command()
@@ -123,7 +154,7 @@ def synth(on: OnConfig) -> None:
         found = Run(experiment, folder, ranks).synth()
         return {"num_images": len(found), "folder": str(folder / "synth")}
 
-    on.do(work)
+    on.do(work, reads=["base", "autoencoder"])
 
 
 @click.command()
@@ -135,12 +166,12 @@ def finetune(on: OnConfig) -> None:
     def work(experiment: Experiment, folder: Path, ranks: World) -> dict[str, object]:
         return {"snapshots": [str(path) for path in Run(experiment, folder, ranks).finetune()]}
 
-    on.do(work)
+    on.do(work, reads=["base", "autoencoder"])
 
 
 @click.command()
 @config_options
-def search(on: OnConfig) -> None:
+def select(on: OnConfig) -> None:
     """Stage 3: find (snapshot, w, cfg_scale) on the selection seeds, with as few images as the decision needs."""
     from neon.pipeline.result import selection
     from neon.pipeline.run import Run
@@ -149,7 +180,7 @@ def search(on: OnConfig) -> None:
         choice = Run(experiment, folder, ranks).select()
         return {"chosen": to_table(choice.point), **selection(choice)}
 
-    on.do(work)
+    on.do(work, reads=["base", "autoencoder", "report"])
 
 
 @click.command("eval")
@@ -175,7 +206,9 @@ def evaluate(on: OnConfig, checkpoint: Path | None, weights: str | None, repeats
         replaced.append(f"base.checkpoint={json.dumps(str(checkpoint))}")
     if weights is not None:
         replaced.append(f"base.weights={json.dumps(weights)}")
-    replace(on, overrides=tuple(replaced)).do(lambda e, folder, ranks: evaluate_base(Run(e, folder, ranks), repeats))
+    replace(on, overrides=tuple(replaced)).do(
+        lambda e, folder, ranks: evaluate_base(Run(e, folder, ranks), repeats), reads=["base", "autoencoder", "report"]
+    )
 
 
 @click.command()
@@ -184,7 +217,7 @@ def train(on: OnConfig) -> None:
     """Train a base model of your own from [model], [data] and [train]; writes model.safetensors."""
     from neon.pipeline.train_base import train_base
 
-    on.do(train_base)
+    on.do(train_base, reads=["autoencoder", "data"])
 
 
 @click.command("train-autoencoder")
@@ -193,7 +226,7 @@ def autoencoder(on: OnConfig) -> None:
     """Train a small tokeniser or latent autoencoder from [autoencoder] and [data]; reports the held-out PSNR."""
     from neon.pipeline.train_autoencoder import train_autoencoder
 
-    on.do(train_autoencoder)
+    on.do(train_autoencoder, reads=["data"])
 
 
-commands: Sequence[click.Command] = (check, run, synth, finetune, search, evaluate, train, autoencoder)
+commands: Sequence[click.Command] = (check, run, synth, finetune, select, evaluate, train, autoencoder)

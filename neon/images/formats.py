@@ -149,13 +149,29 @@ def write_zip(path: Path, images: Iterator[Tensor], labels: Tensor | None) -> in
         for batch in images:
             for image in batch:
                 name = f"{len(names):08d}"[:5] + f"/img{len(names):08d}.png"
-                array = image.permute(1, 2, 0).numpy()
-                buffer = io.BytesIO()
-                Image.fromarray(array[..., 0] if array.shape[2] == 1 else array).save(
-                    buffer, "png", compress_level=0, optimize=False
-                )
-                archive.writestr(name, buffer.getvalue())
+                archive.writestr(name, _png(image, compress_level=0))
                 names.append(name)
         tags = None if labels is None else [[name, label] for name, label in zip(names, labels.tolist(), strict=True)]
         archive.writestr("dataset.json", json.dumps({"labels": tags}))
     return len(names)
+
+
+def write_folder(folder: Path, images: Iterator[Tensor]) -> int:
+    """`00000000.png` ... of uint8 images (B, C, H, W) in a folder that is made. Returns the count."""
+    folder.mkdir(parents=True, exist_ok=True)
+    count = 0
+    for batch in images:
+        for image in batch:
+            with store.replacing(folder / f"{count:08d}.png") as file:
+                file.write(_png(image))
+            count += 1
+    return count
+
+
+def _png(image: Tensor, compress_level: int = 6) -> bytes:
+    """A uint8 image (C, H, W) with 1 or 3 channels as a PNG file."""
+    array = image.permute(1, 2, 0).numpy()
+    buffer = io.BytesIO()
+    picture = Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)
+    picture.save(buffer, "png", compress_level=compress_level, optimize=False)
+    return buffer.getvalue()

@@ -19,12 +19,11 @@ import neon
 from neon import first_batch
 from neon.checkpoints import checkpoint
 from neon.evaluation.yardsticks import open_yardsticks
-from neon.family import Draws, Family, source_sha256
+from neon.family import Family, source_sha256
 from neon.images.formats import open_images
 from neon.pipeline.experiment import Data, Experiment
 from neon.pipeline.needs import Part, missing
 from neon.pipeline.probe import Probe
-from neon.seeds import SharedRng
 from neon.training.recipe import Training
 
 log = logging.getLogger(__name__)
@@ -133,9 +132,11 @@ class Trial:
         parts: list[Part] = ["base", "autoencoder", "report"]
         if self.config.train is not None or self.config.autoencoder is not None:
             parts.append("data")
-        if absent := missing(self.config, parts, self.config_path):
-            raise NotKept(f"{len(absent)} missing:\n" + "\n".join(f"  {one}" for one in absent))
-        return "all there"
+        absent = missing(self.config, parts, self.config_path)
+        to_train = [one for one in absent if one.key == "base.checkpoint" and one.how.startswith("make it: neon train")]
+        if lacking := [one for one in absent if one not in to_train]:
+            raise NotKept(f"{len(lacking)} missing:\n" + "\n".join(f"  {one}" for one in lacking))
+        return f"all there but the base, which this config trains\n  {to_train[0]}" if to_train else "all there"
 
     def network(self) -> str:
         model = self.probe.model
@@ -217,24 +218,7 @@ class Trial:
 
     @cached_property
     def training_batch(self) -> tuple[Tensor, Tensor | None]:
-        """What training would read: encoded images of the model, or of [data] where nothing can be sampled."""
-        if self.config.sampling is None:
-            images = open_images(self.config.need("data", Data).path)
-            chosen = range(NUM_IMAGES)
-            labels = None if images.labels is None else images.labels[:NUM_IMAGES]
-            return self.probe.family.encode(images.read(chosen).to(self.probe.device)), labels
-        batch = self.probe.sample(range(NUM_IMAGES))[0]
-        labels = None if batch.labels is None else batch.labels.clone()
-        if self.config.synth is not None and self.config.synth.store == "codes":
-            return batch.codes.clone(), labels
-        return self.probe.family.encode(self.probe.bytes_of(batch.codes)).clone(), labels
-
-    def draws(self, codes: Tensor, labels: Tensor | None) -> Draws:
-        family, how = self.probe.family, self._recipe.objective
-        generator = torch.Generator().manual_seed(0)
-        seen = codes.cpu() if family.draws_see_codes(how) else codes.to("meta")
-        draws = family.draw(SharedRng(len(codes), generator), seen, None if labels is None else labels.cpu(), how)
-        return dict(first_batch.drawn(self.name, draws, len(codes)))
+        return self.probe.training_batch(NUM_IMAGES)
 
     @property
     def _recipe(self) -> Training:
@@ -244,7 +228,7 @@ class Trial:
     def losses(self, chosen: slice = slice(None), seed: int = 0) -> Tensor:
         """Losses of some of the training batch's images, in evaluation mode, with the global generator at `seed`."""
         codes, labels = self.training_batch
-        draws = {name: value[chosen].to(self.probe.device) for name, value in self.draws(codes, labels).items()}
+        draws = {name: value[chosen].to(self.probe.device) for name, value in self.probe.draws(codes, labels).items()}
         part, part_labels = codes[chosen], None if labels is None else labels[chosen].to(self.probe.device)
         with self.global_seed(seed):
             found = self.probe.family.loss(self.probe.model, part, part_labels, draws, self._recipe.objective)

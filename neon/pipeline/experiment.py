@@ -234,17 +234,22 @@ def _check_together(config: Experiment, family: Family) -> None:
             )
 
 
+def parse_value(name: str, text: str) -> object:
+    """The value of `--set name=text`: a TOML value, or a bare word as a string."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+    except RecursionError as error:
+        raise ValueError(f"--set {name}: nested too deep to be read") from error
+
+
 def _override(table: dict[str, object], override: str) -> None:
     name, separator, text = override.partition("=")
     keys = name.strip().split(".")
     if not separator or not all(keys):
         raise ValueError(f"--set {override!r}: expected section.key=value")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text
-    except RecursionError as error:
-        raise ValueError(f"--set {name}: nested too deep to be read") from error
+    value = parse_value(name, text)
     inner = table
     for key in keys[:-1]:
         step = inner.setdefault(key, {})

@@ -10,11 +10,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from neon import first_batch
 from neon.checkpoints import checkpoint
-from neon.family import Family
-from neon.pipeline.experiment import Experiment
+from neon.family import Draws, Family
+from neon.images.formats import open_images
+from neon.pipeline.experiment import Data, Experiment
 from neon.sampling.generate import Batch, Source, generate, to_images
 from neon.sampling.options import Sampling
+from neon.seeds import SharedRng
 from neon.training.recipe import Training
 
 
@@ -84,6 +87,28 @@ class Probe:
     def sample(self, *batches: range) -> list[Batch]:
         """Images of the synthetic set by their indices, every range in one batch."""
         return list(generate(self.source, self.model, batches, self.device))
+
+    def training_batch(self, num_images: int) -> tuple[Tensor, Tensor | None]:
+        """Codes and labels as the fine-tune reads them: images of the model; where nothing can be sampled, of
+        [data]."""
+        if self.config.sampling is None:
+            data = self.config.need("data", Data)
+            images = open_images(data.path, use_labels=data.use_labels, size=data.size, pad=data.pad)
+            labels = None if images.labels is None else images.labels[:num_images]
+            return self.family.encode(images.read(range(num_images)).to(self.device)), labels
+        (batch,) = self.sample(range(num_images))
+        labels = None if batch.labels is None else batch.labels.clone()
+        if self.config.synth is not None and self.config.synth.store == "codes":
+            return batch.codes.clone(), labels
+        return self.family.encode(self.bytes_of(batch.codes)).clone(), labels
+
+    def draws(self, codes: Tensor, labels: Tensor | None) -> Draws:
+        """The random numbers of a training step on these codes, on the CPU."""
+        family, how = self.family, None if self.recipe is None else self.recipe.objective
+        rng = SharedRng(len(codes), torch.Generator().manual_seed(0))
+        seen = codes.cpu() if family.draws_see_codes(how) else codes.to("meta")
+        draws = family.draw(rng, seen, None if labels is None else labels.cpu(), how)
+        return dict(first_batch.drawn(family.name, draws, len(codes)))
 
     def bytes_of(self, codes: Tensor) -> Tensor:
         """The images of these codes as the run keeps them."""

@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 
 from neon.checkpoints import checkpoint
+from neon.cli.main import main
+from tests.commands import invoke
 
 ROOT = Path(__file__).resolve().parents[2]
 DOC = (ROOT / "docs" / "own_model.md").read_text()
@@ -23,23 +25,46 @@ def test_the_example_is_short():
     assert len(code) <= 30
 
 
+def test_the_document_shows_the_files_that_neon_example_writes():
+    for language, name in (("python", "mine.py"), ("toml", "mine.toml")):
+        assert block(language) == (ROOT / "neon/example" / name).read_text()
+
+
+def test_what_is_there_is_never_replaced(tmp_path):
+    (tmp_path / "first").mkdir()
+    (tmp_path / "first/mine.toml").write_text("mine")
+    done = invoke(main, "example", "--out", tmp_path / "first")
+    assert done.exit_code == 1
+    assert "mine.toml is there already" in done.stderr
+    assert [path.name for path in (tmp_path / "first").iterdir()] == ["mine.toml"]
+
+
+def test_a_family_that_is_not_there_is_said_with_where_it_may_lie(tmp_path):
+    (tmp_path / "mine.toml").write_text('family = "not_mine:Mine"')
+    done = invoke(main, "check", tmp_path / "mine.toml")
+    assert done.exit_code == 1
+    assert "there is no module 'not_mine'" in done.stderr
+    assert "in a file beside the config or on PYTHONPATH" in done.stderr
+
+
 def test_the_example_runs_from_training_to_merged_file(tmp_path):
-    (tmp_path / "mine.py").write_text(block("python"))
-    (tmp_path / "mine.toml").write_text(block("toml"))
-    (tmp_path / "demo").symlink_to(ROOT / "demo")
+    """As installed, without PYTHONPATH for the config's folder: mine.py lies beside the config."""
+    assert invoke(main, "example", "--out", tmp_path / "first").exit_code == 0
+    tmp_path = tmp_path / "first"
 
     def neon(*arguments: str) -> dict:
         command = [sys.executable, "-m", "neon", *arguments, "--device", "cpu"]
         done = subprocess.run(
             command,
             cwd=tmp_path,
-            env={"PYTHONPATH": f"{tmp_path}:{ROOT}", "PATH": "/usr/bin:/bin"},
+            env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
             capture_output=True,
             text=True,
         )
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout.splitlines()[-1])
 
+    assert neon("check", "mine.toml")["is_ok"]
     neon("train", "mine.toml", "--out", "runs/mine_base")
     result = neon("run", "mine.toml")
     assert result["metric"] == "fd200[pixel-pca64]"

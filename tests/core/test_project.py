@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from fid.inception import WEIGHTS
 from neon.cli.main import main
 from neon.pipeline.experiment import load
 from neon.published.table import select
@@ -31,13 +32,26 @@ def test_every_config_is_valid_and_says_how_to_run_it(path):
     assert f"configs/{path.name}" in head
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.toml")), ids=lambda p: p.stem)
-def test_dry_run_prints_the_plan_and_makes_nothing(path, tmp_path, monkeypatch):
+PUBLISHED = [
+    path for path in sorted((ROOT / "configs").glob("*.toml")) if "_imagenet" in path.stem or "_cifar10" in path.stem
+]
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda p: p.stem)
+def test_dry_run_names_every_missing_file_with_its_download_and_makes_nothing(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    done = CliRunner().invoke(main, ["run", str(path), "--set", "sampling.batch=3", "--dry-run"])
-    assert done.exit_code == 0 or "[sampling]" in done.output  # a config that only trains has nothing to sample
-    if done.exit_code == 0:
-        assert json.loads(done.output)["sampling"]["batch"] == 3
+    monkeypatch.setenv("NEON_CACHE", str(tmp_path / "cache"))
+    done = CliRunner().invoke(main, ["run", str(path), "--set", "sampling.batch=3", "--dry-run", "--json"])
+    assert done.exit_code == 1, done.output
+    found = json.loads(done.stdout)
+    assert found["config"]["sampling"]["batch"] == 3
+    names = [one["how"].removeprefix("neon download ") for one in found["missing"]]
+    assert select(names, []), "every advice is a download that the table knows"
+    wanted = {
+        path.name
+        for path in map(Path, re.findall(r'"([\w/.-]+\.(?:pkl|pth|pt|ckpt|npz|safetensors))"', path.read_text()))
+    }
+    assert wanted | {WEIGHTS.files[0]} == set(names) | wanted & {"diffusion_pytorch_model.safetensors"}
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,0 +1,130 @@
+"""--dry-run: what it announces is what the run then does; what it measures has a closed form; what is missing is said
+at once, by the run too."""
+
+import json
+from collections import Counter
+
+import pytest
+import torch
+
+from neon.cli.main import main
+from neon.pipeline.experiment import load
+from neon.pipeline.measure import measure
+from neon.pipeline.probe import Probe
+from tests.commands import ROOT, invoke, last_object, started
+from tests.core.line import Line
+
+
+def planned(config, *options) -> dict:
+    done = invoke(main, "run", config, "--device", "cpu", "--dry-run", "--json", *options)
+    assert done.exit_code == 0, done.output
+    return last_object(done.stdout)
+
+
+def test_the_announced_images_are_those_that_a_run_samples(line_config, tmp_path, monkeypatch):
+    """Counted where they are made, by the seeds of their block. (The first four of S are looked at before.)"""
+    stages = {stage["name"]: stage["images"] for stage in planned(line_config)["stages"]}
+    counted: Counter[str] = Counter()
+    sample = Line.sample
+
+    def counting(self, model, rng, labels, how):
+        counted["synth" if rng.seeds[0] < 1000 else "select" if rng.seeds[0] < 2000 else "report"] += rng.batch
+        return sample(self, model, rng, labels, how)
+
+    monkeypatch.setattr(Line, "sample", counting)
+    monkeypatch.setattr("neon.pipeline.run.check_first_images", lambda *arguments: None)
+    done = invoke(main, "run", line_config, "--out", tmp_path / "run", "--device", "cpu")
+    assert done.exit_code == 0, done.output
+    assert last_object(done.stdout)["w"] == 0, "so that Neon's row is the base's, which is not sampled again"
+    assert counted == {"synth": stages["synth"], "select": stages["select"], "report": stages["report"] * 3 // 4}
+    assert stages["finetune"] == 96
+
+
+def test_calls_and_operations_of_a_network_of_linear_layers(tmp_path):
+    """docs/own_model.md's network: 8 steps of three linear layers; training is three times the forward pass, less the
+    gradient of the input, which nobody asks for."""
+    width, steps = 16, 8
+    (tmp_path / "plan_of_mine.py").write_text((ROOT / "neon/example/mine.py").read_text())
+    (tmp_path / "mine.toml").write_text(
+        f"""family = "plan_of_mine:Mine"
+[model]
+width = {width}
+[base]
+checkpoint = "nowhere/model.safetensors"
+[sampling]
+num_steps = {steps}
+uint8 = "round"
+batch = 4
+[synth]
+num_images = 10
+[finetune]
+images = 6
+batch = 3
+lr = 1e-3
+"""
+    )
+    rates = measure(Probe(load(tmp_path / "mine.toml")), with_features=False)
+    first, rest = 2 * 785 * width, 2 * (width * width + width * 784)
+    assert rates.sampling.calls == steps
+    assert rates.sampling.flop == steps * (first + rest)
+    assert rates.training.flop == 2 * first + 3 * rest
+    assert rates.image_bytes == 784
+    assert rates.weights_bytes == 4 * (785 * width + width + width * width + width + width * 784 + 784)
+    assert rates.features is None
+    assert rates.peak_bytes is None
+
+
+def test_seconds_are_shared_by_ranks(line_config):
+    """Two ranks take half as long each; the rates themselves are measured, so only the arithmetic is compared."""
+    alone = planned(line_config)
+    assert alone["seconds"] == pytest.approx(sum(stage["seconds"] for stage in alone["stages"]))
+    together = started(
+        "-m", "neon", "run", line_config, "--device", "cpu", "--dry-run", "--json", ranks=2, cwd=line_config.parent
+    )
+    assert together["ranks"] == 2
+    assert together["stages"][0]["images"] == alone["stages"][0]["images"]
+
+
+def test_a_run_and_its_dry_run_name_all_missing_files_at_once(line_config, tmp_path):
+    (tmp_path / "base.safetensors").rename(tmp_path / "Base.safetensors")
+    (tmp_path / "reference.npz").unlink()
+    dry = invoke(main, "run", line_config, "--out", tmp_path / "run", "--dry-run")
+    real = invoke(main, "run", line_config, "--out", tmp_path / "run")
+    for done, said in ((dry, dry.stdout), (real, real.stderr)):
+        assert done.exit_code == 1
+        assert f"{tmp_path / 'base.safetensors'}  (base.checkpoint)" in said
+        assert f"did you mean {tmp_path / 'Base.safetensors'}?" in said
+        assert f"{tmp_path / 'reference.npz'}  (report.extractors" in said
+        assert "neon fid ref --extractor tests.core.line:open_pixels --data IMAGES --out" in said
+    assert "2 files are missing" in real.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_synth_does_not_ask_for_what_only_the_report_reads(line_config, tmp_path):
+    (tmp_path / "reference.npz").unlink()
+    done = invoke(main, "synth", line_config, "--out", tmp_path / "run", "--device", "cpu")
+    assert done.exit_code == 0, done.output
+
+
+def test_json_belongs_to_the_dry_run(line_config):
+    done = invoke(main, "run", line_config, "--json")
+    assert done.exit_code == 2
+    assert "--json belongs to --dry-run" in done.stderr
+
+
+def test_a_measurement_leaves_the_model_as_it_was(line_config):
+    probe = Probe(load(line_config))
+    before = {name: value.clone() for name, value in probe.model.state_dict().items()}
+    measure(probe, with_features=True)
+    assert all(torch.equal(before[name], value) for name, value in probe.model.state_dict().items())
+    assert all(p.grad is None and p.requires_grad for p in probe.model.parameters())
+
+
+def test_the_text_says_time_memory_and_disk(line_config):
+    done = invoke(main, "run", line_config, "--device", "cpu", "--dry-run")
+    assert done.exit_code == 0, done.output
+    words = done.stdout.split()
+    assert {"synth", "finetune", "select", "report", "time", "memory", "disk"} <= set(words)
+    assert "450" in words, "15 points of 30 images"
+    with pytest.raises(json.JSONDecodeError):
+        json.loads(done.stdout.splitlines()[-1])
