@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -64,7 +65,7 @@ def sample(request: Request, world: World) -> dict[str, object]:
 
     def images() -> Iterator[Tensor]:
         batches = world.batches(request.num_images, request.batch)
-        with progress(total=request.num_images, desc="sample", unit="img", world=world) as bar:
+        with closing(progress(total=request.num_images, desc="sample", unit="img", world=world)) as bar:
             for batch in generate(source, model, batches, world.device):
                 yield to_images(source, batch.codes).cpu()
                 bar.update(len(batch.indices))

