@@ -81,6 +81,10 @@ def png(image: np.ndarray) -> bytes:
     return encoded(Image.fromarray(image), "png")
 
 
+def by_pillow(data: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
 def palette_image(image: np.ndarray) -> tuple[Image.Image, np.ndarray]:
     """A palette picture, and the RGB pixels that it shows."""
     found = Image.fromarray(image).quantize(16)
@@ -117,8 +121,8 @@ def modes() -> Iterator[Case]:
         grey, colour = Image.fromarray(GREY[i]), Image.fromarray(COLOUR[i])
         palette, shown = palette_image(COLOUR[i])
         for suffix, options in {
-            "png": {}, "bmp": {}, "tif": {}, "tiff": {"compression": "tiff_lzw"}, "webp": {"lossless": True, "exact": True},
-            "jp2": {"irreversible": False}, "ppm": {},
+            "png": {}, "bmp": {}, "tif": {}, "tiff": {"compression": "tiff_lzw"}, "ppm": {},
+            "webp": {"lossless": True, "exact": True}, "jp2": {"irreversible": False},
         }.items():  # fmt: skip
             kind = {"tif": "tiff", "jp2": "jpeg2000"}.get(suffix, suffix)
             exact.setdefault(f"rgb.{suffix}", []).append((encoded(colour, kind, **options), COLOUR[i]))
@@ -135,14 +139,12 @@ def modes() -> Iterator[Case]:
         exact.setdefault("plain.pgm", []).append((plain, GREY[i]))
         for suffix, options in {"jpg": {"quality": 90}, "webp": {"quality": 90}, "avif": {"quality": 90}}.items():
             data = encoded(colour, {"jpg": "jpeg"}.get(suffix, suffix), **options)
-            exact.setdefault(f"lossy.{suffix}", []).append(
-                (data, np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
-            )
+            exact.setdefault(f"lossy.{suffix}", []).append((data, by_pillow(data)))
         data = encoded(grey, "jpeg")
         exact.setdefault("grey.jpe", []).append((data, np.asarray(Image.open(io.BytesIO(data)))))
         exact.setdefault("jpeg-named.png", []).append((data, np.asarray(Image.open(io.BytesIO(data)))))
         cmyk = encoded(colour.convert("CMYK"), "jpeg")
-        exact.setdefault("cmyk.jpg", []).append((cmyk, np.asarray(Image.open(io.BytesIO(cmyk)).convert("RGB"))))
+        exact.setdefault("cmyk.jpg", []).append((cmyk, by_pillow(cmyk)))
         frames = [colour, colour.transpose(Image.Transpose.FLIP_TOP_BOTTOM)]
         for suffix in ("tiff", "webp", "png"):
             options = {"lossless": True, "exact": True} if suffix == "webp" else {}
@@ -167,7 +169,8 @@ def modes() -> Iterator[Case]:
     palette, _ = palette_image(COLOUR[0])
     turned = Image.Exif()
     turned[0x0112] = 3
-    for suffix in ("png", "bmp", "tiff", "webp", "avif", "jp2"):
+    exact["fourth-byte.bmp"] = [(encoded(rgba, "bmp"), COLOUR[0])]  # reserved: of no meaning in this format
+    for suffix in ("png", "tiff", "webp", "avif", "jp2"):
         kind = {"jp2": "jpeg2000"}.get(suffix, suffix)
         refused[f"rgba.{suffix}"] = (encoded(rgba, kind), "an alpha channel")
     refused |= {
@@ -345,9 +348,7 @@ def layouts() -> Iterator[Case]:
         yield Case(name=f"hidden-{container}", make=make, images=grey(3), labels=[0, 1, 1], remark="hidden")
     notes = classes(["1.png", "2.png"], {"notes.txt": b"hello", "Thumbs.db": b"x"})
     for container, make in containers(notes).items():
-        yield Case(
-            name=f"notes-{container}", make=make, images=grey(2), remark="2 file(s) are no images by their names"
-        )
+        yield Case(name=f"notes-{container}", make=make, images=grey(2), remark="2 file(s) are no images by")
     stray = classes(["ant/1.png", "bee/2.png", "stray.png"])
     splits = classes(["train/ant/1.png", "val/ant/2.png"])
     for container in ("folder", "stored"):
@@ -380,7 +381,7 @@ def layouts() -> Iterator[Case]:
     yield Case(name="linked-class", make=linked_class, images=np.stack([GREY[0]] * 2)[:, None], labels=[0, 1])
     yield Case(name="dangling", make=dangling, error="3.png|lead nowhere")
     yield Case(name="loop", make=loop, images=grey(2), labels=[0, 1], remark="links back to a folder above")
-    yield Case(name="foreign-manifest", make=foreign_manifest, images=grey(2))
+    yield Case(name="foreign-manifest", make=foreign_manifest, images=grey(2), remark="no images by")
     if os.geteuid() == 0:
         yield Case(name="folder-gone", make=lambda folder: folder / "gone", error="no image set at")
 
@@ -392,8 +393,8 @@ def listings() -> Iterator[Case]:
     good: dict[str, tuple[bytes, list | None]] = {
         "indices": (json.dumps({"labels": [[names[1], 4], [names[0], 2]]}).encode(), [2, 4]),
         "vectors": (
-            json.dumps({"labels": [[n, [0.5, i]] for i, n in enumerate(names)]}).encode(),
-            [[0.5, 0], [0.5, 1]],
+            json.dumps({"labels": [[n, [0.5, 1]] for n in names]}).encode(),
+            [[0.5, 1], [0.5, 1]],
         ),
         "null": (b'{"labels": null}', None),
         "bom": (b"\xef\xbb\xbf" + json.dumps({"labels": [[n, 1] for n in names]}).encode(), [1, 1]),
