@@ -27,7 +27,7 @@ class EDM(Family[Denoiser, Objective, Sampling]):
     sampling = Sampling
     objective = Objective
 
-    def graphed(self, model: nn.Module) -> nn.Module | None:
+    def graphed(self, model: Denoiser) -> nn.Module | None:
         return model.model if isinstance(model, Preconditioner) else None
 
     def build(self, arch: Mapping[str, object]) -> Preconditioner:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from flow import load
 from flow.loss import pairs, path
@@ -25,7 +25,7 @@ class Flow(Family[UNet, Objective, Sampling]):
     sampling = Sampling
     objective = Objective
 
-    def graphed(self, model: nn.Module) -> nn.Module | None:
+    def graphed(self, model: UNet) -> UNet:
         return model
 
     def build(self, arch: Mapping[str, object]) -> UNet:

@@ -37,8 +37,8 @@ class IMM(Family[IMMPrecond, Objective, Sampling]):
     def __init__(self) -> None:
         self.encoder: StabilityEncoder | PixelEncoder = PixelEncoder()
 
-    def graphed(self, model: nn.Module) -> nn.Module | None:
-        return model.model if isinstance(model, IMMPrecond) else None
+    def graphed(self, model: IMMPrecond) -> nn.Module:
+        return model.model
 
     def build(self, arch: Mapping[str, object]) -> IMMPrecond:
         return load.precond(arch)

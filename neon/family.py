@@ -76,7 +76,7 @@ class Trainable(ABC, Generic[Model, Objective]):
         """Whether training changes a parameter; the others stay what they are."""
         return True
 
-    def adapted(self, model: nn.Module, how: object) -> nn.Module:
+    def adapted(self, model: Model, how: Objective) -> Model:
         """The model as the fine-tune trains it: a low-rank fine-tune adds its matrices here."""
         return model
 

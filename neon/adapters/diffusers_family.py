@@ -73,7 +73,7 @@ class Objective:
             raise ValueError(f"lora_rank must be >= 0, got {self.lora_rank}")
 
 
-class Diffusers(Family):
+class Diffusers(Family[nn.Module, Objective, Sampling]):
     """Codes are images (B, C, H, W) in [-1, 1]; a latent pipeline trains on moments (B, 2C, h, w) of its autoencoder.
 
     A prompt counts as a class: image i of a block has prompt i mod their number, and its label is the prompt's line.
@@ -145,9 +145,8 @@ class Diffusers(Family):
         assert self._pipeline is not None, "load comes first"
         return self._pipeline
 
-    def sample(self, model: nn.Module, rng: Rng, labels: Tensor | None, how: object) -> tuple[Tensor, Tensor | None]:
+    def sample(self, model: nn.Module, rng: Rng, labels: Tensor | None, how: Sampling) -> tuple[Tensor, Tensor | None]:
         """By the pipeline's own call with one generator per image. Raises ValueError if it draws anything else."""
-        assert isinstance(how, Sampling)
         assert isinstance(rng, ImageRng)
         pipeline, count = self.pipeline, self.num_classes(model)
         pipeline.register_modules(**{self._denoiser: model})
@@ -203,9 +202,8 @@ class Diffusers(Family):
         posterior = vae.encode(pixels(images, vae.config.in_channels)).latent_dist
         return torch.cat([posterior.mean, posterior.std], dim=1)
 
-    def draw(self, rng: Rng, codes: Tensor, labels: Tensor | None, how: object) -> Draws:
+    def draw(self, rng: Rng, codes: Tensor, labels: Tensor | None, how: Objective) -> Draws:
         """In this order: time (B,), noise like x, posterior like x (latents), label_drop (B,) (prompts)."""
-        assert isinstance(how, Objective)
         is_latent = self._autoencoder is not None
         channels, *sides = codes.shape[1:]
         shape = (channels // 2 if is_latent else channels, *sides)
@@ -217,9 +215,8 @@ class Diffusers(Family):
             draws["label_drop"] = rng.uniform(())
         return draws
 
-    def loss(self, model: nn.Module, codes: Tensor, labels: Tensor | None, draws: Draws, how: object) -> Tensor:
+    def loss(self, model: nn.Module, codes: Tensor, labels: Tensor | None, draws: Draws, how: Objective) -> Tensor:
         """The mean squared error of every image's prediction."""
-        assert isinstance(how, Objective)
         assert self._forward is not None
         x = self._clean(codes, draws)
         x_t, t, target = self._forward.noised(x, draws["noise"], draws["time"].clamp(max=1 - 1e-6))
@@ -251,9 +248,8 @@ class Diffusers(Family):
             embedded = self.pipeline.encode_prompt(prompts, self._device, 1, False)[0]
         return {"encoder_hidden_states": embedded}
 
-    def adapted(self, model: nn.Module, how: object) -> nn.Module:
+    def adapted(self, model: nn.Module, how: Objective) -> nn.Module:
         """With LoRA matrices, if they are asked for."""
-        assert isinstance(how, Objective)
         if how.lora_rank == 0:
             return model
         alpha = how.lora_rank if how.lora_alpha is None else how.lora_alpha

@@ -50,7 +50,7 @@ class Objective:
     """The loss sees the whole batch at once: it has one generator."""
 
 
-class Functions(Family):
+class Functions(Family[nn.Module, Objective, Sampler]):
     """A network in memory with its `sample` and `loss`. The network itself is only ever copied."""
 
     name = "functions"
@@ -70,7 +70,7 @@ class Functions(Family):
     def trains(self, name: str, parameter: nn.Parameter) -> bool:
         return name in self._trained
 
-    def sample(self, model: nn.Module, rng: Rng, labels: Tensor | None, how: object) -> tuple[Tensor, Tensor | None]:
+    def sample(self, model: nn.Module, rng: Rng, labels: Tensor | None, how: Sampler) -> tuple[Tensor, Tensor | None]:
         assert isinstance(rng, ImageRng)
         return images_and_labels(self._sample(model, rng.seeds), len(rng.seeds))
 
@@ -78,13 +78,13 @@ class Functions(Family):
         """uint8 images under a rule (bytes stay what they are), else the codes themselves."""
         return codes if self._rule is None or codes.dtype == torch.uint8 else to_uint8(codes, self._rule)
 
-    def draw(self, rng: Rng, codes: Tensor, labels: Tensor | None, how: object) -> Draws:
+    def draw(self, rng: Rng, codes: Tensor, labels: Tensor | None, how: Objective) -> Draws:
         """The seed of the step's generator, for every image the same: the loss function draws by itself."""
         assert isinstance(rng, SharedRng)
         assert rng.generator is not None
         return {"seed": torch.full((len(codes),), rng.generator.initial_seed())}
 
-    def loss(self, model: nn.Module, codes: Tensor, labels: Tensor | None, draws: Draws, how: object) -> Tensor:
+    def loss(self, model: nn.Module, codes: Tensor, labels: Tensor | None, draws: Draws, how: Objective) -> Tensor:
         losses = self._loss(model, codes, labels, torch.Generator().manual_seed(int(draws["seed"][0])))
         if losses.shape != (len(codes),):
             raise ValueError(
@@ -93,8 +93,7 @@ class Functions(Family):
             )
         return losses
 
-    def group(self, how: object) -> int:
-        assert isinstance(how, Objective)
+    def group(self, how: Objective) -> int:
         return how.batch
 
 
