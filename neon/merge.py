@@ -59,12 +59,14 @@ def merged_entries(
     moving = set(base) - buffers_among(base) if parameters is None else set(parameters)
     for name in base:
         if name in synth and name in moving:
-            yield name, _merge_tensor(name, base[name], synth[name], w, on_mismatch)
+            yield name, merge_tensor(name, base[name], synth[name], w, on_mismatch)
         else:
             yield name, base[name]
 
 
-def _merge_tensor(name: str, base: Tensor, synth: Tensor, w: float, on_mismatch: OnMismatch) -> Tensor:
+def merge_tensor(name: str, base: Tensor, synth: Tensor, w: float, on_mismatch: OnMismatch) -> Tensor:
+    """base - w (synth - base) of one parameter, or the base where there is nothing to extrapolate. Raises ValueError,
+    which names it, if it cannot be extrapolated."""
     if base.shape != synth.shape:
         raise ValueError(
             f"{name}: the base has shape {tuple(base.shape)}, the self-trained model {tuple(synth.shape)}; not the "

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from neon.checkpoints import weight_sets
+from neon.checkpoints.folders import only_entry
 from neon.checkpoints.lazy import Source, StoredTensors
 from neon.checkpoints.limits import clean, first_of, shown
 from neon.checkpoints.safetensors_format import aliases_of, metas, write_safetensors
@@ -57,7 +58,10 @@ class Checkpoint:
     @cached_property
     def sha256(self) -> str:
         """Of the file; of an index, over the hashes of its shards in the order of their names."""
-        return content_hash(self.path, self.shards)
+        return self.hash_by(files.sha256_of)
+
+    def hash_by(self, hash_of: Callable[[Path], str]) -> str:
+        return content_hash(self.path, self.shards, hash_of)
 
     @property
     def files(self) -> list[Path]:
@@ -141,7 +145,7 @@ class Checkpoint:
 
 
 def read(path: str | Path, *, weights: str = "ema", option: str = "weights = ...") -> Checkpoint:
-    """Open a checkpoint of any layout; tensors stay in the file until they are asked for.
+    """Open a checkpoint of any layout, or a folder with one; tensors stay in the file until they are asked for.
 
     weights: "ema" or "raw"; the name that our own file gives its set; or the place of any set ("params_ema",
         "trainer/vae_local"; "/ema" where that is no label). "any" takes the only set of a file, whatever it is, "auto"
@@ -152,6 +156,8 @@ def read(path: str | Path, *, weights: str = "ema", option: str = "weights = ...
     set.
     """
     path = Path(path)
+    if path.is_dir():
+        path = only_entry(path)
     found = choose(open_checked(path), weights, path, option)
     if found.problem:
         raise ValueError(f"{path}: its {found.label!r} weights ({found.where}) cannot be used: {found.problem}")
@@ -252,9 +258,10 @@ def check_target(path: Path, inputs: Iterable[Path]) -> None:
         raise ValueError(f"{path} is the same file as the input {same[0]}, which it would replace; name another file")
 
 
-def content_hash(path: Path, shards: Iterable[str]) -> str:
-    hashes = [files.sha256_of(path.with_name(shard)) for shard in shards]
-    return hashlib.sha256("\n".join(hashes).encode()).hexdigest() if hashes else files.sha256_of(path)
+def content_hash(path: Path, shards: Iterable[str], hash_of: Callable[[Path], str] = files.sha256_of) -> str:
+    """SHA-256 of a file, or of the lines of its shards' hashes."""
+    hashes = [hash_of(path.with_name(shard)) for shard in shards]
+    return hashlib.sha256("\n".join(hashes).encode()).hexdigest() if hashes else hash_of(path)
 
 
 def size_of(specs: Mapping[str, Tensor]) -> str:

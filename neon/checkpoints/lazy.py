@@ -128,6 +128,20 @@ class StoredTensor:
         return 1 + sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
 
     @property
+    def address(self) -> tuple[object, ...]:
+        """Equal for two tensors that are one."""
+        return id(self.storage), self.offset, self.shape, self.stride, self.is_conj, self.is_neg
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether its numbers lie in the file in order, without gaps."""
+        step, plain = 1, not (self.is_conj or self.is_neg)
+        for size, stride in zip(reversed(self.shape), reversed(self.stride), strict=True):
+            plain = plain and (size == 1 or stride == step)
+            step *= size
+        return plain
+
+    @property
     def meta(self) -> Tensor:
         """Shape and dtype, without content."""
         return torch.empty(self.shape, dtype=self.storage.dtype, device="meta")
@@ -176,8 +190,7 @@ class StoredTensors(Mapping[str, Tensor]):
         first: dict[tuple[object, ...], str] = {}
         found = {}
         for name, entry in self.entries.items():
-            address = (id(entry.storage), entry.offset, entry.shape, entry.stride, entry.is_conj, entry.is_neg)
-            kept = first.setdefault(address, name)
+            kept = first.setdefault(entry.address, name)
             if kept != name and entry.extent:
                 found[name] = kept
         return found

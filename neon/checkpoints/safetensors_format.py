@@ -208,7 +208,10 @@ def lay_out(specs: Mapping[str, Tensor]) -> dict[str, int]:
     return offsets
 
 
-def encode_header(specs: Mapping[str, Tensor], offsets: Mapping[str, int], metadata: Mapping[str, str]) -> bytes:
+def encode_header(
+    specs: Mapping[str, Tensor], offsets: Mapping[str, int], metadata: Mapping[str, str], at_least: int = 0
+) -> bytes:
+    """The bytes before the data: a length, and JSON padded to a multiple of 8, and to `at_least` bytes in all."""
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     for name, spec in specs.items():
         if spec.dtype not in DTYPE_NAMES:
@@ -220,7 +223,7 @@ def encode_header(specs: Mapping[str, Tensor], offsets: Mapping[str, int], metad
             "data_offsets": [offsets[name], end],
         }
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text = text.ljust(max(len(text) + -len(text) % 8, at_least - 8))
     return len(text).to_bytes(8, "little") + text
 
 

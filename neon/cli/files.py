@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+import math
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,19 +26,37 @@ WEIGHTS_HELP = (
 )
 
 
+def numbers(_: click.Context, __: click.Parameter, text: str) -> tuple[float, ...]:
+    """0.5,1,1.5 as finite numbers."""
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise click.BadParameter(f"expected numbers with commas between them, found {text!r}") from error
+    if not all(math.isfinite(value) for value in values):
+        raise click.BadParameter(f"expected finite numbers, found {text}")
+    return values
+
+
 @click.command("merge")
 @click.argument("base", type=PATH)
 @click.argument("synth", type=PATH)
 @click.option(
     "--w",
-    type=float,
     required=True,
-    help="theta_base - W (theta_syn - theta_base): W > 0 moves away from SYNTH, 0 is BASE, -1 is SYNTH.",
+    callback=numbers,
+    help="theta_base - W (theta_syn - theta_base): W > 0 moves away from SYNTH, 0 is BASE, -1 is SYNTH. Several, as in "
+    "0.5,1,1.5, give a file each, named after W.",
 )
-@click.option("--out", type=PATH, required=True, help="The safetensors file to write.")
+@click.option(
+    "--out",
+    type=PATH,
+    required=True,
+    help="A file ending in .safetensors, or a new folder, which gets BASE's shards and side files.",
+)
 @click.option("--weights", help=WEIGHTS_HELP)
 @click.option("--base-weights", help="Weight set of BASE alone.")
 @click.option("--synth-weights", help="Weight set of SYNTH alone.")
+@click.option("--variant", help="Which files of a folder: fp16 for model.fp16.safetensors.")
 @click.option(
     "--family",
     help="Family of both files, to tell parameters from buffers.  [default: a shipped one that the file names]",
@@ -47,26 +68,67 @@ WEIGHTS_HELP = (
     show_default=True,
     help="What to do with entries that cannot be extrapolated.",
 )
+@click.option(
+    "--allow-missing",
+    multiple=True,
+    metavar="PATTERN",
+    help="Names that one model may lack, as in 'lm_head.*'; the base's are kept. Repeatable.",
+)
+@click.option("--check", is_flag=True, help="Read the output again and compare it with what was written.")
+@click.option("--no-hash", is_flag=True, help="Do not compute SHA-256 of inputs and output.")
 def merge_files(
     base: Path,
     synth: Path,
-    w: float,
+    w: tuple[float, ...],
     out: Path,
     weights: str | None,
     base_weights: str | None,
     synth_weights: str | None,
+    variant: str | None,
     family: str | None,
     on_mismatch: OnMismatch,
+    allow_missing: tuple[str, ...],
+    check: bool,
+    no_hash: bool,
 ) -> None:
-    """Merge two checkpoints of one network, tensor by tensor: memory for three tensors is enough.
+    """Merge two checkpoints of one network, or two folders of the Hub's layout, in one pass.
 
-    BASE and SYNTH may be of any supported layout (.pkl, .pth, .pt, .ckpt, .safetensors, a sharded index).
+    BASE and SYNTH may be of any supported layout (.pkl, .pth, .pt, .ckpt, .bin, .safetensors, a sharded index, a
+    transformers or diffusers folder). Memory does not depend on their size. Nothing in a file is executed.
     """
-    from neon.pipeline import merging
+    from neon.pipeline.merging import merge
+    from neon.pipeline.pairing import Request
 
-    b, s = merging.read_pair(base, synth, base_weights or weights, synth_weights or weights)
-    about = merging.merge(b, s, w, out, merging.parameter_names(b, family), on_mismatch)
-    click.echo(json.dumps(about))
+    if check and no_hash:
+        raise click.UsageError("--check compares hashes; leave --no-hash out")
+    request = Request(
+        w=w,
+        base_weights=base_weights or weights,
+        synth_weights=synth_weights or weights,
+        family=family,
+        on_mismatch=on_mismatch,
+        allow_missing=allow_missing,
+        variant=variant,
+        has_hashes=not no_hash,
+        check=check,
+    )
+    with stopped_cleanly():
+        click.echo(json.dumps(merge(base, synth, out, request)))
+
+
+@contextmanager
+def stopped_cleanly() -> Iterator[None]:
+    """SIGTERM and SIGHUP end the block like Ctrl-C, so that temporary files are removed."""
+
+    def stop(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @click.command()
@@ -87,7 +149,8 @@ def convert(source: Path, out: Path, weights: str) -> None:
     """Convert any supported checkpoint to safetensors. The embedded code of NVIDIA's pickles is not run."""
     from neon.checkpoints import checkpoint
 
-    found = checkpoint.convert(source, out, weights=weights, option="--weights")
+    with stopped_cleanly():
+        found = checkpoint.convert(source, out, weights=weights, option="--weights")
     click.echo(
         json.dumps(
             {

@@ -1,87 +1,248 @@
-"""`neon merge`: two checkpoint files in, the merged one out."""
+"""`neon merge`: two checkpoints of one network (or two folders of several) in, the merged ones out, in one pass."""
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Collection, Mapping
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch.nn.modules.module import register_module_module_registration_hook
 
-from neon.buffers import buffers_among
-from neon.checkpoints import checkpoint
+from neon.checkpoints import checkpoint, folders
 from neon.checkpoints.checkpoint import Checkpoint
-from neon.family import resolve, shipped
-from neon.merge import OnMismatch, merged_entries, step_size
+from neon.checkpoints.lazy import StoredTensor
+from neon.checkpoints.one_pass import Item, Moved, Output, Reader, merge_into
+from neon.checkpoints.safetensors_format import check_metadata, encode_header, lay_out, read_back
+from neon.pipeline.pairing import Pair, Request, pairs_of, stored
 from neon.store import files
 
 log = logging.getLogger(__name__)
+FORMULA = "theta_base - w (theta_syn - theta_base)"
+NO_HASH = "0" * 64
+"""Stands in a header for the hash of an input until all of it was read."""
 
 
-def merge(
-    b: Checkpoint, s: Checkpoint, w: float, out: Path, parameters: Collection[str], on_mismatch: OnMismatch
-) -> dict[str, object]:
-    """Write base - w (synth - base) and return what was done, as JSON-like data."""
-    checkpoint.check_target(out, [*b.files, *s.files])
-    entries = merged_entries(b.tensors, s.tensors, w, parameters=parameters, on_mismatch=on_mismatch)
-    metadata = {**checkpoint.about(b), "w": w, "base_sha256": b.sha256, "synth_sha256": s.sha256}
-    is_tied_alike = b.ties.items() <= s.ties.items()
-    specs = b.tensors if is_tied_alike else b.specs  # where the other model broke a tie, the values differ
-    checkpoint.write_streaming(out, specs, entries, metadata=metadata, texts=b.texts)
-    step = step_size(b.tensors, s.tensors, w, parameters)
-    if step["swallowed"] > 0.01:
-        log.warning(
-            "%.0f %% of the moved entries did not change: their dtype is too coarse for this step",
-            100 * step["swallowed"],
-        )
-    formula = "theta_base - w (theta_syn - theta_base)"
-    return {"out": str(out), "w": w, "formula": formula, "sha256": files.sha256_of(out), **step}
+@dataclass
+class Written:
+    """One file of the output: its name, its tensors, and its header's texts for a w and both inputs' hashes."""
+
+    name: str
+    items: list[Item]
+    specs: dict[str, torch.Tensor]
+    offsets: dict[str, int]
+    texts: Texts
 
 
-def read_pair(
-    base: Path, synth: Path, base_weights: str | None, synth_weights: str | None
-) -> tuple[Checkpoint, Checkpoint]:
-    """The weight sets of both files. Raises ValueError if nobody named them and one is an average, the other is not."""
-    b = checkpoint.read(base, weights=base_weights or "auto", option="--base-weights")
-    s = checkpoint.read(synth, weights=synth_weights or "auto", option="--synth-weights")
-    if not (base_weights and synth_weights) and {b.weights, s.weights} == {"ema", "raw"}:
-        raise ValueError(
-            f"{base} gives its {b.weights!r} weights and {synth} its {s.weights!r} weights, which do not belong "
-            "together; name the sets with --base-weights and --synth-weights if you mean it"
-        )
-    return b, s
+def merge(base: Path, synth: Path, out: Path, request: Request) -> dict[str, object]:
+    """Write base - w (synth - base) for every w and return what was done, as JSON-like data.
+
+    base, synth: checkpoints of any layout, or folders; out: a .safetensors file, or a folder that is not there yet,
+    which gets the base's sharding and side files. Nothing is in place before everything was written and read back.
+    Raises ValueError or OSError.
+    """
+    is_folder = not folders.ANY_WEIGHTS.fullmatch(out.name)
+    if is_folder and not base.is_dir() and base.suffix != ".json":
+        raise ValueError(f"{out}: {base} is one file, so is what is written; expected a name ending in .safetensors")
+    pairs = pairs_of(base, synth, request, is_folder=is_folder)
+    targets = [out if len(request.w) == 1 else named(out, w) for w in request.w]
+    if len(set(targets)) < len(targets):
+        raise ValueError(f"--w names a value twice: {', '.join(f'{w:g}' for w in request.w)}")
+    inputs = [path for pair in pairs for path in (*pair.base.files, *pair.synth.files)]
+    for target in targets:
+        check_folder(target) if is_folder else checkpoint.check_target(target, inputs)
+    stats = [Moved() for _ in request.w]
+    reader = Reader(has_hashes=request.has_hashes)
+    with ExitStack() as stack:
+        stack.callback(reader.close)
+        places = [stack.enter_context(new_folder(target) if is_folder else new_file(target)) for target in targets]
+        sums = [write_pair(pair, places, request, stats, reader, is_folder=is_folder) for pair in pairs]
+        if base.is_dir() and is_folder:
+            for place in places:
+                copy_side_files(base, place)
+    for problem in complaints(stats, request):
+        log.warning("%s", problem)
+    done = [
+        {"out": str(target), "w": w, "formula": FORMULA, **hashes_of(sums, number), **stats[number].about()}
+        for number, (target, w) in enumerate(zip(targets, request.w, strict=True))
+    ]
+    counts = {"parameters": sum(pair.parameters for pair in pairs), "tensors": sum(len(p.partners) for p in pairs)}
+    return {**done[0], **counts} if len(done) == 1 else {"formula": FORMULA, "merged": done, **counts}
 
 
-def parameter_names(found: Checkpoint, family: str | None) -> set[str]:
-    """Names of the network's parameters. A file does not decide what is imported: `family`, or a shipped one that it
-    names, builds the network it describes; where that cannot be done, its own names tell (`neon.buffers`)."""
-    name = family or (found.family if found.family in shipped() else None)
-    if name is not None and found.arch is not None:
-        try:
-            return built_parameters(name, found.arch, limit=1000 + 20 * len(found.tensors))
-        except (ValueError, TypeError, KeyError, RuntimeError) as error:
-            if family:
-                raise ValueError(
-                    f"{found.path}: the network of {family!r} cannot be built from its arch ({error})"
-                ) from error
-            log.warning("the network cannot be built here (%s); buffers are told by name", error)
-    return set(found.tensors) - buffers_among(found.tensors)
+def named(out: Path, w: float) -> Path:
+    """out.safetensors -> out_w0.5.safetensors"""
+    return out.with_name(f"{out.stem}_w{w:g}.safetensors" if out.suffix == ".safetensors" else f"{out.name}_w{w:g}")
 
 
-def built_parameters(family: str, arch: Mapping[str, object], limit: int) -> set[str]:
-    """Parameter names of a network that is built without memory; refused once it has more than `limit` modules."""
-    built = 0
+def hashes_of(sums: Sequence[Sequence[dict[str, str]]], number: int) -> dict[str, object]:
+    """{"sha256": of the one file} or {"files": {name: hash}}; nothing if no hashes were wanted."""
+    merged = {name: digest for pair in sums for name, digest in pair[number].items()}
+    if not merged:
+        return {}
+    return {"sha256": next(iter(merged.values()))} if list(merged) == [""] else {"files": merged}
 
-    def count(*_: object) -> None:
-        nonlocal built
-        built += 1
-        if built > limit:
-            raise ValueError(f"its arch describes more than {limit} modules, the file has far fewer tensors")
 
-    hook = register_module_module_registration_hook(count)
+def complaints(stats: Sequence[Moved], request: Request) -> Iterator[str]:
+    for w, moved in zip(request.w, stats, strict=True):
+        swallowed = moved.about()["swallowed"]
+        if swallowed > 0.01:
+            share = f"w = {w:g}: {100 * swallowed:.0f} % of the moved entries did not change"
+            yield f"{share}: their dtype is too coarse for this step"
+        if moved.overflowed:
+            yield f"w = {w:g}: {moved.overflowed} entries left the range of their dtype and are infinite or NaN"
+
+
+def write_pair(
+    pair: Pair, places: Sequence[Path], request: Request, stats: Sequence[Moved], reader: Reader, *, is_folder: bool
+) -> list[dict[str, str]]:
+    """Write one network into every place. Returns {file name: SHA-256} for each ("" names a lone file)."""
+    plans = plans_of(pair, is_folder=is_folder)
+    names = [f"{pair.part}/{plan.name}".strip("/") if is_folder else "" for plan in plans]
+    sums: list[dict[str, Future[str]]] = [{} for _ in places]
+    inputs = ["", ""]
+    with ThreadPoolExecutor(1) as hashing:
+        for name, plan in zip(names, plans, strict=True):
+            paths = [place / name if is_folder else place for place in places]
+            with ExitStack() as stack:
+                outputs = []
+                for path, w in zip(paths, request.w, strict=True):
+                    path.parent.mkdir(exist_ok=True)
+                    header = encode_header(plan.specs, plan.offsets, plan.texts(w, NO_HASH, NO_HASH))
+                    outputs.append(Output(stack.enter_context(open(path, "wb")), w, len(header)))
+                merge_into(plan.items, outputs, stats, reader, request.on_mismatch)
+                if request.has_hashes and plan is plans[-1]:
+                    inputs = [found.hash_by(reader.sha256) for found in (pair.base, pair.synth)]
+                for output in outputs:
+                    finish(output, plan, inputs)
+            if request.has_hashes:
+                for path, digests in zip(paths, sums, strict=True):
+                    digests[name] = hashing.submit(files.sha256_of, path)
+    found = [{name: digest.result() for name, digest in digests.items()} for digests in sums]
+    for place, w, done in zip(places, request.w, found, strict=True):
+        if is_folder and pair.base.shards:
+            write_index(place / pair.part, pair, plans, about_merge(pair, w, *inputs))
+        if request.check:
+            check_output({place / name if is_folder else place: digest for name, digest in done.items()})
+    return found
+
+
+def finish(output: Output, plan: Written, inputs: Sequence[str]) -> None:
+    """The header with the inputs' hashes, everything on the disk, read back."""
+    texts = plan.texts(output.w, *inputs)
+    output.file.seek(0)
+    output.file.write(encode_header(plan.specs, plan.offsets, texts, at_least=output.start))
+    output.file.flush()
+    os.fsync(output.file.fileno())
+    read_back(Path(output.file.name), plan.specs)
+
+
+def check_output(sums: Mapping[Path, str]) -> None:
+    """Read what was written again, from the disk where the system lets go of its copy."""
+    for path, digest in sums.items():
+        with path.open("rb") as file:
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        if digest != files.sha256_of(path):
+            raise ValueError(f"{path} reads differently from what was written: check the disk")
+
+
+def plans_of(pair: Pair, *, is_folder: bool) -> list[Written]:
+    """The files of one network: one, or one for every shard of the base."""
+    base = stored(pair.base).entries
+    kept = [name for name in base if name not in pair.ties]
+    shard_of = dict.fromkeys(kept, "")
+    if is_folder:
+        shard_of = {name: folders.safetensors_name(source_name(base[name], pair.base)) for name in kept}
+    plans = []
+    for shard in sorted(set(shard_of.values())):
+        here = [name for name in kept if shard_of[name] == shard]
+        specs = {name: base[name].meta for name in here}
+        by_place = sorted(here, key=lambda name: (base[name].storage.offset, base[name].offset))
+        offsets = lay_out({name: specs[name] for name in by_place})
+        items = [
+            Item(name, base[name], pair.partners[name], offsets[name])
+            for name in sorted(here, key=lambda n: offsets[n])
+        ]
+        aliases = {later: first for later, first in pair.ties.items() if shard_of[first] == shard}
+        texts = texts_of(pair, aliases, has_shards=len(set(shard_of.values())) > 1)
+        plans.append(Written(shard, items, specs, offsets, texts))
+        check_metadata(Path(shard or "the output"), specs, plans[-1].texts(0.0, NO_HASH, NO_HASH))
+    return plans
+
+
+def source_name(entry: StoredTensor, found: Checkpoint) -> str:
+    source = entry.storage.source
+    return found.path.name if isinstance(source, bytes) else source.path.name
+
+
+Texts = Callable[[float, str, str], dict[str, str]]
+"""(w, hash of the base, hash of the other model) -> the texts in a header."""
+
+
+def texts_of(pair: Pair, aliases: Mapping[str, str], *, has_shards: bool) -> Texts:
+    """The header's texts for a w and both inputs' hashes. Shards carry the base's own; their index has the rest."""
+
+    def texts(w: float, base: str, synth: str) -> dict[str, str]:
+        if has_shards:
+            return {"format": "pt", **pair.base.texts, **aliases}
+        return {**checkpoint.file_metadata(about_merge(pair, w, base, synth), pair.base.texts), **aliases}
+
+    return texts
+
+
+def about_merge(pair: Pair, w: float, base_sha256: str, synth_sha256: str) -> dict[str, object]:
+    hashes = {"base_sha256": base_sha256, "synth_sha256": synth_sha256} if base_sha256 else {}
+    return {**checkpoint.about(pair.base), "w": w, **hashes}
+
+
+def write_index(folder: Path, pair: Pair, plans: Sequence[Written], about: Mapping[str, object]) -> None:
+    """The index of the shards, with our metadata beside the base's."""
+    total = sum(spec.numel() * spec.itemsize for plan in plans for spec in plan.specs.values())
+    shards = {name: plan.name for plan in plans for name in plan.specs}
+    weight_map = {name: shards[pair.ties.get(name, name)] for name in stored(pair.base).entries}
+    metadata = {"total_size": total, "neon": {**about, "format": 1}}
+    text = json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2) + "\n"
+    files.write_text(folder / folders.safetensors_name(pair.base.path.name), text)
+
+
+def copy_side_files(base: Path, place: Path) -> None:
+    """Configs, tokenizers and schedulers of the base; links of the Hub's cache become files."""
+    for relative in folders.side_files(base):
+        (place / relative.parent).mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(base / relative, place / relative)
+
+
+def check_folder(path: Path) -> None:
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{path} is there already; name a new folder, or a file that ends in .safetensors")
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"cannot write {path}: there is no folder {path.absolute().parent}")
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder that gets its name when the block ends without an error, and is removed otherwise."""
+    path = path.absolute()
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary.mkdir()
     try:
-        with torch.device("meta"):
-            return {name for name, _ in resolve(family).build(arch).named_parameters()}
+        yield temporary
+        files.sync_folder(temporary)
+        os.replace(temporary, path)
+        files.sync_folder(path.parent)
     finally:
-        hook.remove()
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """The path of an empty file that takes the place of `path` when the block ends without an error."""
+    with files.replacing(path) as file:
+        yield Path(file.name)

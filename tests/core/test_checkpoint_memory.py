@@ -13,6 +13,8 @@ import torch
 
 from neon import merge
 from neon.checkpoints import checkpoint
+from neon.pipeline import merging
+from neon.pipeline.pairing import Request
 from tests.core import pickles
 
 NUM_TENSORS, ROWS, COLUMNS = 3, 5120, 2048
@@ -75,3 +77,18 @@ def test_loading_takes_one_or_two_tensors_beside_the_model(tmp_path, monkeypatch
     assert all(
         torch.equal(parameter, value) for parameter, value in zip(model.parameters(), held.values(), strict=True)
     )
+
+
+def test_a_merge_in_one_pass_holds_pieces_only(tmp_path):
+    """Less than one tensor of 40 MiB, hashes, statistics and two outputs included."""
+    for name, offset in (("base", 0.0), ("synth", 0.5)):
+        checkpoint.write(tmp_path / f"{name}.safetensors", tensors(offset), metadata={})
+    inputs = tmp_path / "base.safetensors", tmp_path / "synth.safetensors"
+    pairs = [inputs, [path.with_name(f"small-{path.name}") for path in inputs]]
+    for path, offset in zip(pairs[1], (0.0, 0.5), strict=True):  # threads and libraries start once
+        checkpoint.write(path, {"w": torch.full((600, 600), offset)}, metadata={})
+    merging.merge(*pairs[1], tmp_path / "small.safetensors", Request(w=(1.5, 0.5)))
+    held = tensors_held(lambda: merging.merge(*inputs, tmp_path / "out.safetensors", Request(w=(1.5, 0.5))))
+    assert held < 1.0
+    merged = checkpoint.read(tmp_path / "out_w1.5.safetensors").tensors
+    assert [merged[f"{i}.weight"][0, 0].item() for i in range(NUM_TENSORS)] == [-0.75, 0.25, 1.25]
