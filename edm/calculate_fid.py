@@ -20,8 +20,8 @@ from edm.family import EDM
 from edm.guidance import GuidedEDM
 from edm.options import Sampling
 from neon import quantize
+from neon.cli.located import FILE, STATISTICS
 from neon.cli.published_flags import (
-    PATH,
     Common,
     Images,
     Request,
@@ -51,8 +51,8 @@ class Seeds(click.ParamType):
 
 
 @published_command()
-@click.option("--network_pkl", type=PATH, required=True, help="EDM weights: a published .pkl or our safetensors.")
-@click.option("--ref", type=PATH, required=True, help="Reference statistics (.npz with mu and sigma).")
+@click.option("--network_pkl", type=FILE, required=True, help="EDM weights: a published .pkl or our safetensors.")
+@click.option("--ref", type=STATISTICS, required=True, help="Reference statistics (.npz with mu and sigma).")
 @click.option(
     "--seeds", type=Seeds(), default="0-49999", help="One image per seed; the class of an image is drawn from its seed."
 )
@@ -75,7 +75,7 @@ class Seeds(click.ParamType):
 @click.option("--S_max", "s_max", type=float, default=float("inf"), help="Churn only noise levels below.")
 @click.option("--S_noise", "s_noise", type=float, default=1.0, help="Standard deviation of the churned noise.")
 @click.option(
-    "--guide", type=PATH, help="A second model, say the self-trained one, for negative guidance: (1 + g) D - g D_guide."
+    "--guide", type=FILE, help="A second model, say the self-trained one, for negative guidance: (1 + g) D - g D_guide."
 )
 @click.option(
     "--guidance", type=float, default=1.0, help="g; with --guide only. Costs two network calls instead of one."

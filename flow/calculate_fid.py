@@ -23,8 +23,8 @@ from flow.family import Flow
 from flow.options import ErrorNorm, Sampling, Solver
 from flow.presets import EULER_STEPS
 from neon import quantize
+from neon.cli.located import FILE
 from neon.cli.published_flags import (
-    PATH,
     Common,
     Images,
     Request,
@@ -36,7 +36,7 @@ from neon.cli.published_flags import (
 
 
 @published_command()
-@click.option("--model_ckpt", type=PATH, required=True, help="Weights: TorchCFM's .pt, or our safetensors.")
+@click.option("--model_ckpt", type=FILE, required=True, help="Weights: TorchCFM's .pt, or our safetensors.")
 @click.option(
     "--integration_method", type=click.Choice(get_args(Solver)), default="dopri5", help="Adaptive, or equal steps."
 )

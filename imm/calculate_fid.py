@@ -22,8 +22,8 @@ from imm.options import Sampling
 from imm.presets import CFG_SCALE, Protocol
 from neon import quantize
 from neon.checkpoints import checkpoint
+from neon.cli.located import FILE
 from neon.cli.published_flags import (
-    PATH,
     Common,
     Images,
     Request,
@@ -35,7 +35,7 @@ from neon.cli.published_flags import (
 
 
 @published_command()
-@click.option("--model_ckpt", type=PATH, required=True, help="IMM weights: a published .pkl, or our safetensors.")
+@click.option("--model_ckpt", type=FILE, required=True, help="IMM weights: a published .pkl, or our safetensors.")
 @click.option(
     "--steps", type=click.IntRange(min=1), default=8, help="Steps of the pushforward sampler on the uniform grid."
 )
@@ -45,7 +45,7 @@ from neon.cli.published_flags import (
 @click.option("--protocol", type=click.Choice(["neon", "base"]), default="neon", help="Whose guidance is the default.")
 @click.option(
     "--vae",
-    type=PATH,
+    type=FILE,
     default=Path("checkpoints/sd-vae-ft-ema"),
     help="SD autoencoder, a file or a folder; unused by pixel models.",
 )

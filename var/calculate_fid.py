@@ -18,8 +18,8 @@ import click
 
 from neon import binding, quantize
 from neon.checkpoints import checkpoint
+from neon.cli.located import FILE
 from neon.cli.published_flags import (
-    PATH,
     Common,
     Images,
     Request,
@@ -36,12 +36,12 @@ from var.transformer import VARArch
 
 @published_command()
 @click.option(
-    "--var_ckpt", type=PATH, required=True, help="VAR weights: a published .pth of any depth, or our safetensors."
+    "--var_ckpt", type=FILE, required=True, help="VAR weights: a published .pth of any depth, or our safetensors."
 )
 @click.option("--model_depth", type=int, help="Checked against the model.  [default: the model's]")
 @click.option(
     "--vae_ckpt",
-    type=PATH,
+    type=FILE,
     default=Path("checkpoints/vae_ch160v4096z32.pth"),
     help="The VQ-VAE (download_models.sh --models).",
 )

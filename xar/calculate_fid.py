@@ -21,8 +21,8 @@ import click
 
 from neon import binding, quantize
 from neon.checkpoints import checkpoint
+from neon.cli.located import FILE
 from neon.cli.published_flags import (
-    PATH,
     Common,
     Images,
     Request,
@@ -41,10 +41,10 @@ from xar.transformer import XARArch
 @click.option(
     "--model", type=click.Choice(list(SIZES)), help="Checked against the file.  [default: what the file holds]"
 )
-@click.option("--model_ckpt", type=PATH, required=True, help="xAR weights: a published .pth, or our safetensors.")
+@click.option("--model_ckpt", type=FILE, required=True, help="xAR weights: a published .pth, or our safetensors.")
 @click.option(
     "--vae_path",
-    type=PATH,
+    type=FILE,
     default=Path("xar/pretrained/kl16.ckpt"),
     help="The KL-16 autoencoder (download_models.sh --models).",
 )

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from fid.names import METRICS
+from neon.cli.located import STATISTICS
 from neon.cli.options import PATH, RANK_OPTIONS, gathered
 
 if TYPE_CHECKING:
@@ -192,7 +193,7 @@ def merge_parts(parts: Sequence[Path], out: Path) -> None:
 @click.option(
     "--ref",
     "reference",
-    type=PATH,
+    type=STATISTICS,
     help="Reference statistics (.npz with mu and sigma), or reference images.  [needed unless only `is` is asked for]",
 )
 @click.option(

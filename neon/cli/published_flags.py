@@ -22,6 +22,7 @@ from fid.names import Metric
 from fid.reference import check_made_with, read_reference
 from neon import binding, quantize
 from neon.checkpoints import checkpoint
+from neon.cli.located import STATISTICS
 from neon.cli.messages import PlainCommand
 from neon.cli.options import PATH, RANK_OPTIONS, Command, gathered
 from neon.cli.resume import pass_folder
@@ -128,7 +129,7 @@ def images_options(*, batch_size: int) -> Callable[[Command], Command]:
                 help="Side of the images in pixels; checked against the model.  [default: the model's]",
             ),
             click.option(
-                "--fid_stats", type=PATH, required=True, help="Reference statistics (.npz with mu and sigma)."
+                "--fid_stats", type=STATISTICS, required=True, help="Reference statistics (.npz with mu and sigma)."
             ),
             click.option("--seed", "first_seed", type=int, default=0, help="Image i has the seed SEED + i."),
         ],

@@ -12,6 +12,7 @@ plain https, by code of our own: pooch and torch.hub.download_url_to_file do not
 
 from __future__ import annotations
 
+import fcntl
 import http.client
 import os
 import socket
@@ -20,13 +21,15 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+from dataclasses import replace
 from http.client import HTTPMessage
 from pathlib import Path
 from typing import IO
 
 from tqdm import tqdm
 
-from neon.published.table import Published
+from fid.weights import cache_folder
+from neon.published.table import Published, select
 from neon.store import files
 
 ATTEMPTS = 4
@@ -58,6 +61,19 @@ def fetch(item: Published, root: Path) -> dict[str, object]:
         fetch_hub(item, target) if item.source.startswith("hub:") else fetch_url(item, target)
     sha256 = check(item, target, status)
     return {"name": item.name, "path": str(target), "status": status, "bytes": target.stat().st_size, "sha256": sha256}
+
+
+def fetched_address(url: str) -> Path:
+    """The file at an https address: the one that lies where the table puts it, or one in the cache folder, to which it
+    is downloaded once, whichever of several ranks comes first. Raises DownloadError."""
+    (item,) = select([url], [])
+    if (here := item.target(Path())).is_file():
+        return here
+    cached = replace(item, folder=str(cache_folder()))
+    cache_folder().mkdir(parents=True, exist_ok=True)
+    with open(cache_folder() / f".{item.name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return Path(str(fetch(cached, Path())["path"]))
 
 
 def check(item: Published, target: Path, status: str) -> str | None:

@@ -11,11 +11,15 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from edm.calculate_fid import main as edm_command
 from fid.inception import WEIGHTS
+from imm.calculate_fid import main as imm_command
 from neon.cli.download import download
+from neon.cli.located import STATISTICS
 from neon.published import fetch
 from neon.published.fetch import DownloadError, NoNetworkError
 from neon.published.table import GROUPS, TABLE, Published, select
@@ -353,3 +357,64 @@ def test_list_fetches_nothing_and_says_what_is_there(tmp_path):
         for row in json.loads(done.stdout.splitlines()[-1])
         if row["there"] and row["path"].startswith(str(tmp_path))
     ] == ["cifar10-32x32.npz"]
+
+
+ADDRESS = "https://nvlabs-fi-cdn.nvidia.com/edm/fid-refs/cifar10-32x32.npz"
+
+
+@pytest.fixture
+def statistics(tmp_path, monkeypatch) -> bytes:
+    """A machine that reaches NVIDIA's server, which sends these statistics; no file is here yet."""
+    np.savez(tmp_path / "sent.npz", mu=np.zeros(4), sigma=np.eye(4))
+    content = (tmp_path / "sent.npz").read_bytes()
+    monkeypatch.setattr(fetch, "check_name", lambda item, target: None)
+    monkeypatch.setattr(
+        fetch, "fetch_url", lambda item, target: target.write_bytes(content) if item.source == ADDRESS else None
+    )
+    monkeypatch.setenv("NEON_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.chdir(tmp_path)
+    return content
+
+
+def located(value: str) -> Path:
+    return STATISTICS.convert(value, None, None)
+
+
+def test_an_address_as_reference_is_downloaded_to_the_cache_once(tmp_path, statistics, monkeypatch):
+    path = located(ADDRESS)
+    assert path == tmp_path / "cache" / "cifar10-32x32.npz"
+    assert path.read_bytes() == statistics
+    monkeypatch.setattr(fetch, "fetch_url", lambda item, target: pytest.fail("a second download"))
+    assert located(ADDRESS) == path
+
+
+def test_the_local_file_of_that_name_serves_for_the_address(tmp_path, statistics):
+    (tmp_path / "fid_stats").mkdir()
+    (tmp_path / "fid_stats/cifar10-32x32.npz").write_bytes(b"PK here")
+    assert located(ADDRESS) == Path("fid_stats/cifar10-32x32.npz")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_the_authors_command_takes_the_address(tmp_path, statistics):
+    """edm/calculate_fid.py as NVIDIA's README writes it: it comes as far as the reference's features."""
+    (tmp_path / "model.pkl").write_bytes(b"")
+    command = ["--network_pkl", "model.pkl", f"--ref={ADDRESS}", "--extractor", "tests.quarters:open_quarters"]
+    done = CliRunner().invoke(edm_command, [*command, "--device", "cpu"])
+    assert done.exit_code == 1
+    assert "cifar10-32x32.npz" in done.stderr, "the reference of 4 features is refused by name"
+
+
+def test_a_missing_checkpoint_is_said_with_its_near_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    command = ["--model_ckpt", "checkpoints/Neon_IMM_imagenet256.pth", "--fid_stats", "stats.npz"]
+    done = CliRunner().invoke(imm_command, command)
+    assert done.exit_code == 1
+    assert done.stderr == (
+        "Error: --model_ckpt: there is no checkpoints/Neon_IMM_imagenet256.pth; a published file is called "
+        "Neon_imm_imagenet256.pkl: neon download Neon_imm_imagenet256.pkl\n"
+    )
+    (tmp_path / "checkpoints/Neon_imm_imagenet256.pkl").write_bytes(b"")
+    done = CliRunner().invoke(imm_command, command)
+    assert "did you mean checkpoints/Neon_imm_imagenet256.pkl?" in done.stderr
