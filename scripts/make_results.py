@@ -143,7 +143,7 @@ def recognised(found: Mapping) -> str:
     part = found.get("recognised")
     if not is_measured(part):
         return ""
-    return f"Recognised classes: base {100 * part['base']:.1f} %, Neon {100 * part['neon']:.1f} %. "  # type: ignore[index]
+    return f"Recognised classes: base {100 * part['base']:.1f} %, Neon {100 * part['neon']:.1f} %. "
 
 
 def missing(found: Mapping) -> str:

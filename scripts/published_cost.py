@@ -69,7 +69,7 @@ def counted(build: Callable[[], nn.Module], call: Callable[[nn.Module], object])
 
 def edm(name: str) -> float:
     arch = edm_presets.MODELS[name]
-    side, label_dim = int(arch["img_resolution"]), int(arch["label_dim"])  # type: ignore[call-overload]
+    side, label_dim = int(arch["img_resolution"]), int(arch["label_dim"])
 
     def call(net: nn.Module) -> object:
         return net(

@@ -55,8 +55,8 @@ class FlowMatching:
 
 def forward_of(scheduler: object) -> Forward:
     """How the model behind a diffusers scheduler was trained. Raises ValueError for one of another kind."""
-    name, config = type(scheduler).__name__, scheduler.config  # type: ignore[attr-defined]
-    fresh = type(scheduler).from_config(config)  # type: ignore[attr-defined] # sampling changes a scheduler's tables
+    name, config = type(scheduler).__name__, scheduler.config  # type: ignore[attr-defined]  # every scheduler has it
+    fresh = type(scheduler).from_config(config)  # type: ignore[attr-defined]  # sampling changes a scheduler's tables
     if "FlowMatch" in name:
         return FlowMatching(
             torch.as_tensor(fresh.sigmas[: config.num_train_timesteps]), torch.as_tensor(fresh.timesteps)

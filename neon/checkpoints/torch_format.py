@@ -12,8 +12,8 @@ from __future__ import annotations
 import io
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
-from typing import BinaryIO
+from collections.abc import Iterable, Iterator, Mapping
+from typing import BinaryIO, cast
 
 import numpy as np
 import torch
@@ -194,7 +194,7 @@ def rebuilders(content: Bounded, source: Source | bytes) -> dict[str, Rebuilder]
 
 
 def dict_of(pairs: object = ()) -> dict:
-    entries = list(pairs.items()) if isinstance(pairs, Mapping) else list(pairs)  # type: ignore[call-overload]
+    entries = list(pairs.items()) if isinstance(pairs, Mapping) else list(cast("Iterable[tuple]", pairs))
     checked_keys(key for key, _ in entries)
     return dict(entries)
 

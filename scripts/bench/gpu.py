@@ -174,7 +174,7 @@ def build(case: Case, device: torch.device) -> tuple[Family, nn.Module]:
             nn.init.normal_(parameter, std=(parameter.numel() / len(parameter)) ** -0.5)
     if case.autoencoder is not None and family.trainable_autoencoder is not None:
         with torch.device(device):
-            family.use(family.trainable_autoencoder.build(case.autoencoder))  # type: ignore[attr-defined] # var and xar
+            family.use(family.trainable_autoencoder.build(case.autoencoder))  # var and xar
     return family, model.to(device).eval().requires_grad_(False)
 
 
@@ -341,7 +341,7 @@ def goals(rows: dict[str, Row]) -> dict[str, dict[str, object]]:
     found: dict[str, dict[str, object]] = {}
     for name in {name.split("/")[0] for name in rows}:
         speeds = {
-            mode: row["images_per_s"]["median"]  # type: ignore[index] # a dictionary, made by `timed`
+            mode: row["images_per_s"]["median"]  # a dictionary, made by `timed`
             for mode in ("plain", "exact", "compiled", "fast")
             if (row := rows.get(f"{name}/{mode}")) is not None
         }

@@ -72,7 +72,7 @@ class Measured(Run):
     """A run whose first extractor also gives precision and recall, and whose S may be other images than its own."""
 
     def __init__(self, *arguments: object, images: Corpus | None = None):
-        super().__init__(*arguments)  # type: ignore[arg-type]
+        super().__init__(*arguments)
         self._images = images
 
     @cached_property
@@ -158,7 +158,7 @@ class Measurement:
         if known is not None and not (isinstance(known, dict) and "error" in known):
             return
         if time.time() > self.deadline:
-            self.found["not_measured"].append(name)  # type: ignore[attr-defined]
+            self.found["not_measured"].append(name)
             return self.write()
         begun = time.time()
         try:
@@ -237,7 +237,7 @@ class Measurement:
         """The curve over w at the main run's guidance, and the held-out rows of base, self-trained and the best w."""
         snapshot = run.finetune()[-1].stem.removeprefix("snapshot-")
         main = self.found.get("main", {})
-        cfg_scale = main.get("cfg_scale")  # type: ignore[attr-defined]
+        cfg_scale = main.get("cfg_scale")
         select, report = blocks(run)
         scores = [run.grid.score(Point(w=w, snapshot=snapshot, cfg_scale=cfg_scale), select) for w in CURVE]
         metric = next(iter(scores[0].metrics))
@@ -259,7 +259,7 @@ class Measurement:
     def snapshots_and_w(self) -> list[dict[str, object]]:
         """The main run's earlier snapshots: how the best w falls with the length of the fine-tune."""
         run = self.run("main")
-        cfg_scale = self.found["main"]["cfg_scale"]  # type: ignore[index]
+        cfg_scale = self.found["main"]["cfg_scale"]
         select, _ = blocks(run)
         found = []
         for path in run.finetune():
@@ -287,12 +287,12 @@ class Measurement:
         """Share of images that the classifier puts into the class that was asked for: base and Neon."""
         main = self.found["main"]
         run = self.run("main")
-        cfg_scale = main["cfg_scale"]  # type: ignore[index]
+        cfg_scale = main["cfg_scale"]
         base, share = pictures_and_classes(run, cfg_scale)
         snapshot = run.finetune()[-1]
         synth = tensors_of(snapshot)
         live = merge.LiveMerge(run.model, run.base_tensors, synth)
-        live.set_w(main["w"])  # type: ignore[index]
+        live.set_w(main["w"])
         neon, neon_share = pictures_and_classes(run, cfg_scale)
         write_picture(self.path.with_name(f"{self.job.name}_base_and_neon.png"), torch.cat([base, neon]))
         return {"base": share, "neon": neon_share}
@@ -301,7 +301,7 @@ class Measurement:
         family = self.job.family
         self.measure("base", self.base)
         if family in BEST_SAMPLER:
-            self.sampler = SAMPLERS[family][self.found["base"]["best"]["sampler"]]  # type: ignore[index]
+            self.sampler = SAMPLERS[family][self.found["base"]["best"]["sampler"]]
         self.found["sampler"] = list(self.sampler)
         self.measure("main", self.main_run)
         self.measure("recognised", self.recognised)

@@ -48,7 +48,7 @@ def take_models(job: Job, found: Path, demo: Path) -> int:
     targets = [model_path(demo, job)]
     take(model, targets[0])
     if autoencoder is not None:
-        targets.append(autoencoder_path(demo, job))  # type: ignore[arg-type]  # the job has one
+        targets.append(autoencoder_path(demo, job))  # the job has one
         if not take(autoencoder, targets[1]):
             raise ValueError(f"{autoencoder}: missing, the model is of no use without it; is it in --given?")
     return sum(target.stat().st_size for target in targets)
