@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass
-from typing import BinaryIO, cast
 
-from neon.checkpoints.lazy import window
+from neon.checkpoints.lazy import Readable, window
 from neon.checkpoints.limits import Budget, shown
 
 BLOCK = 1 << 16
@@ -25,7 +24,7 @@ class Bounded:
     is allocated. `bytes_of` and `part` give at most twice the file's size in all: a small pickle may ask for the same
     bytes again and again."""
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: Readable) -> None:
         self.file = file
         self.start = file.tell()
         self.size = file.seek(0, io.SEEK_END)
@@ -80,6 +79,6 @@ class Bounded:
     def part(self, value: object) -> Bounded:
         """What `bytes_of` gives, as a file of its own; a span is not read for it."""
         if not isinstance(value, Span):
-            return Bounded(cast(BinaryIO, io.BytesIO(self.bytes_of(value))))
+            return Bounded(io.BytesIO(self.bytes_of(value)))
         self.budget.spend(value.length)
         return Bounded(window(self.file, value.offset, value.length))

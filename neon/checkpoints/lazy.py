@@ -13,12 +13,17 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from neon.checkpoints.limits import clean, shown
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
+
+Readable = io.BufferedReader | io.BytesIO
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,7 @@ class Source:
         status = path.stat()
         return cls(path, status.st_size, status.st_mtime_ns)
 
-    def open(self) -> BinaryIO:
+    def open(self) -> io.BufferedReader:
         """The file, for reading. Raises ValueError if it was replaced since (offsets would point at something else)."""
         if Source.of(self.path) != self:
             raise ValueError(f"{self.path} changed while it was in use; read it again")
@@ -48,7 +53,7 @@ class Source:
 class Window(io.RawIOBase):
     """`size` bytes of a file from `start` on, as a file of its own. The file's own position is not kept."""
 
-    def __init__(self, file: BinaryIO, start: int, size: int) -> None:
+    def __init__(self, file: Readable, start: int, size: int) -> None:
         self.inner, self.start, self.size, self.position = file, start, size, 0
 
     def seekable(self) -> bool:
@@ -66,16 +71,16 @@ class Window(io.RawIOBase):
     def tell(self) -> int:
         return self.position
 
-    def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]  # typeshed asks for a wider argument
+    def readinto(self, buffer: WriteableBuffer) -> int:
         view = memoryview(buffer)[: max(0, self.size - self.position)]
         self.inner.seek(self.start + self.position)
-        count = self.inner.readinto(view)  # type: ignore[attr-defined]  # every binary file has it
+        count = self.inner.readinto(view)
         self.position += count
         return count
 
 
-def window(file: BinaryIO, start: int, size: int) -> BinaryIO:
-    return cast(BinaryIO, io.BufferedReader(Window(file, start, size)))
+def window(file: Readable, start: int, size: int) -> io.BufferedReader:
+    return io.BufferedReader(Window(file, start, size))
 
 
 @dataclass(eq=False)
@@ -91,7 +96,7 @@ class Storage:
     def num_bytes(self) -> int:
         return self.num_elements * self.dtype.itemsize
 
-    def open(self) -> BinaryIO:
+    def open(self) -> Readable:
         return io.BytesIO(self.source) if isinstance(self.source, bytes) else self.source.open()
 
     def __str__(self) -> str:
@@ -153,7 +158,7 @@ class StoredTensor:
             buffer = flat.view(torch.uint8).numpy().data
             with self.storage.open() as file:
                 file.seek(self.storage.offset + self.offset * flat.itemsize)
-                if file.readinto(buffer) != len(buffer):  # type: ignore[attr-defined]  # every binary file has it
+                if file.readinto(buffer) != len(buffer):
                     raise ValueError(f"{self.storage} ends inside a tensor of shape {self.shape}: it is truncated")
         tensor = flat.as_strided(self.shape, self.stride)
         if self.is_conj:

@@ -8,9 +8,10 @@ bit for bit.
 from __future__ import annotations
 
 import hashlib
+import io
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,6 +50,10 @@ class Output:
     file: BinaryIO
     w: float
     start: int
+
+
+Write = Callable[[Output, int, memoryview], None]
+"""(output, offset, content)."""
 
 
 @dataclass
@@ -106,10 +111,10 @@ class Reader:
 
     def __init__(self, *, has_hashes: bool) -> None:
         self.has_hashes = has_hashes
-        self.files: dict[Path, BinaryIO] = {}
+        self.files: dict[Path, io.BufferedReader] = {}
         self.hashes: dict[Path, RunningHash] = {}
 
-    def open(self, source: Source) -> BinaryIO:
+    def open(self, source: Source) -> io.BufferedReader:
         if source.path not in self.files:
             if len(self.files) >= MAX_OPEN:
                 self.files.pop(next(iter(self.files))).close()
@@ -128,7 +133,7 @@ class Reader:
         file.seek(offset)
         done = 0
         while done < len(view):
-            got = file.readinto(view[done:])  # type: ignore[attr-defined]  # every binary file has it
+            got = file.readinto(view[done:])
             if not got:
                 raise ValueError(f"{source.path} ends inside a tensor of shape {shown(entry.shape)}: it is truncated")
             done += got
@@ -261,11 +266,11 @@ BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def merge_whole(
-    item: Item, outputs: Sequence[Output], stats: Sequence[Moved], on_mismatch: OnMismatch, write: object
+    item: Item, outputs: Sequence[Output], stats: Sequence[Moved], on_mismatch: OnMismatch, write: Write
 ) -> None:
     """A tensor with entries that are not finite: `neon.merge` decides about it as a whole."""
     assert item.synth is not None
     base, synth = item.base.read(), item.synth.read()
     for output in outputs:
         merged = merge_tensor(item.name, base, synth, output.w, on_mismatch)
-        write(output, item.offset, raw_bytes(merged))  # type: ignore[operator]
+        write(output, item.offset, raw_bytes(merged))

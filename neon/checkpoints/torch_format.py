@@ -13,14 +13,14 @@ import io
 import re
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
-from typing import BinaryIO, cast
+from typing import cast
 
 import numpy as np
 import torch
 
 from neon.checkpoints.bounded import Bounded, Span
 from neon.checkpoints.inert_pickle import Global, Machine, Rebuilder, Record, checked_keys, set_of
-from neon.checkpoints.lazy import Source, Storage, StoredTensor, window
+from neon.checkpoints.lazy import Readable, Source, Storage, StoredTensor, window
 from neon.checkpoints.limits import Budget, clean, first_of, natural, shape_of, shown
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
@@ -77,7 +77,7 @@ def read_zip(source: Source, start: int = 0, size: int | None = None) -> object:
         return Machine(content, rebuilders(content, source), storage).load()
 
 
-def read_record(file: BinaryIO, info: zipfile.ZipInfo, limit: int) -> bytes:
+def read_record(file: Readable, info: zipfile.ZipInfo, limit: int) -> bytes:
     offset, num_bytes = locate_record(file, info)
     if num_bytes > limit:
         raise ValueError(
@@ -88,7 +88,7 @@ def read_record(file: BinaryIO, info: zipfile.ZipInfo, limit: int) -> bytes:
     return bounded.read(num_bytes)
 
 
-def locate_record(file: BinaryIO, info: zipfile.ZipInfo) -> tuple[int, int]:
+def locate_record(file: Readable, info: zipfile.ZipInfo) -> tuple[int, int]:
     """(offset, size) of a record's bytes: its local header repeats the name and pads with an extra field."""
     if info.compress_type != zipfile.ZIP_STORED:
         raise ValueError(f"{shown(info.filename)} is compressed; torch.save stores its records as they are")
