@@ -102,6 +102,7 @@ class Opener(Protocol):
 
 SHIPPED: dict[str, str] = {
     "inception-2015-12-05": "fid.inception:open_inception",
+    "dinov2-vitl14": "fid.dinov2:open_dinov2",
     "efficientnet-lite0": "fid.efficientnet:open_efficientnet",
     "fashion-cnn": "fid.fashion:open_fashion_cnn",
     "pixel-pca64": "fid.pixel_pca:open_pixel_pca64",

@@ -114,12 +114,17 @@ def write_reference(path: Path | str, moments: Moments, provenance: Mapping[str,
     There is never half a file under its name. Raises ValueError for fewer than 2 images or
     provenance that is not JSON.
     """
+    write_gaussian(path, moments.gaussian(), provenance)
+
+
+def write_gaussian(path: Path | str, gaussian: Gaussian, provenance: Mapping[str, object]) -> None:
+    """As `write_reference`, of a mean and covariance that are there already; their count may be unknown."""
     try:
         text = json.dumps(dict(provenance), sort_keys=True)
     except TypeError as error:
         raise ValueError(f"the provenance of {path} is not JSON: {error}") from error
-    gaussian = moments.gaussian()
     mu, sigma = gaussian.mean.numpy(), gaussian.covariance.numpy()
+    counted = {} if gaussian.count is None else {"count": np.int64(gaussian.count)}
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with replacing(Path(path)) as stream:
-        np.savez_compressed(stream, mu=mu, sigma=sigma, count=np.int64(moments.count), provenance=np.str_(text))
+        np.savez_compressed(stream, mu=mu, sigma=sigma, **counted, provenance=np.str_(text))

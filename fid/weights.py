@@ -90,6 +90,11 @@ def read_state_dict(file: Path, *, into: nn.Module) -> None:
 
     Raises ValueError if the file is not a state dict of tensors or its keys or shapes differ from the network's.
     """
+    check_and_load(file, read_tensors(file), into=into)
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of a plain state dict (.pth); nothing in the file is executed. Raises ValueError if it is none."""
     if (instead := not_what_it_is_called(file)) is not None:
         raise ValueError(f"{file}: {instead}")
     try:
@@ -106,7 +111,7 @@ def read_state_dict(file: Path, *, into: nn.Module) -> None:
         ) from error
     if not isinstance(state, dict):
         raise ValueError(f"{file}: expected a state dict, found {type(state).__name__}")
-    check_and_load(file, state, into=into)
+    return state
 
 
 def check_and_load(file: Path, state: Mapping[str, Tensor], *, into: nn.Module) -> None:

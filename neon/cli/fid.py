@@ -58,7 +58,7 @@ extraction_options = gathered(
             "--extractor",
             default="inception-2015-12-05",
             show_default=True,
-            help="Feature network; also efficientnet-lite0, fashion-cnn, pixel-pca64 or 'module:attribute'.",
+            help="Feature network; also dinov2-vitl14, efficientnet-lite0, fashion-cnn, pixel-pca64, 'module:name'.",
         ),
         click.option(
             "--inception", type=PATH, help="Weights of the extractor.  [default: $NEON_CACHE or ~/.cache/neon]"
@@ -298,6 +298,39 @@ def compare(a: Path, b: Path) -> None:
             }
         )
     )
+
+
+@fid.command()
+@click.argument("pickled", type=PATH)
+@click.option("--entry", default="fd_dinov2", show_default=True, help="Which statistics of the file.")
+@click.option(
+    "--extractor", default="dinov2-vitl14", show_default=True, help="Feature network that they were made with."
+)
+@click.option("--out", type=PATH, required=True, help="The .npz to write.")
+def convert(pickled: Path, entry: str, extractor: str, out: Path) -> None:
+    """EDM2's pickled reference statistics as an .npz; nothing in the pickle is executed.
+
+    \b
+    neon fid convert img512.pkl --out img512_dinov2.npz
+    neon fid convert img512.pkl --entry fid --extractor inception-2015-12-05 --out img512_fid.npz
+    """
+    import torch
+
+    from fid.frechet import Gaussian
+    from fid.reference import read_reference, write_gaussian
+    from neon.checkpoints.pickled_statistics import read_statistics
+    from neon.store import files
+
+    mean, covariance = read_statistics(pickled, entry)
+    provenance = {
+        "extractor": extractor,
+        "source": pickled.name,
+        "source_sha256": files.sha256_of(pickled),
+        "entry": entry,
+    }
+    write_gaussian(out, Gaussian(torch.from_numpy(mean), torch.from_numpy(covariance)), provenance)
+    read_reference(out)  # that it is a covariance
+    click.echo(json.dumps({"out": str(out), "dim": len(mean), **provenance, "sha256": files.sha256_of(out)}))
 
 
 def made_with(reference: Reference) -> tuple[str | None, str | None]:
