@@ -12,6 +12,7 @@ import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TypeVar, Union
 
@@ -22,6 +23,8 @@ Section = TypeVar("Section", bound="DataclassInstance")
 Made = TypeVar("Made")
 LARGEST = 2**63 - 1
 """Of a whole number: what fits into the 64 bits of a tensor's size or a seed."""
+LONGEST = 4096
+"""Of a text, in characters: a path may not be longer."""
 
 
 @dataclass(frozen=True)
@@ -63,9 +66,14 @@ def build(kind: type[Section], table: Mapping[str, object], where: str) -> Secti
     return _complete(kind, _given(kind, table, where), where)
 
 
+@cache
+def _hints(kind: type) -> dict[str, object]:
+    return typing.get_type_hints(kind, include_extras=True)
+
+
 def _given(kind: type[DataclassInstance], table: Mapping[str, object], where: str) -> dict[str, object]:
     """The values of a table, each checked by itself."""
-    hints = typing.get_type_hints(kind, include_extras=True)
+    hints = _hints(kind)
     known = [f.name for f in fields(kind)]
     for key in table:
         if key not in known:
@@ -80,7 +88,7 @@ def _unknown(key: str, known: Sequence[str], where: str) -> str:
 
 
 def _complete(kind: type[Section], values: Mapping[str, object], where: str) -> Section:
-    hints = typing.get_type_hints(kind, include_extras=True)
+    hints = _hints(kind)
     for f in fields(kind):
         if f.name not in values and f.default is MISSING and f.default_factory is MISSING:
             raise ValueError(f"[{where}] needs the key {f.name!r} ({_type_name(hints[f.name])})")
@@ -93,7 +101,7 @@ def _complete(kind: type[Section], values: Mapping[str, object], where: str) -> 
 def check_fields(options: DataclassInstance) -> None:
     """What `build` checks of every value, for options that a command or a program makes itself: called by
     `__post_init__`. Raises ValueError naming the field."""
-    hints = typing.get_type_hints(type(options), include_extras=True)
+    hints = _hints(type(options))
     for f in fields(options):
         value = getattr(options, f.name)
         if value is not f.default:
@@ -185,8 +193,11 @@ def _check_plain(value: object, where: str, is_finite: bool) -> None:
         raise ValueError(f"{where}: expected a number of at most {LARGEST}, found {_shortened(value)}")
     if isinstance(value, float) and (math.isnan(value) or (is_finite and math.isinf(value))):
         raise ValueError(f"{where}: expected a finite number, found {value}")
-    if isinstance(value, str) and (not value.strip() or "\0" in value):
-        raise ValueError(f"{where}: expected a text that is not empty and holds no NUL, found {_shortened(value)}")
+    if isinstance(value, str) and (not value.strip() or "\0" in value or len(value) > LONGEST):
+        raise ValueError(
+            f"{where}: expected a text that is not empty and holds no NUL, of at most {LONGEST} characters, "
+            f"found {_shortened(value)}"
+        )
 
 
 def _shortened(value: object) -> str:

@@ -11,8 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from fid.files import UNREADABLE
@@ -86,9 +84,9 @@ class Grid:
         known = self._known.get(key, {})
         if "failed" in known:
             return self._as_score(point, known), {}
-        path = self._folder / "features" / f"{key[:16]}.safetensors"
+        path = self._folder / "features" / f"{key[:16]}.npz"
         features = self._world.broadcast(_read_features(path) if self._world.is_main and known else None)
-        if features is None and (make_again or not known):
+        if features is None and (make_again or not known or known.get("has_features")):
             self._compute(point, block, key, self._entry(point, block), features=path)
             features = self._world.broadcast(_read_features(path) if self._world.is_main else None)
         return self.score(point, block), features or {}
@@ -183,8 +181,8 @@ class Grid:
             if features is not None:
                 features.parent.mkdir(exist_ok=True)
                 with files.replacing(features) as stream:
-                    stream.write(save({name: rows.cpu().contiguous() for name, rows in found.features.items()}))
-        return {"metrics": found.metrics, "seconds": found.seconds}
+                    np.savez(stream, **{name: rows.cpu().numpy() for name, rows in found.features.items()})
+        return {"metrics": found.metrics, "seconds": found.seconds, "has_features": features is not None}
 
     def _keep(self, images: Tensor, key: str) -> None:
         folder = self._folder / "shown"
@@ -206,7 +204,12 @@ class Grid:
 
 def _read_features(path: Path) -> dict[str, Tensor] | None:
     """None: there is no such file, or it is damaged; the features are made again."""
+    if not path.is_file():
+        return None
     try:
-        return load(path.read_bytes())
-    except (SafetensorError, *UNREADABLE):
+        files.check_zip(path)
+        with np.load(path, allow_pickle=False) as data:
+            return {name: torch.from_numpy(data[name]) for name in data.files}
+    except UNREADABLE as error:
+        LOG.warning("%s: damaged (%s). Its features are made again", path, error)
         return None

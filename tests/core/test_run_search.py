@@ -91,9 +91,7 @@ def test_features_that_are_lost_are_made_again_with_the_same_bits(line_config, t
         file.write_bytes(b"half a f")
     assert without_times(run(line_config, tmp_path / "run")["select"]) == without_times(whole["select"])
     searched = {line["key"][:16] for line in ledger(tmp_path / "run") if line["block"]["first_seed"] < 2000}
-    assert all(
-        (tmp_path / f"run/features/{k}.safetensors").read_bytes() == before[f"{k}.safetensors"] for k in searched
-    )
+    assert all((tmp_path / f"run/features/{k}.npz").read_bytes() == before[f"{k}.npz"] for k in searched)
 
 
 def test_a_grid_of_before_is_known_and_its_keys_stay(line_config, tmp_path):

@@ -1,0 +1,119 @@
+"""Every key of a config with 40 values, sane and not: accepted, or refused in one line that names the key, before any
+work. What is accepted is finite, in its range, and valid JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
+from typing import Annotated
+
+import pytest
+
+from neon.binding import LARGEST, Range, to_plain
+from neon.evaluation.options import Report
+from neon.family import resolve, shipped
+from neon.pipeline.experiment import Base, Data, parse
+from neon.sampling.options import Sampling, Synth
+from neon.search.options import Select
+from neon.training.recipe import Training
+
+VALUES: list[object] = [
+    0, 1, -1, 2, 3, 7, 63, 255, 10**6, 2**31, 2**32, 2**32 + 1, 2**53, 2**63 - 1, 2**63, 10**400, -(2**63),
+    0.0, -0.0, 0.5, 1.0, 1.5, -0.5, 1e-300, 1e300, math.inf, -math.inf, math.nan,
+    True, False, "", " ", "\0", "edm", "a" * 10_000, "\ud800", [], [math.nan], [1, 1], {},
+]  # fmt: skip
+SECTIONS: dict[str, type] = {
+    "base": Base, "data": Data, "sampling": Sampling, "synth": Synth, "train": Training, "finetune": Training,
+    "select": Select, "report": Report,
+}  # fmt: skip
+HINTS = {section: typing.get_type_hints(kind, include_extras=True) for section, kind in SECTIONS.items()}
+SAMPLING: dict[str, dict[str, object]] = {"flow": {"solver": "euler", "num_steps": 4}, "xar": {"num_steps": 4}}
+LINE = "tests.core.line:Line"
+INNER = {"options", "objective", "sampling"}
+"""Fields that hold a table of its own."""
+
+
+def whole(family: str) -> dict[str, dict[str, object]]:
+    """A config with every section and its required keys."""
+    guided = resolve(family).is_guided
+    scale: dict[str, object] = {"cfg_scale": 1.0} if guided else {}
+    return {
+        "base": {"checkpoint": "base.safetensors"},
+        "data": {"path": "real.npz"},
+        "sampling": {"uint8": "round"} | SAMPLING.get(family, {}),
+        "synth": {"num_images": 10, **scale},
+        "train": {"images": 64, "batch": 64, "lr": 1e-3},
+        "finetune": {"images": 64, "batch": 64, "lr": 1e-3},
+        "select": {"w": [0.5], "num_images": 8, "first_seed": 1000} | ({"cfg_scale": [1.0]} if guided else {}),
+        "report": {"num_images": 8, "first_seed": 2000, "extractors": {"fashion-cnn": "a.npz"}, **scale},
+    }
+
+
+def shared_keys() -> Iterator[tuple[str, ...]]:
+    for section, kind in SECTIONS.items():
+        yield from ((section, f.name) for f in fields(kind) if f.name not in INNER)
+
+
+def keys_of(family: str) -> Iterator[tuple[str, ...]]:
+    found = resolve(family)
+    yield from (("sampling", f.name) for f in fields(found.sampling))
+    yield from (("synth", "sampling", f.name) for f in fields(found.sampling))
+    yield from (("finetune", "objective", f.name) for f in fields(found.objective))
+
+
+def with_value(family: str, key: tuple[str, ...], value: object) -> dict[str, object]:
+    table: dict = {"family": family, **whole(family)}
+    *path, last = key
+    inner = table
+    for name in path:
+        inner = inner.setdefault(name, {})
+    inner[last] = value
+    return table
+
+
+def assert_sane(value: object, hint: object, where: str) -> None:
+    """No number beyond its range, nothing infinite that is not allowed to be."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    allowed = [a for a in arguments if isinstance(a, Range)] if origin is Annotated else []
+    if isinstance(value, float) and not any(not r.finite for r in allowed):
+        assert math.isfinite(value), where
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        assert value == math.inf or abs(value) <= LARGEST or isinstance(value, float), where
+        assert all(r.holds(value) for r in allowed), where
+    if isinstance(value, str):
+        assert value.strip(), where
+        assert "\0" not in value, where
+    if isinstance(value, (list, tuple)):
+        for item in value:
+            assert_sane(item, None, where)
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            assert_sane(name, None, where)
+            assert_sane(item, None, where)
+
+
+@pytest.mark.parametrize("family", [*shipped(), LINE])
+def test_every_key_with_forty_values(family):
+    count = 0
+    for key in [*keys_of(family), *(shared_keys() if family == LINE else [])]:
+        for value in VALUES:
+            count += 1
+            case = f"{'.'.join(key)} = {str(value)[:40]!r}"
+            try:
+                config = parse(with_value(family, key, value))
+            except ValueError as error:
+                message = str(error)
+                assert key[-1] in message or key[0] in message, f"{case}: {message}"
+                assert "\n" not in message, case
+                assert len(message) < 500, f"{case}: {message}"
+                continue
+            json.dumps(to_plain(config), allow_nan=False)
+            for section, kind in SECTIONS.items():
+                hints = HINTS[section]
+                for field in fields(kind):
+                    if field.name not in INNER | {"arch"}:
+                        assert_sane(getattr(getattr(config, section), field.name), hints[field.name], case)
+    assert count >= (2_000 if family == LINE else 40)
