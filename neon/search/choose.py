@@ -109,13 +109,14 @@ def by_search(
 def plan_of(config: Select, num_snapshots: int, dim: int, num_classes: int, report_images: int) -> Plan:
     """The search that a [select] section asks for. Raises ValueError if the budget does not pay for its first
     points."""
-    period = num_classes if config.labels == "balanced" and num_classes else 1
+    is_balanced = config.labels == "balanced" and num_classes > 0 and config.num_images >= 2 * num_classes
+    period = num_classes if is_balanced else 1
     start = config.start_images or max(LEAST_IMAGES, dim, 2 * period)
     start = min(-(-start // period) * period, config.num_images)
-    if start < max(4, 2 * period):
+    if start < 4:
         raise ValueError(
-            f"select.num_images = {config.num_images}: the search needs 2 images of each of {period} classes and 4 in "
-            "all; make the block larger, or set select.strategy = 'grid'"
+            f"select.num_images = {config.num_images}: the search needs at least 4 images; make the block larger, or "
+            "set select.strategy = 'grid'"
         )
     cfgs = None if config.cfg_scale is None else (min(config.cfg_scale), max(config.cfg_scale))
     snapshots = num_snapshots if config.snapshots == "all" else 1

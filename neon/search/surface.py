@@ -136,7 +136,12 @@ def _moments(features: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _combined(a: Tensor, mean: Tensor, covariance: Tensor, count: int) -> Gaussian:
-    return Gaussian(a @ mean, torch.einsum("p,pij->ij", a, covariance), count)
+    """The fitted moments. With negative weights the sum of covariances may be none: then the nearest one."""
+    fitted = torch.einsum("p,pij->ij", a, covariance)
+    if (a < 0).any() and torch.linalg.cholesky_ex(fitted).info:
+        values, vectors = torch.linalg.eigh(fitted)
+        fitted = (vectors * values.clamp(min=0)) @ vectors.T
+    return Gaussian(a @ mean, fitted, count)
 
 
 def _influence(a: Tensor, centred: Tensor, at: Gaussian, reference: Gaussian) -> Tensor:

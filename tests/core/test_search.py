@@ -107,6 +107,15 @@ def test_the_bias_of_few_images_is_taken_off():
     assert (left.abs() < 0.2 * bias).all()
 
 
+def test_few_images_of_many_features_give_a_distance_everywhere():
+    """Between the points a sum of covariances with negative weights need not be a covariance: it is made one."""
+    points, places = [Place(w) for w in (-1.0, 0.0, 3.0)], [Place(w) for w in (-0.5, 1.0, 2.0)]
+    rows = torch.randn(3, 12, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = surface(points, rows, Gaussian(torch.zeros(40), torch.eye(40)), places)
+    assert found.values.isfinite().all()
+    assert (found.draws.std(dim=0) > 0).all()
+
+
 @pytest.mark.parametrize("num_classes", [1, 5])
 def test_the_error_bars_are_those_of_other_images(num_classes):
     """Standard deviation over 200 sets of images of a value, and of a difference between two places."""

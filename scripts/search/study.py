@@ -1,0 +1,277 @@
+"""Does the search find what the dense grid finds? For five seeds each of three models, by the committed search itself.
+
+python scripts/search/study.py toy        # trains the toy models, seconds per seed
+python scripts/search/study.py demo       # needs scripts/search/dense.py configs/demo.toml ... (see there)
+python scripts/search/study.py var        # likewise, configs/tiny_var.toml
+python scripts/search/study.py table      # writes docs/search.md from results/search/*.json
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from fid.frechet import Gaussian  # noqa: E402
+from neon import reverse_merge  # noqa: E402
+from neon.search.strategy import Plan, Search  # noqa: E402
+from neon.search.surface import Place, Surface, surface  # noqa: E402
+from neon.toy.autoregressive import Autoregressive  # noqa: E402
+from neon.toy.diffusion import Diffusion  # noqa: E402
+from neon.toy.experiment import Model, evaluation_noise, self_train, train_base  # noqa: E402
+from neon.toy.stack import Weights, split  # noqa: E402
+from neon.toy.target import COVARIANCE, real_points  # noqa: E402
+from scripts.search.dense import seeded  # noqa: E402
+
+RESULTS, STUDY = ROOT / "results" / "search", ROOT / "runs" / "search-study"
+TOY_IMAGES = {"dense": 10_000, "start": 500, "authors": 10_000}
+TOY_SETTINGS = (
+    ("diffusion, zeta 1.1 (mode-seeking)", Diffusion(), 1.1, {"steps": 4_000, "lr": 1e-3}, 1_000, 5e-6),
+    ("diffusion, zeta 0.9 (diversity-seeking)", Diffusion(), 0.9, {"steps": 4_000, "lr": 1e-3}, 1_000, 5e-6),
+    ("autoregressive, tau 0.5 (mode-seeking)", Autoregressive(), 0.5, {"steps": 1_000, "lr": 1e-3}, 100, 2e-4),
+    ("autoregressive, tau 1.6 (diversity-seeking)", Autoregressive(), 1.6, {"steps": 1_000, "lr": 1e-3}, 100, 2e-4),
+)
+
+
+def judged(dense: Surface, choice: Place, others: dict[str, Place]) -> dict[str, object]:
+    """A choice against the dense grid's minimum, on the dense grid's noise: paired, so the difference is sharp."""
+    best = dense.best
+    found: dict[str, object] = {
+        "dense_place": [dense.places[best].w, dense.places[best].cfg_scale],
+        "dense_value": float(dense.values[best]),
+        "dense_noise": dense.noise,
+        "base_value": float(dense.values[nearest(dense, Place(0.0, dense.places[best].cfg_scale))]),
+    }
+    for name, place in {"search": choice, **others}.items():
+        index = nearest(dense, place)
+        difference, error = dense.difference(index, best)
+        found[name] = {"place": [place.w, place.cfg_scale], "regret": difference, "error": error}
+    return found
+
+
+def nearest(dense: Surface, place: Place) -> int:
+    return min(
+        range(len(dense.places)),
+        key=lambda i: (abs(dense.places[i].cfg_scale - place.cfg_scale), abs(dense.places[i].w - place.w)),
+    )
+
+
+def parabola(ws: Sequence[float], values: Sequence[float]) -> float:
+    """Vertex of the parabola through the lowest value and its neighbours; the lowest value's w at an end."""
+    i = int(np.argmin(values))
+    if i in (0, len(ws) - 1):
+        return ws[i]
+    a, b, _ = np.polyfit(ws[i - 1 : i + 2], values[i - 1 : i + 2], 2)
+    return float(-b / (2 * a)) if a > 0 else ws[i]
+
+
+def toy_case(name: str, model: Model, base: Weights, tuned: Weights, seed: int) -> dict[str, object]:
+    """One replica: the truth at 41 values of w from 10,000 points each, the search and the fixed grid on others."""
+    reference = Gaussian(torch.zeros(2), COVARIANCE)
+    noise = evaluation_noise(TOY_IMAGES["dense"], seed=1_000 + seed)
+    held_out = evaluation_noise(TOY_IMAGES["dense"], seed=2_000 + seed)
+
+    def points(w: float, source: Tensor) -> Tensor:
+        return model.sample(reverse_merge(base, tuned, w), source)[0]
+
+    plan = Plan(
+        w=(-1.0, 3.0),
+        cfg_scale=None,
+        start_images=TOY_IMAGES["start"],
+        most_images=TOY_IMAGES["authors"],
+        budget_images=10_000,
+        report_images=TOY_IMAGES["dense"],
+    )
+    found = Search(plan, reference, lambda place, images: points(place.w, noise[:, images.start : images.stop])).run()
+    ws = torch.linspace(min(-3.0, found.place.w), max(3.0, found.place.w), 41).tolist()
+    exact = [exact_surface(Place(w), points(w, held_out), reference) for w in ws]
+    dense = joined(exact)
+    grid = [-1.0, 0.0, 0.5, 1.0, 1.5, 2.0]
+    scores = [float(exact_surface(Place(w), points(w, noise[:, :500]), reference).values[0]) for w in grid]
+    others = {"grid": Place(grid[int(np.argmin(scores))]), "parabola": Place(parabola(grid, scores))}
+    return {
+        "case": name,
+        "seed": seed,
+        "ended_by": found.reason,
+        "images": found.images_spent,
+        "grid_images": 7 * 500,
+        "authors_images": 17 * TOY_IMAGES["authors"],
+        **judged(dense, found.place, others),
+    }
+
+
+def exact_surface(place: Place, points: Tensor, reference: Gaussian) -> Surface:
+    return surface([place], points[None], reference, [place])
+
+
+def joined(parts: Sequence[Surface]) -> Surface:
+    """Places measured one by one on the same images, as one surface."""
+    return Surface(
+        [place for part in parts for place in part.places],
+        torch.cat([part.values for part in parts]),
+        torch.cat([part.draws for part in parts], dim=1),
+        torch.cat([part.bias for part in parts]),
+    )
+
+
+def toy() -> list[dict[str, object]]:
+    found = []
+    for name, model, knob, training, num_points, lr in TOY_SETTINGS:
+        base = train_base(model, real_points(5, num_points, seed=1), seed=0, **training)  # type: ignore[arg-type]
+        tuned = self_train(model, base, [knob], num_synthetic=5_000, budgets=[50], lr=lr, seed=3)[50][knob]
+        for seed, (b, t) in enumerate(zip(split(base, 5), split(tuned, 5), strict=True)):
+            found.append(toy_case(name, model, b, t, seed))
+            click.echo(json.dumps(found[-1]), err=True)
+    return found
+
+
+def dense_features(folder: Path, seed: int) -> tuple[list[Place], Tensor]:
+    """The dense grid's places and features (P, N, D) of one seed."""
+    files = [*(folder / "dense-base").glob("*.npy"), *(folder / f"seed-{seed}" / "dense").glob("*.npy")]
+    places, rows = [], []
+    for file in sorted(files):
+        w, cfg = file.stem.removeprefix("w").split("-cfg")
+        places.append(Place(float(w), 0.0 if cfg == "None" else float(cfg)))
+        rows.append(torch.from_numpy(np.load(file)))
+    count = min(map(len, rows))
+    return places, torch.stack([r[:count] for r in rows])
+
+
+def real_case(config: Path, folder: Path, seed: int, overrides: tuple[str, ...], authors: int) -> dict[str, object]:
+    """One seed of a model with images: `neon search` on the config's selection seeds against the dense grid."""
+    run = seeded(config, seed, folder, overrides)
+    run.finetune()
+    choice = run.select()
+    assert choice.found is not None
+    places, features = dense_features(folder, seed)
+    reference = run.yardsticks[0].reference
+    assert reference is not None
+    values = torch.cat(
+        [surface([p], f[None], reference, [p], num_classes=10).values for p, f in zip(places, features, strict=True)]
+    )
+    trust = (values / values.min()) ** -2
+    ws = torch.linspace(min(p.w for p in places), max(p.w for p in places), 81).tolist()
+    cfgs = sorted({p.cfg_scale for p in places})
+    scales = cfgs if len(cfgs) == 1 else torch.linspace(cfgs[0], cfgs[-1], 17).tolist()
+    fine = [Place(w, c) for c in scales for w in ws]
+    dense = surface(places, features, reference, fine, num_classes=10, trust=trust)
+    select = run.config.select
+    assert select is not None
+    grid_points = len({0.0, -1.0, *select.w}) * len(select.cfg_scale or (None,)) + 1
+    return {
+        "case": config.stem,
+        "seed": seed,
+        "ended_by": choice.found.reason,
+        "images": choice.found.images_spent,
+        "grid_images": grid_points * select.num_images,
+        "authors_images": authors,
+        "dense_images": features.shape[1],
+        **judged(dense, choice.found.place, grid_choice(seed) if config.stem == "demo" else {}),
+    }
+
+
+def grid_choice(seed: int) -> dict[str, Place]:
+    """What the fixed grid of results/demo.json chose for this synthetic set, and the parabola through its values."""
+    runs = json.loads((ROOT / "results" / "demo.json").read_text())["steps"]["8"]
+    own = [run for run in runs if run["synth_seed"] == seed]
+    return {
+        name: Place(value)
+        for run in own
+        for name, value in (("grid", run["w"]), ("parabola", run["select"]["parabola_w"]))
+        if value is not None
+    }
+
+
+def demo() -> list[dict[str, object]]:
+    return _real(ROOT / "configs" / "demo.toml", STUDY / "demo", (), 13 * 10_000)
+
+
+def var() -> list[dict[str, object]]:
+    files = (
+        f"base.checkpoint={STUDY / 'base-var' / 'model.safetensors'}",
+        f"base.autoencoder={STUDY / 'tokeniser-var' / 'autoencoder.safetensors'}",
+        "select.w=[-1, 2.25]",
+        "select.cfg_scale=[1.0, 3.0]",
+    )
+    return _real(ROOT / "configs" / "tiny_var.toml", STUDY / "var", files, 11 * 14 * 10_000)
+
+
+def _real(config: Path, folder: Path, overrides: tuple[str, ...], authors: int) -> list[dict[str, object]]:
+    found = []
+    for seed in range(5):
+        if not list((folder / f"seed-{seed}" / "dense").glob("*.npy")):
+            click.echo(f"{folder}: no dense grid of seed {seed}; left out", err=True)
+            continue
+        found.append(real_case(config, folder, seed, overrides, authors))
+        click.echo(json.dumps(found[-1]), err=True)
+    return found
+
+
+def table(cases: Sequence[dict]) -> str:
+    """Markdown: every seed, not the best."""
+    lines = [
+        "| model | seed | ended by | images | of the authors' | of the fixed grid's | chosen | dense grid's best | "
+        "base FD | dense minimum | search above it | grid above it | parabola above it |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for c in cases:
+
+        def above(name: str, c: dict = c) -> str:
+            return f"{c[name]['regret']:.3g} +- {c[name]['error']:.2g}" if name in c else "-"
+
+        cells = [
+            *(c["case"], c["seed"], c["ended_by"], f"{c['images']:,}"),
+            f"1/{c['authors_images'] / c['images']:.0f}",
+            f"{c['images'] / c['grid_images']:.2f}",
+            *(_place(c["search"]["place"]), _place(c["dense_place"])),
+            f"{c['base_value']:.3g}",
+            f"{c['dense_value']:.3g} +- {c['dense_noise']:.2g}",
+            *(above(name) for name in ("search", "grid", "parabola")),
+        ]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+def _place(place: Sequence[float]) -> str:
+    return f"w {place[0]:.2f}" + ("" if place[1] == 0 else f", cfg {place[1]:.2f}")
+
+
+def summary(cases: Sequence[dict]) -> str:
+    """One line per model: how many seeds are within the noise, and the means of what lies above the minimum."""
+    lines = []
+    for case in dict.fromkeys(c["case"] for c in cases):
+        own = [c for c in cases if c["case"] == case]
+        within = sum(c["search"]["regret"] <= max(c["dense_noise"], 2 * c["search"]["error"]) for c in own)
+        means = {n: [c[n]["regret"] / c["dense_value"] for c in own if n in c] for n in ("search", "grid", "parabola")}
+        parts = ", ".join(f"{n} {100 * sum(v) / len(v):.1f} %" for n, v in means.items() if v)
+        lines.append(f"- {case}: {within} of {len(own)} seeds within the noise; above the minimum on average: {parts}.")
+    return "\n".join(lines)
+
+
+STUDIES: dict[str, Callable[[], list[dict[str, object]]]] = {"toy": toy, "demo": demo, "var": var}
+
+
+@click.command(help=__doc__)
+@click.argument("what", type=click.Choice([*STUDIES, "table"]))
+def main(what: str) -> None:
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    if what == "table":
+        cases = [c for name in STUDIES if (f := RESULTS / f"{name}.json").is_file() for c in json.loads(f.read_text())]
+        page = ROOT / "docs" / "search.md"
+        head, _ = page.read_text().split("<!-- made by scripts/search/study.py table -->")
+        page.write_text(f"{head}<!-- made by scripts/search/study.py table -->\n\n{summary(cases)}\n\n{table(cases)}\n")
+        return
+    (RESULTS / f"{what}.json").write_text(json.dumps(STUDIES[what](), indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
