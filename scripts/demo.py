@@ -34,6 +34,8 @@ from neon.search.points import Block, Point, best  # noqa: E402
 from scripts.fashion_mnist import fetch, load_split  # noqa: E402
 
 CONFIG = ROOT / "configs" / "demo.toml"
+GRID = ("select.strategy=grid", "select.w=[0.5, 1.0, 1.5, 2.0]")
+"""How w was chosen for results/demo.json; the demo itself searches."""
 RESULTS = ROOT / "results" / "demo.json"
 METRIC, SECOND = "fd2k[fashion-cnn]", "fd2k[pixel-pca64]"
 CAVEATS = """What to keep in mind:
@@ -119,7 +121,7 @@ def three_seeds(num_seeds: int, out: Path) -> dict:
             folder = out / f"steps{steps}-seed{seed}"
             share_base_rows(out / f"steps{steps}-seed0", folder)
             if steps == 8:
-                result = run_once(steps, seed, folder, "select.num_images=500")
+                result = run_once(steps, seed, folder, *GRID, "select.num_images=500")
                 found = {
                     "synth_seed": seed,
                     "w": result["w"],
@@ -175,6 +177,7 @@ def main(out: Path, synth_seeds: int | None) -> None:
     at_18 = committed["steps"]["18"][0]["rows"]
     say = lambda text: click.echo(text + "\n", err=True)  # noqa: E731 - people read stderr, programs the JSON on stdout
     say(grid_table(result["select"]["points"]))
+    say(f"The search: {result['select']['why']}.")
     say(table(result["rows"], "Held-out noise, 2,000 images, 8 steps (just computed)"))
     say(
         table(
@@ -183,6 +186,7 @@ def main(out: Path, synth_seeds: int | None) -> None:
         )
     )
     say(CAVEATS)
+    say(result["verdict"])
     say(f"Page: {out / 'report.html'}   merged model: {out / 'neon.safetensors'}   ({time.time() - started:.0f} s)")
     click.echo(
         json.dumps(

@@ -35,10 +35,10 @@ from scripts.search.dense import seeded  # noqa: E402
 RESULTS, STUDY = ROOT / "results" / "search", ROOT / "runs" / "search-study"
 TOY_IMAGES = {"dense": 10_000, "start": 500, "authors": 10_000}
 TOY_SETTINGS = (
-    ("diffusion, zeta 1.1 (mode-seeking)", Diffusion(), 1.1, {"steps": 4_000, "lr": 1e-3}, 1_000, 5e-6),
-    ("diffusion, zeta 0.9 (diversity-seeking)", Diffusion(), 0.9, {"steps": 4_000, "lr": 1e-3}, 1_000, 5e-6),
-    ("autoregressive, tau 0.5 (mode-seeking)", Autoregressive(), 0.5, {"steps": 1_000, "lr": 1e-3}, 100, 2e-4),
-    ("autoregressive, tau 1.6 (diversity-seeking)", Autoregressive(), 1.6, {"steps": 1_000, "lr": 1e-3}, 100, 2e-4),
+    ("diffusion, zeta 1.1 (mode-seeking)", Diffusion(), 1.1, 4_000, 1_000, 5e-6),
+    ("diffusion, zeta 0.9 (diversity-seeking)", Diffusion(), 0.9, 4_000, 1_000, 5e-6),
+    ("autoregressive, tau 0.5 (mode-seeking)", Autoregressive(), 0.5, 1_000, 100, 2e-4),
+    ("autoregressive, tau 1.6 (diversity-seeking)", Autoregressive(), 1.6, 1_000, 100, 2e-4),
 )
 
 
@@ -125,8 +125,8 @@ def joined(parts: Sequence[Surface]) -> Surface:
 
 def toy() -> list[dict[str, object]]:
     found = []
-    for name, model, knob, training, num_points, lr in TOY_SETTINGS:
-        base = train_base(model, real_points(5, num_points, seed=1), seed=0, **training)  # type: ignore[arg-type]
+    for name, model, knob, steps, num_points, lr in TOY_SETTINGS:
+        base = train_base(model, real_points(5, num_points, seed=1), steps=steps, lr=1e-3, seed=0)
         tuned = self_train(model, base, [knob], num_synthetic=5_000, budgets=[50], lr=lr, seed=3)[50][knob]
         for seed, (b, t) in enumerate(zip(split(base, 5), split(tuned, 5), strict=True)):
             found.append(toy_case(name, model, b, t, seed))
