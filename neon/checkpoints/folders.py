@@ -10,7 +10,8 @@ from pathlib import Path
 from neon.checkpoints.limits import clean, first_of
 
 WEIGHTS = re.compile(
-    r"(?P<stem>model|pytorch_model|diffusion_pytorch_model)(\.(?P<variant>\w+))?\.(?P<kind>safetensors|bin)"
+    r"(?P<stem>model|pytorch_model|diffusion_pytorch_model|adapter_model|pytorch_lora_weights)"
+    r"(\.(?P<variant>\w+))?\.(?P<kind>safetensors|bin)"
     r"(?P<index>\.index(\.(?P<index_variant>\w+))?\.json)?"
 )
 """model.safetensors, diffusion_pytorch_model.fp16.safetensors, model.safetensors.index.fp16.json, ..."""
@@ -83,3 +84,11 @@ def side_files(folder: Path) -> Iterator[Path]:
         hidden = any(part.startswith(".") for part in relative.parts)
         if path.is_file() and not hidden and not ANY_WEIGHTS.fullmatch(path.name):
             yield relative
+
+
+def check_new(path: Path) -> None:
+    """Raises ValueError or FileNotFoundError unless a folder can be made at `path`."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{path} is there already; name a new folder, or a file that ends in .safetensors")
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"cannot write {path}: there is no folder {path.absolute().parent}")

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -164,6 +164,18 @@ class StoredTensor:
         if self.is_conj:
             tensor = tensor.conj().resolve_conj()
         return -tensor if self.is_neg else tensor
+
+
+class Entry(Protocol):
+    """A tensor that can be read: stored, or made from stored ones."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def address(self) -> tuple[object, ...]: ...
+
+    def read(self) -> Tensor: ...
 
 
 class StoredTensors(Mapping[str, Tensor]):

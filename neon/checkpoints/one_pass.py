@@ -20,7 +20,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from neon.checkpoints.lazy import Source, StoredTensor
+from neon.checkpoints.lazy import Entry, Source, StoredTensor
 from neon.checkpoints.limits import shown
 from neon.checkpoints.safetensors_format import raw_bytes
 from neon.merge import OnMismatch, difference, is_discrete, is_finite, merge_tensor
@@ -39,7 +39,7 @@ class Item:
 
     name: str
     base: StoredTensor
-    synth: StoredTensor | None
+    synth: Entry | None
     offset: int
 
 
@@ -113,6 +113,7 @@ class Reader:
         self.has_hashes = has_hashes
         self.files: dict[Path, io.BufferedReader] = {}
         self.hashes: dict[Path, RunningHash] = {}
+        self.whole: dict[str, Tensor] = {}  # the last tensor of each role that cannot be read in pieces
 
     def open(self, source: Source) -> io.BufferedReader:
         if source.path not in self.files:
@@ -122,11 +123,13 @@ class Reader:
             self.hashes.setdefault(source.path, RunningHash(source))
         return self.files[source.path]
 
-    def read(self, entry: StoredTensor, start: int, count: int, buffer: Tensor) -> Tensor:
+    def read(self, entry: Entry, start: int, count: int, buffer: Tensor, role: str) -> Tensor:
         """`count` numbers from `start` on, in the order of a contiguous tensor; in `buffer` if they lie like that."""
+        if not isinstance(entry, StoredTensor) or isinstance(entry.storage.source, bytes) or not entry.is_plain:
+            if start == 0:
+                self.whole[role] = entry.read().reshape(-1)
+            return self.whole[role][start : start + count]
         dtype, source = entry.storage.dtype, entry.storage.source
-        if isinstance(source, bytes) or not entry.is_plain:
-            return entry.read().reshape(-1)[start : start + count]
         content = buffer[: count * dtype.itemsize]
         view, offset = content.numpy().data, entry.storage.offset + (entry.offset + start) * dtype.itemsize
         file = self.open(source)
@@ -185,8 +188,8 @@ def merge_into(
     settled: set[str] = set()  # tensors that were merged as a whole
 
     def load(item: Item, start: int, count: int, memory: Buffers) -> tuple[Tensor, Tensor | None]:
-        base = reader.read(item.base, start, count, memory.base)
-        return base, None if item.synth is None else reader.read(item.synth, start, count, memory.synth)
+        base = reader.read(item.base, start, count, memory.base, "base")
+        return base, None if item.synth is None else reader.read(item.synth, start, count, memory.synth, "synth")
 
     def write(output: Output, offset: int, content: memoryview) -> None:
         output.file.seek(output.start + offset)

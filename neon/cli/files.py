@@ -9,7 +9,7 @@ import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import click
 
@@ -74,6 +74,13 @@ def numbers(_: click.Context, __: click.Parameter, text: str) -> tuple[float, ..
     metavar="PATTERN",
     help="Names that one model may lack, as in 'lm_head.*'; the base's are kept. Repeatable.",
 )
+@click.option(
+    "--lora",
+    type=click.Choice(["adapter", "full"]),
+    default="adapter",
+    show_default=True,
+    help="Where SYNTH is a LoRA adapter: write the adapter that applies -W times its update, or the whole network.",
+)
 @click.option("--check", is_flag=True, help="Read the output again and compare it with what was written.")
 @click.option("--no-hash", is_flag=True, help="Do not compute SHA-256 of inputs and output.")
 def merge_files(
@@ -88,13 +95,15 @@ def merge_files(
     family: str | None,
     on_mismatch: OnMismatch,
     allow_missing: tuple[str, ...],
+    lora: Literal["adapter", "full"],
     check: bool,
     no_hash: bool,
 ) -> None:
     """Merge two checkpoints of one network, or two folders of the Hub's layout, in one pass.
 
     BASE and SYNTH may be of any supported layout (.pkl, .pth, .pt, .ckpt, .bin, .safetensors, a sharded index, a
-    transformers or diffusers folder). Memory does not depend on their size. Nothing in a file is executed.
+    transformers or diffusers folder); SYNTH, or both, may be LoRA adapters (PEFT, diffusers, kohya). Memory does not
+    depend on their size. Nothing in a file is executed.
     """
     from neon.pipeline.merging import merge
     from neon.pipeline.pairing import Request
@@ -109,6 +118,7 @@ def merge_files(
         on_mismatch=on_mismatch,
         allow_missing=allow_missing,
         variant=variant,
+        lora=lora,
         has_hashes=not no_hash,
         check=check,
     )

@@ -6,10 +6,9 @@ import json
 import logging
 import os
 import shutil
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,11 +19,12 @@ from neon.checkpoints.checkpoint import Checkpoint
 from neon.checkpoints.lazy import StoredTensor
 from neon.checkpoints.one_pass import Item, Moved, Output, Reader, merge_into
 from neon.checkpoints.safetensors_format import check_metadata, encode_header, lay_out, read_back
+from neon.pipeline.adapting import adapted_pairs, adapter_at, merge_adapter
+from neon.pipeline.outputs import FORMULA, new_file, new_folder, output_names
 from neon.pipeline.pairing import Pair, Request, pairs_of, stored
 from neon.store import files
 
 log = logging.getLogger(__name__)
-FORMULA = "theta_base - w (theta_syn - theta_base)"
 NO_HASH = "0" * 64
 """Stands in a header for the hash of an input until all of it was read."""
 
@@ -47,16 +47,21 @@ def merge(base: Path, synth: Path, out: Path, request: Request) -> dict[str, obj
     which gets the base's sharding and side files. Nothing is in place before everything was written and read back.
     Raises ValueError or OSError.
     """
+    adapter = adapter_at(synth, request.synth_weights, "--synth-weights")
+    if adapter is not None and request.lora == "adapter":
+        return merge_adapter(base, adapter, out, request)
     is_folder = not folders.ANY_WEIGHTS.fullmatch(out.name)
     if is_folder and not base.is_dir() and base.suffix != ".json":
         raise ValueError(f"{out}: {base} is one file, so is what is written; expected a name ending in .safetensors")
-    pairs = pairs_of(base, synth, request, is_folder=is_folder)
-    targets = [out if len(request.w) == 1 else named(out, w) for w in request.w]
-    if len(set(targets)) < len(targets):
-        raise ValueError(f"--w names a value twice: {', '.join(f'{w:g}' for w in request.w)}")
+    pairs = (
+        pairs_of(base, synth, request, is_folder=is_folder)
+        if adapter is None
+        else adapted_pairs(base, adapter, request)
+    )
+    targets = output_names(out, request.w)
     inputs = [path for pair in pairs for path in (*pair.base.files, *pair.synth.files)]
     for target in targets:
-        check_folder(target) if is_folder else checkpoint.check_target(target, inputs)
+        folders.check_new(target) if is_folder else checkpoint.check_target(target, inputs)
     stats = [Moved() for _ in request.w]
     reader = Reader(has_hashes=request.has_hashes)
     with ExitStack() as stack:
@@ -74,11 +79,6 @@ def merge(base: Path, synth: Path, out: Path, request: Request) -> dict[str, obj
     ]
     counts = {"parameters": sum(pair.parameters for pair in pairs), "tensors": sum(len(p.partners) for p in pairs)}
     return {**done[0], **counts} if len(done) == 1 else {"formula": FORMULA, "merged": done, **counts}
-
-
-def named(out: Path, w: float) -> Path:
-    """out.safetensors -> out_w0.5.safetensors"""
-    return out.with_name(f"{out.stem}_w{w:g}.safetensors" if out.suffix == ".safetensors" else f"{out.name}_w{w:g}")
 
 
 def hashes_of(sums: Sequence[Sequence[dict[str, str]]], number: int) -> dict[str, object]:
@@ -217,32 +217,3 @@ def copy_side_files(base: Path, place: Path) -> None:
     for relative in folders.side_files(base):
         (place / relative.parent).mkdir(parents=True, exist_ok=True)
         shutil.copyfile(base / relative, place / relative)
-
-
-def check_folder(path: Path) -> None:
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"{path} is there already; name a new folder, or a file that ends in .safetensors")
-    if not path.absolute().parent.is_dir():
-        raise FileNotFoundError(f"cannot write {path}: there is no folder {path.absolute().parent}")
-
-
-@contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """A folder that gets its name when the block ends without an error, and is removed otherwise."""
-    path = path.absolute()
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    temporary.mkdir()
-    try:
-        yield temporary
-        files.sync_folder(temporary)
-        os.replace(temporary, path)
-        files.sync_folder(path.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-@contextmanager
-def new_file(path: Path) -> Iterator[Path]:
-    """The path of an empty file that takes the place of `path` when the block ends without an error."""
-    with files.replacing(path) as file:
-        yield Path(file.name)

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch.nn.modules.module import register_module_module_registration_hook
@@ -14,7 +15,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from neon.buffers import buffers_among
 from neon.checkpoints import checkpoint, folders
 from neon.checkpoints.checkpoint import Checkpoint
-from neon.checkpoints.lazy import StoredTensor, StoredTensors
+from neon.checkpoints.lazy import Entry, StoredTensors
 from neon.checkpoints.limits import first_of, shown
 from neon.family import resolve, shipped
 from neon.merge import OnMismatch
@@ -27,7 +28,8 @@ class Request:
     """What `neon merge` was asked for.
 
     w: one output each. weights: sets of base and synth (None: the average, else the only one). allow_missing: patterns
-    of names that one model may lack; the base's are kept. variant: of folders, say "fp16".
+    of names that one model may lack; the base's are kept. variant: of folders, say "fp16". lora: what to write where
+    synth is an adapter, Neon's adapter or the whole network.
     """
 
     w: tuple[float, ...]
@@ -37,6 +39,7 @@ class Request:
     on_mismatch: OnMismatch = "error"
     allow_missing: tuple[str, ...] = ()
     variant: str | None = None
+    lora: Literal["adapter", "full"] = "adapter"
     has_hashes: bool = True
     check: bool = False
 
@@ -48,7 +51,7 @@ class Pair:
     base: Checkpoint
     synth: Checkpoint
     part: str
-    partners: dict[str, StoredTensor | None]
+    partners: dict[str, Entry | None]
     ties: dict[str, str]
     parameters: int = 0
 
@@ -109,7 +112,7 @@ def pair_up(b: Checkpoint, s: Checkpoint, part: str, request: Request) -> Pair:
             "%d entries are only in the base and kept, %d are only in the other model", len(missing), len(extra)
         )
     parameters = parameter_names(b, request.family)
-    partners = {name: found[name] if name in parameters else None for name in base}
+    partners: dict[str, Entry | None] = {name: found[name] if name in parameters else None for name in base}
     for name, entry in partners.items():
         if entry is not None and entry.shape != base[name].shape:
             raise ValueError(
