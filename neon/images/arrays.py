@@ -102,6 +102,8 @@ def check_layout(dtype: np.dtype, shape: tuple[int, ...]) -> None:
     """Raise ValueError for what is no array of N 8-bit images with 1 or 3 channels, or can be read in two ways."""
     expected = "expected uint8 images (N, H, W), (N, H, W, C) or (N, C, H, W) with 1 or 3 channels"
     found = f"found {dtype} {shape}"
+    if dtype.kind == "f":
+        raise ValueError(f"{expected}; {found}. Floats in [-1, 1] are rounded by neon.quantize.to_uint8")
     if dtype != np.uint8 or len(shape) not in (3, 4) or 0 in shape:
         raise ValueError(f"{expected}; {found}")
     if len(shape) == 3 and (shape[2] in (1, 3) or (shape[2] == 4 and shape[1] != 4)):

@@ -36,14 +36,17 @@ class Files(Protocol):
 def is_hidden(name: str) -> bool:
     """Whether a file is nobody's image: it, or a folder above it, begins with a dot (.ipynb_checkpoints, .Trash-0,
     ._resource forks), or is what macOS, Windows or a NAS puts beside the files."""
-    return any(part.startswith(".") or part in HIDDEN for part in name.split("/"))
+    return any(part[:1] == "." or part in HIDDEN for part in name.split("/"))
 
 
 def _visible(names: list[str], remarks: Remarks) -> list[str]:
+    visible = []
     for name in names:
         if is_hidden(name):
             remarks.add("are hidden and not counted", name)
-    return [name for name in names if not is_hidden(name)]
+        else:
+            visible.append(name)
+    return visible
 
 
 class FolderFiles:

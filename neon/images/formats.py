@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from zipfile import ZIP_STORED, ZipFile
 
 import numpy as np
@@ -27,6 +28,7 @@ from neon.images.labels import file_labels
 from neon.store import files as store
 from neon.store import records, shards
 
+PICTURES = SUFFIXES | REFUSED_SUFFIXES
 __all__ = ["from_array", "open_images", "write_zip"]
 
 
@@ -80,9 +82,9 @@ def _open(path: Path, size: int | None, use_labels: bool) -> ImageSet:
 
 
 def _open_files(path: Path, files: Files, size: int | None, use_labels: bool, remarks: Remarks) -> ImageSet:
-    names = sorted(name for name in files.names if _suffix(name) in SUFFIXES | REFUSED_SUFFIXES)
+    names = sorted(name for name in files.names if _suffix(name) in PICTURES)
     for name in files.names:
-        if _suffix(name) not in SUFFIXES | REFUSED_SUFFIXES and PurePosixPath(name).name != "dataset.json":
+        if _suffix(name) not in PICTURES and name.rsplit("/")[-1] != "dataset.json":
             remarks.add("are no images by their names and not counted", name)
     if not names:
         raise ValueError(f"{path}: no images found; looked for *.png, *.jpg, *.npy ... in {len(files.names)} file(s)")
@@ -125,7 +127,7 @@ def _first_readable(names: Sequence[str], files: Files, size: int | None, remark
 
 
 def _suffix(name: str) -> str:
-    return PurePosixPath(name).suffix.lower()
+    return os.path.splitext(name)[1].lower()
 
 
 def _open_shards(folder: Path) -> ImageSet:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -27,23 +27,20 @@ def file_labels(path: Path, names: Sequence[str], files: Files, remarks: Remarks
     Raises ValueError, naming the file, where what is there cannot be meant: files outside the class folders, splits as
     classes, labels that are no class indices.
     """
-    shared = _shared_folder(names)
+    shared, there = _shared_folder(names), set(files.names)
     for depth in range(len(shared) + 1):
         listing = "/".join((*shared[:depth], "dataset.json"))
-        if listing in files.names:
+        if listing in there:
             local = [name.split("/", depth)[depth] for name in names]
             return _listed(f"{path}: {listing}", _bytes(path, listing, files), local, remarks)
     return _class_folders(path, [name.split("/", len(shared))[len(shared)] for name in names])
 
 
 def _shared_folder(names: Sequence[str]) -> tuple[str, ...]:
-    """The folders above all of the files."""
-    shared = PurePosixPath(names[0]).parent.parts
-    for name in names:
-        other = PurePosixPath(name).parent.parts
-        depth = next((i for i, (a, b) in enumerate(zip(shared, other, strict=False)) if a != b), len(other))
-        shared = shared[:depth]
-    return shared
+    """The folders above all of the files: those that the first and the last of the sorted names share."""
+    first, last = names[0].split("/")[:-1], names[-1].split("/")[:-1]
+    depth = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    return tuple(first[:depth])
 
 
 def _class_folders(path: Path, names: Sequence[str]) -> Found:

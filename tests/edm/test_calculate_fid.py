@@ -104,6 +104,25 @@ def test_a_missing_file_is_one_line(tiny):
     assert "Traceback" not in done.output
 
 
+def test_a_reference_of_another_extractor_is_refused_before_anything_is_sampled(tiny, monkeypatch):
+    monkeypatch.setattr(EDM, "sample", lambda *_: pytest.fail("images were sampled"))
+    moments = Moments(Quarters.dim)
+    moments.update(torch.eye(Quarters.dim))
+    for provenance in ({"extractor": "others"}, {"extractor": "quarters", "extractor_sha256": "1" * 64}):
+        write_reference(tiny / "foreign.npz", moments, provenance)
+        done = COMMAND.invoke(tiny, "--seeds", "0-9", "--ref", tiny / "foreign.npz")
+        assert done.exit_code == 1
+        assert "foreign.npz" in done.output
+        assert "their distance means nothing" in done.output
+
+
+def test_cautions_stand_in_the_result(tiny):
+    """Ten images for twelve features: the covariance is singular."""
+    found = COMMAND.here(tiny, "--seeds", "0-9", "--num_steps", 2)
+    assert "10 images for 12 features" in found["cautions"][0]
+    assert COMMAND.here(tiny, "--seeds", "0-19", "--num_steps", 2)["cautions"] == []
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "num_steps"),

@@ -212,6 +212,20 @@ def test_only_the_inception_calls_itself_comparable():
     assert features.SHIPPED["fashion-cnn"] == "fid.fashion:open_fashion_cnn"
 
 
+@pytest.mark.parametrize(
+    ("data", "what"),
+    [
+        (b"", "an empty file"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
+        (b"<html>", "web page"),
+    ],
+)
+def test_something_else_under_the_name_of_weights(tmp_path, data, what):
+    (tmp_path / "w.pth").write_bytes(data)
+    with pytest.raises(ValueError, match=rf"w\.pth: .*{what}"):
+        open_extractor("inception-2015-12-05", path=tmp_path / "w.pth", allow_unknown_weights=True)
+
+
 def test_other_weights_make_another_extractor(tmp_path):
     """Its name stands in every metric and reference: two files of different weights must not look alike."""
     for name, shipped in (("fashion-cnn", fashion.WEIGHTS), ("pixel-pca64", pixel_pca.BASIS)):
