@@ -69,7 +69,12 @@ def test_a_model_that_has_sampled_channels_last_can_be_moved_and_trained():
     LiveMerge(net, base, synth).set_w(1.0)
     name = "model.enc.8x8_conv.weight"
     torch.testing.assert_close(net.get_parameter(name).detach(), base[name] - 0.01)
-    net.requires_grad_(True)
+    trainer = Trainer(
+        EDM(), net.requires_grad_(True), Training(images=8, batch=8, lr=1e-3, objective=Objective()), World()
+    )
+    train_step(trainer, Pixels())  # a parameter made in inference mode could not be changed
+    moved = net.get_parameter(name).detach() - (base[name] - 0.01)
+    assert 0 < moved.abs().max() < 2e-3  # Adam's first step is the rate, at most
 
 
 class Pixels:

@@ -113,7 +113,6 @@ def test_training_learned_the_images(folder):
     trained, fresh = family.load(found), family.build(found.arch)
     labels = [i % 10 for i in range(100)]
     distance = [(images_of(net, labels, 3).mean(0) - real).square().mean().sqrt().item() for net in (trained, fresh)]
-    print("distance to the mean image:", distance)
     assert distance[0] < 0.5 * distance[1]
 
 
