@@ -94,8 +94,8 @@ def test_ranks_and_batches_do_not_change_the_number(tiny):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--model_ckpt", "absent.pt"), "no checkpoint absent.pt"),
-        (("--fid_stats", "absent.npz"), "no reference statistics"),
+        (("--model_ckpt", "absent.pt"), "--model_ckpt: there is no absent.pt"),
+        (("--fid_stats", "absent.npz"), "--fid_stats: there is no absent.npz"),
         (("--img_size", 64), "makes images of 32 x 32"),
         (("--weights", "best"), "holds no 'best' weights"),
         (("--integration_steps", 100), "belongs to solver = 'euler'"),

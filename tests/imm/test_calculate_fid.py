@@ -81,9 +81,9 @@ def test_repeats_are_disjoint_blocks_of_seeds(tiny):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--model_ckpt", "absent.pkl"), "no checkpoint absent.pkl"),
-        (("--fid_stats", "absent.npz"), "no reference statistics"),
-        (("--vae", "absent"), "no autoencoder at absent"),
+        (("--model_ckpt", "absent.pkl"), "--model_ckpt: there is no absent.pkl"),
+        (("--fid_stats", "absent.npz"), "--fid_stats: there is no absent.npz"),
+        (("--vae", "absent"), "--vae: there is no absent"),
         (("--img_size", 512), "makes images of 16 x 16"),
         (("--extractor", "inception-2015-12-05", "--inception", "absent.pkl"), "absent.pkl"),
     ],
@@ -99,7 +99,7 @@ LOAD = """
 import re
 from pathlib import Path
 from imm.family import IMM
-from neon import checkpoint
+from neon.checkpoints import checkpoint
 
 def status(key):
     return int(re.search(rf"{key}:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024

@@ -72,8 +72,8 @@ def test_ranks_and_batches_do_not_change_the_number(tiny):
     [
         (("--model_depth", 16), "--model_depth 16"),
         (("--img_size", 256), "makes images of 32 x 32"),
-        (("--var_ckpt", "absent.pth"), "no checkpoint absent.pth"),
-        (("--vae_ckpt", "absent.pth"), "no checkpoint absent.pth"),
+        (("--var_ckpt", "absent.pth"), "--var_ckpt: there is no absent.pth"),
+        (("--vae_ckpt", "absent.pth"), "--vae_ckpt: there is no absent.pth"),
         (("--fid_stats", "absent.npz"), "absent.npz"),
         (("--cfg", -1), "cfg_scale must be >= 0"),
     ],
