@@ -7,8 +7,10 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from PIL import Image
 
+from neon.cli.main import main
 from neon.images.formats import open_images, write_zip
 from neon.images.image_set import UnreadableImagesError
 
@@ -146,3 +148,43 @@ def test_files_of_many_sizes_and_modes_are_cropped_to_one(tmp_path):
     np.savez(tmp_path / "set.npz", images=colour[None])
     with pytest.raises(ValueError, match="only image files"):
         open_images(tmp_path / "set.npz", size=8)
+
+
+def made(*arguments: object) -> tuple[int, str, str]:
+    done = CliRunner().invoke(main, ["data", *map(str, arguments)])
+    return done.exit_code, done.stdout, done.stderr
+
+
+def test_a_training_set_says_what_was_counted_and_where_labels_came_from(tmp_path, pixels):
+    names = [f"{label}/{i}.png" for i, label in enumerate((0, 1, 2, 3, 4, 10, 11))]
+    folder = save_folder(tmp_path / "set", pixels, names)
+    Image.fromarray(pixels[0]).save(folder / "2/photo.jpg")
+    (folder / ".ipynb_checkpoints").mkdir()
+    (folder / ".ipynb_checkpoints/0-checkpoint.png").write_bytes(b"x")
+    code, stdout, stderr = made(folder, "--out", tmp_path / "out.ZIP")
+    result = json.loads(stdout)
+    assert (code, result["num_images"], result["num_classes"]) == (0, 8, 7)
+    assert result["labels_from"] == "7 class folders, in this order: 0, 1, 2, 3, 4, 10, 11"
+    assert [note.partition(",")[0] for note in result["cautions"]] == [
+        "1 file(s) are hidden and not counted",
+        "1 file(s) are of a lossy format (JPEG): its artefacts change a distance",
+    ]
+    assert all(note in stderr for note in result["cautions"])
+    written = open_images(tmp_path / "out.ZIP")
+    source = open_images(folder)
+    assert written.labels.tolist() == source.labels.tolist() == [0, 1, 5, 6, 2, 2, 3, 4]
+    assert torch.equal(written.read(range(8)), source.read(range(8)))
+
+
+def test_a_failed_training_set_leaves_nothing_and_says_why(tmp_path, pixels):
+    folder = save_folder(tmp_path / "set", pixels[:3], ["ant/1.png", "bee/2.png", "stray.png"])
+    code, stdout, stderr = made(folder, "--out", tmp_path / "out.zip")
+    assert (code, stdout) == (1, "")
+    assert "1 of 3 images lie outside the class folders, first: stray.png" in stderr
+    assert made(folder, "--out", tmp_path / "out.zip", "--no-labels")[0] == 0
+    (tmp_path / "out.zip").unlink()
+    (folder / "bee/2.png").write_bytes(b"x")
+    code, _, stderr = made(folder, "--out", tmp_path / "out.zip", "--no-labels")
+    assert (code, len(stderr.splitlines())) == (1, 1)
+    assert "bee/2.png: cannot be decoded" in stderr
+    assert [file.name for file in tmp_path.iterdir()] == ["set"]
