@@ -21,6 +21,7 @@ from edm.guidance import GuidedEDM
 from edm.options import Sampling
 from neon import quantize
 from neon.cli.located import FILE, STATISTICS
+from neon.cli.messages import as_flags
 from neon.cli.published_flags import (
     Common,
     Images,
@@ -109,16 +110,17 @@ def main(
 
     Published images were drawn on the GPU; --draw_on device repeats that stream.
     """
-    options = Sampling(
-        num_steps=num_steps,
-        sigma_min=sigma_min,
-        sigma_max=sigma_max,
-        rho=rho,
-        S_churn=s_churn,
-        S_min=s_min,
-        S_max=s_max,
-        S_noise=s_noise,
-    )
+    with as_flags(Sampling):
+        options = Sampling(
+            num_steps=num_steps,
+            sigma_min=sigma_min,
+            sigma_max=sigma_max,
+            rho=rho,
+            S_churn=s_churn,
+            S_min=s_min,
+            S_max=s_max,
+            S_noise=s_noise,
+        )
     calculate_fid(
         Request(
             family=EDM() if guide is None else GuidedEDM(guide, guidance, weights=common.weights),

@@ -24,6 +24,7 @@ from flow.options import ErrorNorm, Sampling, Solver
 from flow.presets import EULER_STEPS
 from neon import quantize
 from neon.cli.located import FILE
+from neon.cli.messages import as_flags
 from neon.cli.published_flags import (
     Common,
     Images,
@@ -76,7 +77,8 @@ def main(
     """
     if integration_method == "euler" and integration_steps is None:
         integration_steps = EULER_STEPS
-    options = Sampling(solver=integration_method, num_steps=integration_steps, tol=tol, error_norm=error_norm)
+    with as_flags(Sampling, solver="--integration_method", num_steps="--integration_steps"):
+        options = Sampling(solver=integration_method, num_steps=integration_steps, tol=tol, error_norm=error_norm)
     calculate_fid(
         Request(
             family=Flow(),

@@ -23,6 +23,7 @@ from imm.presets import CFG_SCALE, Protocol
 from neon import quantize
 from neon.checkpoints import checkpoint
 from neon.cli.located import FILE
+from neon.cli.messages import as_flags
 from neon.cli.published_flags import (
     Common,
     Images,
@@ -76,7 +77,8 @@ def main(
     arch = family.arch_of(checkpoint.read(model_ckpt, weights=common.weights))
     is_pixel_space = arch.get("img_channels") in (1, 3)
     scale = (CFG_SCALE[protocol] if arch.get("label_dim") else 1.0) if cfg_scale is None else cfg_scale
-    options = Sampling(num_steps=steps, cfg_scale=scale)
+    with as_flags(Sampling, num_steps="--steps"):
+        options = Sampling(num_steps=steps, cfg_scale=scale)
     autoencoder = None if is_pixel_space else autoencoder_file(vae)
     calculate_fid(
         Request(

@@ -19,6 +19,7 @@ import click
 from neon import binding, quantize
 from neon.checkpoints import checkpoint
 from neon.cli.located import FILE
+from neon.cli.messages import as_flags
 from neon.cli.published_flags import (
     Common,
     Images,
@@ -82,7 +83,8 @@ def main(
     """
     arch = arch_of(var_ckpt, common.weights, model_depth)
     scale = default_cfg(arch, protocol) if cfg is None else cfg
-    options = Sampling(cfg_scale=scale, top_k=top_k, top_p=top_p, more_smooth=more_smooth)
+    with as_flags(Sampling, cfg_scale="--cfg"):
+        options = Sampling(cfg_scale=scale, top_k=top_k, top_p=top_p, more_smooth=more_smooth)
     calculate_fid(
         Request(
             family=VAR(),

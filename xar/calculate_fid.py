@@ -22,6 +22,7 @@ import click
 from neon import binding, quantize
 from neon.checkpoints import checkpoint
 from neon.cli.located import FILE
+from neon.cli.messages import as_flags
 from neon.cli.published_flags import (
     Common,
     Images,
@@ -123,7 +124,8 @@ def options_of(size: str | None, protocol: Protocol, cfg: float | None, flow_ste
         )
     if num_steps is None:
         raise ValueError("no number of steps is published for a model of this size; name it with --flow_steps")
-    return Sampling(num_steps=num_steps, cfg_scale=cfg)
+    with as_flags(Sampling, num_steps="--flow_steps", cfg_scale="--cfg"):
+        return Sampling(num_steps=num_steps, cfg_scale=cfg)
 
 
 if __name__ == "__main__":

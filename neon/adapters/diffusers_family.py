@@ -19,6 +19,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from neon.quantize import from_uint8
+
 try:
     import diffusers
 except ImportError as error:
@@ -283,7 +285,7 @@ class Diffusers(Family[nn.Module, Objective, Sampling]):
 
 def pixels(images: Tensor, channels: int | None = None) -> Tensor:
     """Float images in [-1, 1]; grey ones repeated where the autoencoder takes three channels."""
-    x = images.float() / 127.5 - 1 if images.dtype == torch.uint8 else images
+    x = from_uint8(images) if images.dtype == torch.uint8 else images
     return x.expand(-1, 3, -1, -1) if channels == 3 and x.shape[1] == 1 else x
 
 

@@ -5,10 +5,16 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
+from typing import TYPE_CHECKING
 
 import click
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 USER_ERRORS = (ValueError, OSError, FloatingPointError, ImportError)
 """Errors whose message is for the person at the command line; others are ours, with a traceback."""
@@ -35,6 +41,17 @@ def plain_messages() -> Iterator[None]:
         raise click.ClickException(str(error)) from error
     finally:
         log.removeHandler(handler)
+
+
+@contextmanager
+def as_flags(options: type[DataclassInstance], **flags: str) -> Iterator[None]:
+    """A mistake in these options is named as the command spells it: the field NAME is --NAME, or flags[NAME]."""
+    spelling = {field.name: flags.get(field.name, f"--{field.name}") for field in fields(options)}
+    try:
+        yield
+    except ValueError as error:
+        word = rf"\b({'|'.join(spelling)})\b"
+        raise ValueError(re.sub(word, lambda found: spelling[found[0]], str(error))) from error
 
 
 def _occupy_standard_streams() -> None:

@@ -97,6 +97,19 @@ def test_seeds_must_be_one_block(tiny, seeds):
     assert "FIRST-LAST" in done.output
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--rho", "0"], "Error: --rho must be > 0, got 0.0\n"),
+        (["--sigma_min", "90"], "Error: --sigma_min must be below --sigma_max, got 90.0 and 80.0\n"),
+        (["--S_churn", "nan"], "Error: --S_churn: expected a finite number, found nan\n"),
+    ],
+)
+def test_a_wrong_flag_is_named_as_it_is_spelled(tiny, flags, message):
+    paths = ["--network_pkl", str(tiny / "model.pkl"), "--ref", str(tiny / "stats.npz")]
+    assert CliRunner().invoke(main, [*paths, *flags]).output == message
+
+
 def test_a_missing_file_is_one_line(tiny):
     done = CliRunner().invoke(main, ["--network_pkl", str(tiny / "model.pkl"), "--ref", str(tiny / "none.npz")])
     assert done.exit_code == 1

@@ -75,7 +75,7 @@ def test_ranks_and_batches_do_not_change_the_number(tiny):
         (("--var_ckpt", "absent.pth"), "--var_ckpt: there is no absent.pth"),
         (("--vae_ckpt", "absent.pth"), "--vae_ckpt: there is no absent.pth"),
         (("--fid_stats", "absent.npz"), "absent.npz"),
-        (("--cfg", -1), "cfg_scale must be >= 0"),
+        (("--cfg", -1), "--cfg must be >= 0"),
     ],
 )
 def test_a_mistake_is_one_line(tiny, options, message):
