@@ -98,7 +98,7 @@ def test_ranks_and_batches_do_not_change_the_number(tiny):
         (("--fid_stats", "absent.npz"), "--fid_stats: there is no absent.npz"),
         (("--img_size", 64), "makes images of 32 x 32"),
         (("--weights", "best"), "holds no 'best' weights"),
-        (("--integration_steps", 100), "belongs to solver = 'euler'"),
+        (("--integration_steps", 100), "belongs to --integration_method = 'euler'"),
     ],
 )
 def test_what_is_missing_is_named_in_one_line(tiny, options, message):

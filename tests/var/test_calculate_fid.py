@@ -74,7 +74,7 @@ def test_ranks_and_batches_do_not_change_the_number(tiny):
         (("--img_size", 256), "makes images of 32 x 32"),
         (("--var_ckpt", "absent.pth"), "--var_ckpt: there is no absent.pth"),
         (("--vae_ckpt", "absent.pth"), "--vae_ckpt: there is no absent.pth"),
-        (("--fid_stats", "absent.npz"), "absent.npz"),
+        (("--fid_stats", "absent.npz"), "--fid_stats: there is no absent.npz"),
         (("--cfg", -1), "--cfg must be >= 0"),
     ],
 )

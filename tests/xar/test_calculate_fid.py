@@ -76,7 +76,7 @@ def test_the_weights_of_a_fine_tuned_file_are_its_average(tiny):
     [
         (("--cfg", 1.5), "--flow_steps"),
         (("--flow_steps", 2), "--cfg"),
-        (("--cfg", 1.5, "--flow_steps", 1), "num_steps >= 2"),
+        (("--cfg", 1.5, "--flow_steps", 1), "--flow_steps >= 2"),
         (("--model", "xar_base", "--cfg", 1.5, "--flow_steps", 2), "--model xar_base"),
         (("--model_ckpt", "absent.pth"), "--model_ckpt: there is no absent.pth"),
         (("--vae_path", "absent.ckpt", "--cfg", 1.5, "--flow_steps", 2), "--vae_path: there is no absent.ckpt"),
