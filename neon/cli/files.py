@@ -126,6 +126,50 @@ def merge_files(
         click.echo(json.dumps(merge(base, synth, out, request)))
 
 
+@click.command("diff")
+@click.argument("base", type=PATH)
+@click.argument("synth", type=PATH, nargs=-1, required=True)
+@click.option("--out", type=PATH, help="A .png to draw the table into.")
+@click.option("--base-weights", help=WEIGHTS_HELP)
+@click.option("--synth-weights", help="Weight set of every SYNTH.")
+@click.option("--variant", help="Which files of a folder: fp16 for model.fp16.safetensors.")
+@click.option("--family", help="Family of the files, to tell parameters from buffers.")
+@click.option("--allow-missing", multiple=True, metavar="PATTERN", help="Names that one model may lack. Repeatable.")
+def diff_files(
+    base: Path,
+    synth: tuple[Path, ...],
+    out: Path | None,
+    base_weights: str | None,
+    synth_weights: str | None,
+    variant: str | None,
+    family: str | None,
+    allow_missing: tuple[str, ...],
+) -> None:
+    """Where self-training moved the weights: relative step per block, and whether snapshots go the same way.
+
+    SYNTH: one or more self-trained models (or LoRA adapters) of BASE, in the order of training.
+    """
+    from neon.pipeline import difference
+    from neon.pipeline.pairing import Request
+
+    if out is not None and out.suffix != ".png":
+        raise click.UsageError(f"--out {out}: expected a name ending in .png")
+    request = Request(
+        w=(1.0,),
+        base_weights=base_weights,
+        synth_weights=synth_weights,
+        variant=variant,
+        family=family,
+        allow_missing=allow_missing,
+    )
+    blocks = difference.diff(base, synth, request)
+    names = [path.stem if path.suffix else path.name for path in synth]
+    click.echo(difference.table(blocks, names), err=True)
+    if out is not None:
+        difference.draw(blocks, names, out)
+    click.echo(json.dumps(difference.about(blocks, synth)))
+
+
 @contextmanager
 def stopped_cleanly() -> Iterator[None]:
     """SIGTERM and SIGHUP end the block like Ctrl-C, so that temporary files are removed."""
@@ -219,4 +263,4 @@ def data(source: Path, out: Path, split: str, size: int | None, no_labels: bool)
     )
 
 
-commands: Sequence[click.Command] = (merge_files, info, convert, data)
+commands: Sequence[click.Command] = (merge_files, diff_files, info, convert, data)
