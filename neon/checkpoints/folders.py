@@ -15,6 +15,8 @@ WEIGHTS = re.compile(
     r"(?P<index>\.index(\.(?P<index_variant>\w+))?\.json)?"
 )
 """model.safetensors, diffusion_pytorch_model.fp16.safetensors, model.safetensors.index.fp16.json, ..."""
+DISTRIBUTED = ".metadata"
+"""What torch.distributed.checkpoint calls the table of contents of a folder."""
 ANY_WEIGHTS = re.compile(r".*\.(safetensors|bin|pth|pt|ckpt|msgpack|h5|onnx|gguf)(\.index(\.\w+)?\.json)?")
 
 
@@ -64,7 +66,10 @@ def components(folder: Path, variant: str | None = None) -> list[Component]:
 
 
 def only_entry(folder: Path) -> Path:
-    """The weight file of a folder with one network. Raises FileNotFoundError if it holds none or several."""
+    """The weight file of a folder with one network, or the table of contents of a distributed checkpoint. Raises
+    FileNotFoundError if it holds none or several."""
+    if (folder / DISTRIBUTED).is_file():
+        return folder / DISTRIBUTED
     try:
         found = components(folder)
     except ValueError as error:

@@ -30,10 +30,14 @@ ALLOWED = re.compile(
     r"""
     (builtins|__builtin__)\.(set|frozenset|dict|list|tuple|int|float|bool|str|complex|object)
     | collections\.(OrderedDict|defaultdict) | (copyreg|copy_reg)\._reconstructor | _codecs\.encode
-    | argparse\.Namespace | typing\.Any | functools\.partial | pathlib\.(Posix)?Path
+    | argparse\.Namespace | typing\.Any | functools\.partial | pathlib\.(_local\.)?(Posix)?Path
     | numpy\.(dtype|ndarray|(core|_core)\.multiarray\.(scalar|_reconstruct))
     | torch\.(Size|device|\w+Storage|float|float\d+(_\w+)?|bfloat16|half|double|u?int\d+|long|bool|complex\d+)
     | torch\._utils\._rebuild_(tensor|tensor_v2|tensor_v3|parameter|parameter_with_state)
+    | torch\.distributed\.checkpoint\.metadata\.(Metadata|(Tensor|Bytes|Chunk)StorageMetadata|TensorProperties)
+    | torch\.distributed\.checkpoint\.metadata\.(StorageMeta|MetadataIndex|_MEM_FORMAT_ENCODING)
+    | torch\.serialization\._get_layout
+    | torch\.distributed\.checkpoint\.filesystem\._StorageInfo
     | torch\.storage\.(_load_from_bytes|UntypedStorage|TypedStorage)
     | torch\.nn\.(modules\.\w+|parameter)\.[A-Z]\w*
     | torch_utils\.persistence\._reconstruct_persistent_obj | dnnlib\.util\.EasyDict

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import cast
 
 from neon.buffers import buffers_among
+from neon.checkpoints.distributed_format import is_distributed, read_distributed
 from neon.checkpoints.inert_pickle import WHOLE_MODULE, Record
 from neon.checkpoints.lazy import Source, StoredTensor
 from neon.checkpoints.limits import MAX_JSON_BYTES, Budget, first_of, shown
@@ -96,7 +97,12 @@ def open_file(source: Source) -> Contents:
     if head.startswith(b"PK\x03\x04"):
         return pickled(read_zip(source), "torch")
     if head[0] == 0x80:
-        return pickled(read_pickle(source), "pickle")
+        value = read_pickle(source)
+        if isinstance(value, Record) and is_distributed(value):
+            nested, shards = read_distributed(source, value)
+            found = pickled(nested, "distributed")
+            return replace(found, sets=tuple(replace(part, shards=shards) for part in found.sets))
+        return pickled(value, "pickle")
     if text.startswith(b"{"):
         return sharded(source)
     raise ValueError(

@@ -20,10 +20,10 @@ from neon.store import files
 def adapter_at(path: Path, weights: str | None, option: str) -> Checkpoint | None:
     """The checkpoint at `path` if it is a LoRA adapter (a file, or PEFT's folder), else None."""
     if path.is_dir():
-        found = [part for part in folders.components(path) if not part.part]
-        if len(found) != 1:
-            return None
-        path = found[0].entry
+        try:
+            path = folders.only_entry(path)
+        except FileNotFoundError:
+            return None  # a pipeline of several networks
     opened = checkpoint.read(path, weights=weights or "auto", option=option)
     return opened if lora.is_adapter(opened.tensors) else None
 
