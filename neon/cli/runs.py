@@ -183,6 +183,23 @@ def select(on: OnConfig) -> None:
     on.do(work, reads=["base", "autoencoder", "report"])
 
 
+@click.command()
+@click.option(
+    "--num-images",
+    type=click.IntRange(min=4),
+    default=2_000,
+    show_default=True,
+    help="Real images, and synthetic ones, whose gradients are compared.",
+)
+@config_options
+def diagnose(on: OnConfig, num_images: int) -> None:
+    """Before any search: does Neon help here, and with w > 0 or w < 0? Needs the real images of [data]."""
+    from neon.pipeline.diagnose import diagnose as diagnosed
+    from neon.pipeline.run import Run
+
+    on.do(lambda e, folder, ranks: diagnosed(Run(e, folder, ranks), num_images))
+
+
 @click.command("eval")
 @click.option(
     "--checkpoint", type=PATH, help="Another model of the same family to evaluate.  [default: base.checkpoint]"
@@ -229,4 +246,4 @@ def autoencoder(on: OnConfig) -> None:
     on.do(train_autoencoder, reads=["data"])
 
 
-commands: Sequence[click.Command] = (check, run, synth, finetune, select, evaluate, train, autoencoder)
+commands: Sequence[click.Command] = (check, run, synth, finetune, select, diagnose, evaluate, train, autoencoder)

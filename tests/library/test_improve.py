@@ -227,7 +227,8 @@ def test_a_lambdas_fingerprint_without_source_is_its_code():
 def test_the_demos_edm_gets_the_numbers_of_neon_run(tmp_path):
     """The demo's model and recipe at a smaller size, once by the config and once by functions."""
     settings = ["synth.num_images=24", "finetune.images=64", "finetune.batch=16", "finetune.lr_ramp_images=32"]
-    settings += ["select.num_images=20", "select.w=[1.0, 2.0]", "report.num_images=20", "sampling.num_steps=3"]
+    settings += ["select.strategy=grid", "select.num_images=20", "select.w=[1.0, 2.0]", "report.num_images=20"]
+    settings += ["sampling.num_steps=3"]
     settings += [f'base.checkpoint="{ROOT}/demo/base.safetensors"', "finetune.lr=1e-3"]
     references = {name: str(ROOT / f"demo/reference_{name}.npz") for name in ("fashion-cnn", "pixel-pca64")}
     settings += ["report.extractors={" + ", ".join(f'"{k}"="{v}"' for k, v in references.items()) + "}"]

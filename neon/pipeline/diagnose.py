@@ -1,0 +1,149 @@
+"""`neon diagnose`: before any search, does Neon help here and in which direction?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from neon.binding import to_table
+from neon.checkpoints import checkpoint
+from neon.family import Family
+from neon.images.formats import open_images
+from neon.pipeline.experiment import Data
+from neon.pipeline.run import Run
+from neon.runtime.distributed import World
+from neon.runtime.progress import say
+from neon.sampling.options import Synth
+from neon.seeds import derived_seed
+from neon.store import records
+from neon.store.shards import Corpus
+from neon.training.alignment import Alignment, Gradients, align, inner
+from neon.training.encoding import encoded
+from neon.training.loop import snapshots
+from neon.training.recipe import Training
+from neon.training.schedules import lr_at
+from neon.training.step_data import step_data
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Some images of a corpus. indices: (N,) int64."""
+
+    corpus: Corpus
+    indices: Tensor
+
+    @property
+    def labels(self) -> Tensor | None:
+        return None if self.corpus.labels is None else self.corpus.labels[self.indices]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def read(self, indices: Sequence[int], /) -> Tensor:
+        return self.corpus.read(self.indices[torch.as_tensor(indices)].tolist())
+
+
+def chosen(corpus: Corpus, count: int, seed: int) -> Chosen:
+    """`count` images at random: data on disk is often sorted by class."""
+    order = torch.randperm(len(corpus), generator=torch.Generator().manual_seed(seed))
+    return Chosen(corpus, order[:count].sort().values)
+
+
+def diagnose(run: Run, num_images: int) -> dict[str, object]:
+    """The alignment of real and synthetic gradients at the base, from `num_images` of each, as JSON with a sentence.
+
+    Raises ValueError if the config names no real images, or for fewer than 4 batches of them.
+    """
+    if run.config.data is None:
+        raise ValueError(
+            "neon diagnose compares gradients on real and on synthetic images: name real ones, best such that the base "
+            "was not trained on, with [data] path (or --set data.path=FILE)"
+        )
+    if run.world.size > 1:
+        raise ValueError(f"neon diagnose runs on one process, {run.world.size} were started")
+    recipe = run.config.need("finetune", Training)
+    found = _align(run, run.config.data, recipe, num_images)
+    say(run.world, found.sentence())
+    images = (
+        ""
+        if run.config.train is None
+        else " of [data], which the base may have been trained on: held-out ones say more"
+    )
+    return {
+        "sentence": found.sentence(),
+        "sign_of_w": found.sign,
+        "best_w_by_loss": found.best_w,
+        **to_table(found),
+        "real_images": f"{num_images} images{images}",
+    }
+
+
+def _align(run: Run, data: Data, recipe: Training, num_images: int) -> Alignment:
+    real_images = open_images(data.path, use_labels=data.use_labels, size=data.size, pad=data.pad)
+    synthetic: Corpus = run.synth()
+    num_batches = min(num_images, len(synthetic), len(real_images)) // recipe.batch
+    if num_batches < 4:
+        raise ValueError(
+            f"the interval needs at least 4 batches of {recipe.batch} (finetune.batch); there are {len(real_images)} "
+            f"real and {len(synthetic)} synthetic images, --num-images is {num_images}"
+        )
+    count = num_batches * recipe.batch
+    folder, manifest = run.folder / "diagnose", records.read_manifest(run.folder / "synth")
+    real: Corpus = chosen(real_images, count, seed=1)
+    stored = run.config.need("synth", Synth).store == "images"
+    batch = run.sampling.batch
+    if stored:
+        synthetic = encoded(
+            run.family, chosen(synthetic, count, 2), folder / "synthetic", {"synth": manifest}, run.world, batch
+        )
+    key = {"data": str(Path(data.path).resolve()), "count": count}
+    real = encoded(run.family, real, folder / "real", key, run.world, batch)
+    say(run.world, f"diagnose: {count} real and {count} synthetic images in batches of {recipe.batch}")
+    model = run.family.build({**run.family.arch_of(run.base), **recipe.arch})
+    run.base.load_into(model)
+    model = run.family.adapted(model, recipe.objective).to(run.world.device).eval().requires_grad_(True)
+    return align(
+        gradients(run.family, model, real, recipe, "real", run.world),
+        gradients(run.family, model, synthetic, recipe, "synthetic", run.world),
+        num_batches,
+        beta2=recipe.betas[1],
+        eps=recipe.eps,
+        alpha=lambda direction: fine_tune_length(run.folder, recipe, model, direction),
+    )
+
+
+def gradients(
+    family: Family, model: torch.nn.Module, corpus: Corpus, recipe: Training, name: str, world: World
+) -> Gradients:
+    """Batch k's gradient, with draws of its own for each corpus: shared ones would make the gradients look aligned."""
+    own = replace(recipe, seed=derived_seed(recipe.seed, "diagnose", name) % 2**31)
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    base = {n: p.detach().clone() for n, p in parameters.items()}
+
+    def gradient(k: int, offset: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+        with torch.no_grad():
+            for n, p in parameters.items():
+                p.copy_(base[n] if offset is None or n not in offset else base[n] + offset[n])
+        data = step_data(family, own, k, corpus, world)
+        labels = None if data.labels is None else data.labels.to(world.device)
+        draws = {n: value.to(world.device) for n, value in data.draws.items()}
+        loss = family.loss(model, data.codes.to(world.device), labels, draws, own.objective).sum() / own.batch
+        found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+        return {n: g for n, g in zip(parameters, found, strict=True) if g is not None}
+
+    return gradient
+
+
+def fine_tune_length(folder: Path, recipe: Training, model: torch.nn.Module, direction: Mapping[str, Tensor]) -> float:
+    """How far the fine-tune goes along -direction: by its last snapshot if there is one, else the sum of its rates."""
+    shots = snapshots(folder / "finetune")
+    if not shots:
+        return sum(lr_at(recipe, images) for images in range(0, recipe.images, recipe.batch))
+    tuned = checkpoint.read(shots[-1], weights="any").tensors
+    base = {name: p.detach() for name, p in model.named_parameters() if name in direction}
+    moved = {name: tuned[name].to(base[name]) - base[name] for name in direction}
+    return -inner(moved, direction) / inner(direction, direction)
