@@ -169,7 +169,7 @@ def finetune(on: OnConfig) -> None:
     on.do(work, reads=["base", "autoencoder"])
 
 
-@click.command()
+@click.command("search")
 @config_options
 def select(on: OnConfig) -> None:
     """Stage 3: find (snapshot, w, cfg_scale) on the selection seeds, with as few images as the decision needs."""
@@ -197,7 +197,7 @@ def diagnose(on: OnConfig, num_images: int) -> None:
     from neon.pipeline.diagnose import diagnose as diagnosed
     from neon.pipeline.run import Run
 
-    on.do(lambda e, folder, ranks: diagnosed(Run(e, folder, ranks), num_images))
+    on.do(lambda e, folder, ranks: diagnosed(Run(e, folder, ranks), num_images), reads=["base", "autoencoder", "data"])
 
 
 @click.command("eval")

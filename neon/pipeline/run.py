@@ -42,7 +42,7 @@ from neon.training.trainer import Trainer
 
 
 class Run:
-    """One experiment in one folder. Its stages may be called one by one (`neon synth`, `neon finetune`, `neon select`)
+    """One experiment in one folder. Its stages may be called one by one (`neon synth`, `neon finetune`, `neon search`)
     or all.
 
     family, yardsticks: in place of those that the config names (neon/library/improve.py makes both from functions).

@@ -181,7 +181,8 @@ class Grid:
             if features is not None:
                 features.parent.mkdir(exist_ok=True)
                 with files.replacing(features) as stream:
-                    np.savez(stream, **{name: rows.cpu().numpy() for name, rows in found.features.items()})
+                    kept_rows: dict[str, Any] = {name: rows.cpu().numpy() for name, rows in found.features.items()}
+                    np.savez(stream, **kept_rows)
         return {"metrics": found.metrics, "seconds": found.seconds, "has_features": features is not None}
 
     def _keep(self, images: Tensor, key: str) -> None:

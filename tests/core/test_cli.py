@@ -45,7 +45,7 @@ def test_one_spelling():
         runs_on_ranks = "--device" in options and path not in ("neon check", "neon sample")  # one process
         assert runs_on_ranks == ("--timeout" in options), path
     names = [path for path, _ in LEAVES]
-    assert "neon select" in names
+    assert "neon search" in names
     assert "neon grid" not in names
     assert [path for path in names if path.endswith("info")] == ["neon info"]
 

@@ -1,0 +1,103 @@
+"""The alignment of real and synthetic gradients against closed forms, on the toy, and as a command."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pytest
+import torch
+from torch import Tensor
+
+from neon.toy.autoregressive import Autoregressive
+from neon.toy.experiment import train_base
+from neon.toy.gradients import gradient
+from neon.toy.target import real_points
+from neon.training.alignment import Alignment, Gradients, align
+from tests.commands import start, started
+
+CURVATURE = torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64)
+
+
+def quadratic(minimum: Tensor, seed: int, noise: float = 1.0) -> Gradients:
+    """Batch gradients of (x - minimum)' diag(CURVATURE) (x - minimum) / 2 at x = 0, each with noise of its own."""
+
+    def at(k: int, offset: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+        x = torch.zeros(3, dtype=torch.float64) if offset is None else offset["x"]
+        drawn = torch.randn(3, generator=torch.Generator().manual_seed(1000 * seed + k), dtype=torch.float64)
+        return {"x": CURVATURE * (x - minimum) + noise * drawn}
+
+    return at
+
+
+def found(synth: Tensor, *, num_batches: int = 64, seed: int = 0, noise: float = 1.0) -> Alignment:
+    real = quadratic(torch.tensor([1.0, 1.0, 1.0], dtype=torch.float64), 2 * seed, noise)
+    drawn = quadratic(synth.double(), 2 * seed + 1, noise)
+    return align(real, drawn, num_batches, alpha=lambda direction: 0.5)
+
+
+def test_without_noise_it_is_the_closed_form():
+    """P is 1 / |r_syn| then, so d = P r_syn = sign(r_syn); s = r_data . d, z = d' H d, w* = -s / (alpha z)."""
+    it = found(torch.tensor([-1.0, 2.0, -0.5]), noise=0.0)
+    assert it.s == pytest.approx(float((-CURVATURE) @ torch.tensor([1.0, -1.0, 1.0]).double()), rel=1e-6)  # -1 + 2 - 4
+    assert it.low == pytest.approx(it.s)
+    assert it.curvature == pytest.approx(7.0, rel=1e-6)
+    assert it.best_w == pytest.approx(-it.s / (0.5 * 7.0), rel=1e-6)
+
+
+@pytest.mark.parametrize(("synth", "sign"), [((-1.0, -1.0, -1.0), 1), ((1.0, 1.0, 1.0), -1)])
+def test_the_sign_is_that_of_the_w_that_helps(synth, sign):
+    """S's minimum on the other side than the data's: moving away from S helps. On the same side: moving towards it."""
+    it = found(torch.tensor(synth))
+    assert it.sign == sign
+    assert (it.best_w or 0) * sign > 0
+    assert it.sentence().startswith(f"w {'>' if sign > 0 else '<'} 0 should help")
+
+
+def test_the_interval_holds_the_truth_as_often_as_it_says():
+    """Around 95 % of 200 repetitions; P differs a little between them, so the truth is that of a large sample."""
+    synth = torch.tensor([-0.3, 0.2, -0.1])
+    truth = found(synth, num_batches=20_000, seed=999).s
+    inside = sum(it.low <= truth <= it.high for it in (found(synth, seed=seed) for seed in range(1, 201)))
+    assert 0.88 <= inside / 200 <= 1.0
+
+
+def test_gradients_of_pure_noise_are_undecided():
+    zero = quadratic(torch.zeros(3, dtype=torch.float64), 1)
+    it = align(quadratic(torch.zeros(3, dtype=torch.float64), 2), zero, 16, alpha=lambda direction: 1.0)
+    assert it.low < it.high
+    assert it.sentence().startswith(("undecided", "w "))
+
+
+@pytest.mark.parametrize(("tau", "sign"), [(0.5, 1), (1.6, -1)])
+def test_the_toy_says_the_sign_of_w(tau, sign):
+    """An autoregressive model of 100 points: S drawn too sharply asks for w > 0, too broadly for w < 0."""
+    model = Autoregressive()
+    base = train_base(model, real_points(1, 100, seed=0), steps=600, lr=1e-3, seed=1)
+    real = real_points(1, 8_000, seed=7)
+    noise = torch.randn(1, 8_000, 2, generator=torch.Generator().manual_seed(5))
+    synth = model.sample(base, noise, tau)
+
+    def of(points: Tensor) -> Gradients:
+        batches = points.chunk(32, dim=1)
+
+        def at(k: int, offset: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+            weights = base if offset is None else {name: base[name] + offset[name] for name in base}
+            return gradient(model, weights, batches[k], seed=k)
+
+        return at
+
+    assert align(of(real), of(synth), 32, alpha=lambda direction: 1e-3).sign == sign
+
+
+def test_the_command_says_a_sentence_and_needs_real_images(line_config, tmp_path):
+    run = ("-m", "neon", "diagnose", line_config, "--out", tmp_path / "run", "--device", "cpu")
+    refused = start(*run)
+    assert refused.returncode == 1
+    assert "[data]" in refused.stderr
+    started("-m", "neon", "synth", line_config, "--out", tmp_path / "real", "--device", "cpu",
+            "--set", "synth.num_images=200", "--set", "synth.first_seed=5000")  # fmt: skip
+    real = ("--set", f'data.path="{tmp_path / "real/synth"}"', "--set", "finetune.batch=10", "--num-images", 40)
+    found = started(*run, *real)
+    assert found["sign_of_w"] in (-1, 0, 1)
+    assert found["low"] <= found["s"] <= found["high"]
+    assert found["sentence"].startswith(("undecided", "w "))
