@@ -151,3 +151,10 @@ def test_the_readmes_picture_is_the_notebooks():
     outputs = [output for cell in nbformat.read(FILE, as_version=4).cells for output in cell.get("outputs", [])]
     pictures = [b64decode(output.data["image/png"]) for output in outputs if "image/png" in output.get("data", {})]
     assert (ROOT / "docs" / "toy.png").read_bytes() in pictures
+
+
+def test_formulas_are_plain_text_that_needs_no_script_from_elsewhere():
+    """Jupyter, GitHub and editors fetch or bundle another MathJax each; without a network some show raw LaTeX."""
+    cells = [cell.source for cell in nbformat.read(FILE, as_version=4).cells if cell.cell_type == "markdown"]
+    assert not any("$" in text or "\\" in text for text in cells)
+    assert any("`theta_neon = theta_r - w (theta_s - theta_r)`" in text for text in cells)
