@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+import neon
 from fid.inception import WEIGHTS
 from neon.cli.main import main
 from neon.pipeline.experiment import load
@@ -104,3 +105,32 @@ def test_a_step_that_a_row_lacks_is_said(row, step, message, tmp_path):
     done = subprocess.run(command, env={**os.environ, "PYTHON": "true"}, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 1
     assert message in done.stderr
+
+
+PAPERS = ("2510.03597", "2206.00364", "2404.02905", "2502.20388", "2503.07565", "2302.00482")
+
+
+def test_the_papers_are_cited_and_thanked():
+    """Neon's and those of the five families, in the citation file and in the README; every family names its paper."""
+    citation, readme = (ROOT / "CITATION.cff").read_text(), (ROOT / "README.md").read_text()
+    thanks = readme.split("## Acknowledgements")[1]
+    for paper in PAPERS:
+        assert f"https://arxiv.org/abs/{paper}" in citation
+        assert f"https://arxiv.org/abs/{paper}" in thanks
+    for name in ("edm", "var", "xar", "imm", "flow"):
+        code = "".join(path.read_text() for path in (ROOT / name).glob("*.py"))
+        assert any(paper in code for paper in PAPERS[1:])
+
+
+def test_citation_and_changelog_are_of_this_version():
+    assert f"\nversion: {neon.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    first = re.search(r"^## (\S+?),? ", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    assert first[1] == neon.__version__
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["version"] == neon.__version__
+
+
+def test_issue_templates_ask_for_what_the_commands_print():
+    texts = {path.stem: path.read_text() for path in (ROOT / ".github/ISSUE_TEMPLATE").glob("*.md")}
+    assert set(texts) == {"bug", "number"}
+    assert all(text.startswith("---\nname: ") for text in texts.values())
