@@ -69,6 +69,10 @@ class Countdown:
     def __init__(self, total: int):
         self._total, self._done, self._took_s = total, 0, 0.0
 
+    @property
+    def is_over(self) -> bool:
+        return self._done >= self._total
+
     def passed(self, seconds: float) -> str:
         """Another one is done, in so many seconds (0: it was there already): "point 3 of 9, 2.0 h left"."""
         self._done += 1

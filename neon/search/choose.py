@@ -56,7 +56,9 @@ def by_grid(grid: Grid, config: Select, snapshots: Sequence[str], yardstick: Yar
     """Every (snapshot, w, cfg_scale) on the whole block, and a random direction; the lowest distance of w >= 0."""
     block = Block(labels=config.labels, first_seed=config.first_seed, num_images=config.num_images)
     metric = yardstick.headline(config.num_images)
-    scores = [grid.score(point, block) for point in points_to_try(snapshots, config.w, config.cfg_scale)]
+    points = points_to_try(snapshots, config.w, config.cfg_scale)
+    grid.expect(len(points) + 1)
+    scores = [grid.score(point, block) for point in points]
     winner = best([score for score in scores if score.point.w >= 0], metric)
     base = best([score for score in scores if score.point.w == 0], metric)
     control = grid.score(random_control(winner.point), block)

@@ -4,6 +4,7 @@ there."""
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from neon.evaluation.evaluate import Yardstick, evaluate
 from neon.merge import LiveMerge, RandomDirection
 from neon.quantize import DivergedError
 from neon.runtime.distributed import World
-from neon.runtime.progress import say
+from neon.runtime.progress import Countdown, say
 from neon.sampling.generate import Source, generate, to_images
 from neon.search.points import Block, Point, Score
 from neon.store import files, records
@@ -53,6 +54,7 @@ class Grid:
         self._source, self._model, self._base, self._snapshots = source, model, base, snapshots
         self._yardsticks, self._folder, self._protocol, self._world = yardsticks, folder, protocol, world
         self._ledger = folder / "ledger.jsonl"
+        self._countdown: Countdown | None = None
         self._live: tuple[tuple[str, str], LiveMerge] | None = None
         if world.is_main:
             folder.mkdir(parents=True, exist_ok=True)
@@ -62,16 +64,32 @@ class Grid:
         # by what a line says, not by its key: keys of earlier versions held the batch and other keys of layout
         self._known: dict[str, dict] = world.broadcast({_key({k: line[k] for k in ENTRY}): line for line in lines})
 
+    def expect(self, count: int) -> None:
+        """The next `count` points belong together: after each one that is computed, it is said how long the rest
+        takes."""
+        self._countdown = Countdown(count)
+
     def score(self, point: Point, block: Block) -> Score:
         """What `point` scores on `block`: from the ledger, or computed and entered there."""
         entry = self._entry(point, block)
         key = _key(entry)
         known = self._known.get(key)
+        is_new, started = known is None, time.monotonic()
         if known is None:
             known = self._compute(point, block, key, entry)
         elif block.num_shown and "failed" not in known:
             self._show_again(point, block, known["key"])
+        self._count(time.monotonic() - started if is_new else 0.0)
         return self._as_score(point, known)
+
+    def _count(self, seconds: float) -> None:
+        if self._countdown is None:
+            return
+        text = self._countdown.passed(seconds)
+        if seconds:
+            say(self._world, f"  {text}")
+        if self._countdown.is_over:
+            self._countdown = None
 
     def score_with_features(
         self, point: Point, block: Block, *, make_again: bool = True

@@ -1,6 +1,8 @@
 """Downloads against a server on the loopback interface; nothing leaves the machine."""
 
 import hashlib
+import http.client
+import io
 import json
 import os
 import re
@@ -8,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -17,6 +20,7 @@ from click.testing import CliRunner
 
 from edm.calculate_fid import main as edm_command
 from fid.inception import WEIGHTS
+from fid.weights import cache_folder
 from imm.calculate_fid import main as imm_command
 from neon.cli.download import download
 from neon.cli.located import STATISTICS
@@ -418,3 +422,39 @@ def test_a_missing_checkpoint_is_said_with_its_near_names(tmp_path, monkeypatch)
     (tmp_path / "checkpoints/Neon_imm_imagenet256.pkl").write_bytes(b"")
     done = CliRunner().invoke(imm_command, command)
     assert "did you mean checkpoints/Neon_imm_imagenet256.pkl?" in done.stderr
+
+
+def test_https_is_never_left_by_a_redirect():
+    request = urllib.request.Request("https://example.org/a.npz")
+    headers = http.client.HTTPMessage()
+    follow = fetch.StayEncrypted().redirect_request
+    with pytest.raises(fetch.DownloadError, match=r"redirects to http://example\.org/b, which is not encrypted"):
+        follow(request, io.BytesIO(), 302, "Found", headers, "http://example.org/b")
+    found = follow(request, io.BytesIO(), 302, "Found", headers, "https://example.org/b")
+    assert found.full_url == "https://example.org/b"
+    assert any(isinstance(handler, fetch.StayEncrypted) for handler in fetch._OPENER.handlers)
+
+
+def test_a_user_without_a_home_folder_gets_help_and_a_line(monkeypatch):
+    """HOME is not set and the user has no entry in the password file."""
+    code = """
+import pathlib, sys
+def homeless():
+    raise RuntimeError("Could not determine home directory.")
+pathlib.Path.home = homeless
+from neon.cli.main import main
+main()
+"""
+    line = "Error: this user has no home folder: set NEON_CACHE to a folder for fetched files\n"
+    for words, expected in ((["--help"], ""), (["run", "--help"], ""), (["download", "--list"], line)):
+        command = [sys.executable, "-c", code, *words]
+        environment = {name: value for name, value in os.environ.items() if name != "NEON_CACHE"}
+        assert subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True).stderr == expected
+
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("NEON_CACHE", raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    with pytest.raises(FileNotFoundError, match="this user has no home folder: set NEON_CACHE"):
+        cache_folder()

@@ -12,7 +12,7 @@ import pytest
 
 from neon.runtime import progress as module
 from neon.runtime.distributed import World, world
-from neon.runtime.progress import duration, progress
+from neon.runtime.progress import Countdown, duration, progress
 from tests.commands import ROOT
 from tests.core.test_run import run, start, without_times
 
@@ -42,6 +42,19 @@ def test_other_ranks_are_silent(monkeypatch, capsys):
     monkeypatch.setattr(module, "LINE_EVERY_S", 0.0)
     progress(total=10, desc="synth", unit="img", world=World(rank=1, size=2)).update(3)
     assert capsys.readouterr().err == ""
+
+
+def test_a_grid_says_which_point_it_is_at_and_how_long_the_rest_takes(line_config, tmp_path, capsys):
+    countdown = Countdown(3)
+    assert [countdown.passed(s) for s in (0, 3600, 1800)] == [
+        "point 1 of 3",
+        "point 2 of 3, 60 min left",
+        "point 3 of 3",
+    ]
+    assert countdown.is_over
+    run(line_config, tmp_path / "run", "finetune.snapshot_images=96")
+    said = [line.strip().split(",")[0] for line in capsys.readouterr().err.splitlines() if "point " in line]
+    assert said == [f"point {i} of 9" for i in range(1, 10)]  # 4 values of w at 2 guidances, and the random direction
 
 
 def test_durations():
