@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 
-def sampled(family: str, returned: object, batch: int) -> tuple[Tensor, Tensor | None]:
-    """(codes, labels) of `sample` for `batch` images. Raises ValueError."""
+def sampled(family: str, returned: object, batch: int, num_classes: int) -> tuple[Tensor, Tensor | None]:
+    """(codes, labels) of `sample` for `batch` images of a network with `num_classes` labels. Raises ValueError."""
     wanted = (
         f"{family}.sample must return (codes, labels): codes with the batch ({batch}) as first dimension, labels "
         f"({batch},) int64 or None"
@@ -26,6 +26,8 @@ def sampled(family: str, returned: object, batch: int) -> tuple[Tensor, Tensor |
         isinstance(labels, Tensor) and labels.shape == (batch,) and labels.dtype == torch.int64
     ):
         raise ValueError(f"{wanted}; the labels are {_kind(labels)}")
+    if num_classes and labels is None:
+        raise ValueError(f"{wanted}; num_classes is {num_classes}, so it must return the labels that it used, not None")
     return codes, labels
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import tempfile
 import traceback
@@ -49,15 +50,15 @@ class Finding:
 
 def check(config: Experiment, config_path: Path, device: torch.device) -> Iterator[Finding]:
     """Every check in turn; without a network the others are not tried."""
-    trial = Trial(config, config_path, Probe(config, device))
+    trial, seen = Trial(config, config_path, Probe(config, device)), dict[str, str]()
     for name, attempt in trial.checks().items():
         try:
             yield Finding(name, True, attempt())
-        except NotKept as error:
-            yield Finding(name, False, str(error))
         except Exception as error:  # whatever a family of one's own raises is what its author wants to read
-            text = str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}{_place(error)}"
-            yield Finding(name, False, text)
+            is_plain = isinstance(error, (NotKept, ValueError, OSError))
+            text = str(error) if is_plain else f"{type(error).__name__}: {error}{_place(error)}"
+            first = seen.setdefault(re.sub(r"\d+", "", text), name)  # the same for another batch is the same
+            yield Finding(name, False, text if first == name else f"as for {first!r}")
             if name == "network":
                 return
 
@@ -88,6 +89,7 @@ def _place(error: Exception) -> str:
     """Where in the family's own file an error arose, " (mine.py:12)", or nothing if it arose in ours."""
     not_own = (Path(neon.__file__).parent, Path(sys.prefix), Path(sys.base_prefix))
     frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).is_file()]
+    frames = [f for f in frames if "site-packages" not in Path(f.filename).parts]
     own = [f for f in frames if not any(Path(f.filename).is_relative_to(folder) for folder in not_own)]
     return f" ({own[-1].filename}:{own[-1].lineno})" if own else ""
 
@@ -186,6 +188,7 @@ class Trial:
         return "bit for bit"
 
     def batches(self) -> str:
+        self.same_seed()  # without which nothing can be compared
         halves = self.probe.sample(range(NUM_IMAGES // 2), range(NUM_IMAGES // 2, NUM_IMAGES))
         apart, together = torch.cat([self.decoded(half.codes) for half in halves]), self.decoded(self.codes)
         gap = _gap(apart, together)
@@ -198,6 +201,7 @@ class Trial:
 
     def save_and_load(self) -> str:
         """A merged file is written as this one is, and must give the same network."""
+        self.same_seed()
         model = self.probe.model
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model.safetensors"

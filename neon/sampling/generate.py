@@ -75,7 +75,7 @@ def _generate(
             accelerated(model, family.graphed(model), family.compiled, speed),
         ):
             returned = family.sample(model, rng, labels, source.options)
-        yield Batch(indices, *first_batch.sampled(family.name, returned, len(indices)))
+        yield Batch(indices, *first_batch.sampled(family.name, returned, len(indices), source.num_classes))
 
 
 @torch.inference_mode()

@@ -146,3 +146,13 @@ def test_images_of_another_size_than_the_data_are_said(line_config, tmp_path):
     np.savez(tmp_path / "data.npz", images=np.zeros((5, 1, 8, 8), np.uint8))
     _, found = checks(line_config, "--set", f"data.path={tmp_path / 'data.npz'}")
     assert "holds images (1, 8, 8), the model makes (1, 4, 4)" in found["data"]["text"]
+
+
+def test_one_cause_is_said_once(line_config, monkeypatch):
+    """Everything after the images needs them: their error stands at the first check that met it."""
+    monkeypatch.setattr(Line, "sample", lambda *a: SAMPLE(*a)[0])
+    _, found = checks(line_config)
+    texts = {name: one["text"] for name, one in found.items() if not one["is_ok"]}
+    assert texts["images"].startswith("line.sample must return (codes, labels)")
+    assert {text for name, text in texts.items() if name != "images"} == {"as for 'images'"}
+    assert len(texts) > 3
