@@ -26,7 +26,7 @@ from neon.checkpoints.lazy import Source, StoredTensors
 from neon.checkpoints.limits import clean, first_of, shown
 from neon.checkpoints.safetensors_format import aliases_of, metas, write_safetensors
 from neon.checkpoints.weight_sets import KNOWN, UNNAMED, Contents, WeightSet
-from neon.store import files
+from neon.store import files, hub
 
 log = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=nn.Module)
@@ -155,7 +155,7 @@ def read(path: str | Path, *, weights: str = "ema", option: str = "weights = ...
     Raises FileNotFoundError, or ValueError naming the file: not a checkpoint, damaged, refused, or without that weight
     set.
     """
-    path = Path(path)
+    path = hub.local(path)
     if path.is_dir():
         path = only_entry(path)
     found = choose(open_checked(path), weights, path, option)

@@ -11,6 +11,7 @@ from neon.cli import fid, files, runs
 from neon.cli.download import download
 from neon.cli.example import example
 from neon.cli.messages import PlainGroup
+from neon.cli.publish import publish
 from neon.cli.sample import sample
 
 
@@ -28,7 +29,7 @@ def main() -> None:
     """
 
 
-for command in (example, *runs.commands, sample, *files.commands, download, fid.fid):
+for command in (example, *runs.commands, sample, publish, *files.commands, download, fid.fid):
     main.add_command(command)
 
 search = copy(runs.select)

@@ -5,16 +5,29 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from functools import wraps
+from os import PathLike
 from pathlib import Path
 
 import click
 
 from neon.runtime import TIMEOUT_S
+from neon.store import hub
 
 Command = Callable[..., None]
 Option = Callable[[Command], Command]
 
-PATH = click.Path(path_type=Path)
+
+class LocalPath(click.Path):
+    """A path; hf://OWNER/NAME/FILE is fetched into the Hub's cache first (neon/store/hub.py)."""
+
+    def convert(
+        self, value: str | PathLike[str], param: click.Parameter | None, ctx: click.Context | None
+    ) -> str | bytes | PathLike[str]:
+        name = str(value)
+        return super().convert(hub.local(name) if hub.is_remote(name) else value, param, ctx)
+
+
+PATH = LocalPath(path_type=Path)
 
 RANK_OPTIONS: tuple[Option, ...] = (
     click.option("--device", help="cpu, cuda, cuda:1 or mps.  [default: CUDA if there is one]"),

@@ -29,6 +29,7 @@ from neon.images.arrays import from_array
 from neon.images.formats import open_images
 from neon.images.image_set import ImageSet
 from neon.runtime.distributed import World, world
+from neon.store import hub
 
 Images = str | Path | Tensor | np.ndarray | ImageSet
 """A folder, .zip, .npz, .npy, IDX file or torchvision:NAME:SPLIT:FOLDER, or uint8 images (N, C, H, W), (N, H, W, C)."""
@@ -112,7 +113,7 @@ def open_side(images: Images) -> ImageSet:
 
 def open_reference(source: Images) -> Reference | ImageSet:
     """Statistics, if the file holds mu and sigma, else images. Raises ValueError naming what was found instead."""
-    path = None if isinstance(source, Tensor | np.ndarray | ImageSet) else Path(source)
+    path = None if isinstance(source, Tensor | np.ndarray | ImageSet) else hub.local(source)
     if path is not None and path.is_file() and path.suffix.lower() not in (".zip", ".npy") and "idx" not in path.name:
         try:
             with zipfile.ZipFile(path) as archive:

@@ -10,6 +10,7 @@ from fid.features import open_extractor
 from fid.reference import check_made_with, read_reference
 from neon.evaluation.evaluate import Yardstick
 from neon.evaluation.options import Report
+from neon.store import hub
 
 
 def open_yardsticks(config: Report, device: torch.device) -> list[Yardstick]:
@@ -21,7 +22,7 @@ def open_yardsticks(config: Report, device: torch.device) -> list[Yardstick]:
     for name, reference in config.extractors.items():
         weights = Path(config.inception) if config.inception is not None and name == "inception-2015-12-05" else None
         extractor = open_extractor(name, path=weights, device=device)
-        statistics = read_reference(Path(reference))
+        statistics = read_reference(hub.local(reference))
         check_made_with(statistics, extractor)
         found.append(Yardstick(extractor=extractor, reference=statistics))
     return found

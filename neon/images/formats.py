@@ -26,7 +26,7 @@ from neon.images.decode import REFUSED_SUFFIXES, SUFFIXES, decode
 from neon.images.image_set import ImageSet, Remarks, UnreadableImagesError
 from neon.images.labels import file_labels
 from neon.store import files as store
-from neon.store import records, shards
+from neon.store import hub, records, shards
 
 PICTURES = SUFFIXES | REFUSED_SUFFIXES
 __all__ = ["from_array", "open_images", "write_zip"]
@@ -43,6 +43,7 @@ def open_images(path: Path | str, *, use_labels: bool = True, size: int | None =
     pad: black pixels on every side.
     Raises FileNotFoundError / ValueError saying what was found.
     """
+    path = hub.local(path) if hub.is_remote(path) else path
     if str(path).startswith("torchvision:"):
         from neon.images.torchvision_sets import open_torchvision
 

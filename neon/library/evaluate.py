@@ -12,6 +12,7 @@ from fid.names import Metric
 from fid.reference import Reference, read_reference
 from neon.evaluation.compute import Images, Question, compare, open_reference, open_side
 from neon.runtime.distributed import World
+from neon.store import hub
 
 
 def evaluate(
@@ -62,7 +63,7 @@ def references(reference: object) -> dict[str, str]:
         return {str(name): str(path) for name, path in reference.items()}
     if not isinstance(reference, (str, Path)):
         raise ValueError(f"expected a reference file or {{extractor: file}}, found {reference!r}")
-    extractor = read_reference(Path(reference)).extractor
+    extractor = read_reference(hub.local(reference)).extractor
     if extractor is None:
         raise ValueError(f"{reference} does not name its extractor; say it: {{EXTRACTOR: {str(reference)!r}}}")
     return {extractor: str(reference)}

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Annotated
 
 from neon.binding import Count, Range, Section, build, table_of, with_family_options
+from neon.checkpoints.checkpoint import Checkpoint
 from neon.evaluation.options import Report
 from neon.family import Family, resolve
 from neon.sampling.options import Sampling, Synth
 from neon.search.options import Select
 from neon.seeds import overlap
+from neon.store import hub
 from neon.training.recipe import Autoencoder, Training
 
 
@@ -32,6 +34,20 @@ class Base:
     prompts: str | None = None
     """Path of a text file with one prompt per line, for text-conditional models: image i has prompt i mod their
     number."""
+
+    @property
+    def is_there(self) -> bool:
+        """Whether the checkpoint can be read; one on the Hub counts as there."""
+        return hub.is_remote(self.checkpoint) or Path(self.checkpoint).exists()
+
+    @property
+    def autoencoder_path(self) -> Path | None:
+        return None if self.autoencoder is None else hub.local(self.autoencoder)
+
+    def read(self, family: Family) -> Checkpoint:
+        """The checkpoint, by the family's own reader."""
+        prompts = None if self.prompts is None else hub.local(self.prompts)
+        return family.read_base(hub.local(self.checkpoint), weights=self.weights, prompts=prompts)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -12,6 +12,7 @@ from fid.inception import NAME, WEIGHTS
 from fid.weights import cache_folder
 from neon.pipeline.experiment import Experiment
 from neon.published.hints import how_to_get
+from neon.store import hub
 
 Part = Literal["base", "autoencoder", "report", "data"]
 
@@ -29,8 +30,11 @@ class Missing:
 
 
 def missing(config: Experiment, parts: Collection[Part], config_path: Path) -> list[Missing]:
-    """All files of these parts of the config that are not there. config_path: for the commands that are advised."""
-    return [found for found in _needed(config, parts, config_path) if not found.path.exists()]
+    """All files of these parts of the config that are not there. config_path: for the commands that are advised.
+
+    Files on the Hub (hf://...) are fetched when they are used."""
+    needed = _needed(config, parts, config_path)
+    return [found for found in needed if not (hub.is_remote(found.path) or found.path.exists())]
 
 
 def check_all_there(config: Experiment, parts: Collection[Part], config_path: Path) -> None:

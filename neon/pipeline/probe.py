@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -32,17 +31,17 @@ class Probe:
     def family(self) -> Family:
         family = self.config.family()
         base = self.config.base
-        family.open(None if base is None or base.autoencoder is None else Path(base.autoencoder), self.device)
+        family.open(None if base is None else base.autoencoder_path, self.device)
         return family
 
     @property
     def is_trained(self) -> bool:
-        return self.config.base is not None and Path(self.config.base.checkpoint).exists()
+        return self.config.base is not None and self.config.base.is_there
 
     @cached_property
     def base(self) -> checkpoint.Checkpoint | None:
         base = self.config.base
-        return checkpoint.read(base.checkpoint, weights=base.weights) if base is not None and self.is_trained else None
+        return base.read(self.family) if base is not None and self.is_trained else None
 
     @property
     def arch(self) -> Mapping[str, object]:

@@ -65,9 +65,7 @@ class Run:
 
     @cached_property
     def base(self) -> checkpoint.Checkpoint:
-        prompts = None if self.base_config.prompts is None else Path(self.base_config.prompts)
-        path = Path(self.base_config.checkpoint)
-        return self.family.read_base(path, weights=self.base_config.weights, prompts=prompts)
+        return self.base_config.read(self.family)
 
     @cached_property
     def base_tensors(self) -> dict[str, Tensor]:
@@ -76,19 +74,18 @@ class Run:
 
     @cached_property
     def model(self) -> torch.nn.Module:
-        autoencoder = None if self.base_config.autoencoder is None else Path(self.base_config.autoencoder)
-        self.family.open(autoencoder, self.world.device)
+        self.family.open(self.base_config.autoencoder_path, self.world.device)
         return self.family.load(self.base).to(self.world.device).eval().requires_grad_(False)
 
     @cached_property
     def identity(self) -> dict[str, object]:
         """What every image of this run depends on."""
-        autoencoder = self.base_config.autoencoder
+        autoencoder = self.base_config.autoencoder_path
         return {
             "family": self.config.family_name,
             "base_sha256": self.base.sha256,
             "weights": self.base.weights,
-            "autoencoder_sha256": None if autoencoder is None else files.sha256_of(Path(autoencoder)),
+            "autoencoder_sha256": None if autoencoder is None else files.sha256_of(autoencoder),
             "sampling": to_plain(self.sampling),
         } | self._family_source
 

@@ -38,7 +38,7 @@ def train_base(config: Experiment, folder: Path, world: World) -> dict[str, obje
     arch: Mapping[str, object] = {**config.model, **recipe.arch}
     torch.manual_seed(recipe.seed)  # initial weights
     model = family.build(arch)
-    autoencoder = None if config.base is None or config.base.autoencoder is None else Path(config.base.autoencoder)
+    autoencoder = None if config.base is None else config.base.autoencoder_path
     family.open(autoencoder, world.device)
     images = open_images(data.path, use_labels=data.use_labels, size=data.size, pad=data.pad)
     classes = family.num_classes(model)
