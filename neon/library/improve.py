@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +51,7 @@ def improve(
     lr: float,
     batch: int = 64,
     w: Sequence[float] = (0.5, 1.0, 1.5, 2.0),
+    strategy: Literal["grid", "search"] = "grid",
     num_select: int | None = None,
     num_report: int | None = None,
     synth_seed: int = 0,
@@ -73,6 +75,7 @@ def improve(
         distance to it; or several, {extractor: file}, the first of which chooses.
     lr: constant; a tenth of the last rate of training is a beginning. batch: images per update.
     w: the steps to try; w = 0 (the base), w = -1 (the self-trained model) and a random direction are always there.
+    strategy: "search" takes w as the range to begin with and needs a reference file (neon/search/options.py).
     num_select, num_report: images that every w, and the final rows, are scored on; None: as many as num_synth.
     synth_seed, select_seed, report_seed: first seed of each block; they must not overlap.
     uint8: how float images in [-1, 1] are rounded for a reference file's extractor (neon/quantize.py). Bytes stay.
@@ -87,6 +90,10 @@ def improve(
     check_names(model)
     example = check_per_image(sample, model, [synth_seed, synth_seed + 1])
     is_function = callable(score)
+    if is_function and strategy == "search":
+        raise ValueError(
+            "strategy = 'search' judges noise by features: it needs a reference file as score, no function"
+        )
     yardstick = function_score(score, example) if callable(score) else None
     family = Functions(model, sample, loss, None if is_function else uint8)
     has_pictures = (
@@ -111,7 +118,7 @@ def improve(
                 "objective": {"function": fingerprint(loss), "batch": batch},
             },
             "select": {
-                "strategy": "grid",
+                "strategy": strategy,
                 "w": list(w),
                 "num_images": num_select or num_synth,
                 "first_seed": select_seed,

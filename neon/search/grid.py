@@ -114,9 +114,11 @@ class Grid:
         return Score(point, known["metrics"], known["seconds"], known["key"], made_with, known.get("failed"))
 
     def shown(self, score: Score, count: int) -> Tensor | None:
-        """The first `count` images of a score, uint8 (n, C, H, W), if its block kept any."""
+        """The first `count` images of a score, uint8 (n, C, H, W), if its block kept any and they are pictures."""
         images = self._pictures(score.key)
-        return None if images is None or not count else images[:count]
+        if images is None or not count or images.dtype != torch.uint8 or images.ndim != 4:
+            return None
+        return images[:count]
 
     def _pictures(self, key: str) -> Tensor | None:
         path = self._folder / "shown" / f"{key[:16]}.npz"

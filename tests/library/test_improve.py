@@ -41,6 +41,7 @@ images = 12500
 batch = 250
 lr = 2e-5
 [select]
+strategy = "grid"
 w = [0.5, 1.0, 1.5, 2.0]
 num_images = 2000
 first_seed = 1000000
@@ -202,6 +203,7 @@ def shared_noise(model, seeds):
         ({"updates": 0}, r"finetune\.images must be >= 1"),
         ({"finetune": {"momentum": 0.9}}, r"\[finetune\] has no key 'momentum'"),
         ({"select_seed": 500}, "the seeds of synth .* and select .* overlap"),
+        ({"strategy": "search"}, "strategy = 'search' judges noise by features"),
         ({"w": []}, r"\[select\] w must name at least one value"),
     ],
 )
