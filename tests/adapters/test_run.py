@@ -35,6 +35,7 @@ lr = 1e-3
 [finetune.objective]
 {objective}
 [select]
+strategy = "grid"
 num_images = 4
 first_seed = 1000
 w = [1.0]
@@ -103,7 +104,9 @@ def test_a_whole_run_ends_with_a_pipeline_that_diffusers_loads(kind, objective, 
     (shown,) = [
         np.load(file)["images"]
         for line in map(json.loads, (tmp_path / "run/ledger.jsonl").read_text().splitlines())
-        if line["block"]["num_shown"] and line["point"]["w"] == w and line["point"]["direction"] in ("synth", "none")
+        if line["block"]["first_seed"] == 2000
+        and line["point"]["w"] == w
+        and line["point"]["direction"] in ("synth", "none")
         for file in [tmp_path / "run/shown" / f"{line['key'][:16]}.npz"]
     ]
     difference = to_uint8(images * 2 - 1, "round").int() - torch.from_numpy(shown).int()
