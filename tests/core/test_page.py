@@ -1,0 +1,115 @@
+"""The page of a run: what its figures show, that it needs nothing else, and that its slider moves in a real browser."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from neon.pipeline import page
+from neon.pipeline.experiment import load
+from neon.pipeline.figures import LIGHT, _blank, draw_curve
+from neon.pipeline.result import Result
+from neon.pipeline.run import Run
+from neon.runtime.distributed import World
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+CHROMIUM = next((found for name in BROWSERS if (found := shutil.which(name))), None)
+SEARCH = ("select.strategy=search", "select.num_images=120", "select.snapshots=last", "synth.cfg_scale=0.5")
+
+
+def finished(config: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, *overrides: str) -> tuple[Result, str]:
+    """The typed result that a run gave to its page, and the page."""
+    seen: list[Result] = []
+    write = page.write_page
+    monkeypatch.setattr(page, "write_page", lambda result, path: (seen.append(result), write(result, path)))
+    Run(load(config, overrides), folder, World()).all()
+    return seen[0], (folder / "report.html").read_text()
+
+
+def frames_of(text: str) -> list[dict[str, str]]:
+    (found,) = re.findall(r'<script type="application/json" id="frames">(.*?)</script>', text, re.S)
+    return json.loads(found)
+
+
+def test_the_page_of_a_search(line_config, tmp_path, monkeypatch):
+    result, text = finished(line_config, tmp_path / "my-run", monkeypatch, *SEARCH)
+    assert "<title>Neon: my-run</title>" in text
+    assert html.escape(result.verdict.text) in text
+    assert not re.search(r'(src|href|srcset)="(?!data:)', text)  # nothing is fetched
+    images = re.findall(r"<img [^>]*>", text)
+    assert len(images) >= 6
+    assert all(re.search(r'alt="[^"]{5,}"', image) for image in images)
+    frames = frames_of(text)
+    own = {(p.w, p.cfg_scale) for p in (s.point for s in result.choice.scores)}
+    assert len(frames) == len(own)
+    assert len({frame["src"] for frame in frames}) == len(frames)
+    for name, score in result.rows.items():
+        assert f"<td>{name}</td>" in text
+        assert f"{score.metrics[result.metric]:.4g} +- {result.errors[name]:.2g}" in text
+    costs = {cost.stage: cost for cost in result.costs}
+    assert costs["synthetic set"].network_calls is None  # the line's sampler calls no module
+    assert costs["search"].images == result.choice.found.images_spent
+    if CHROMIUM is not None:
+        moved_in_a_browser(tmp_path / "my-run/report.html", frames)
+
+
+def moved_in_a_browser(path: Path, frames: list[dict[str, str]]) -> None:
+    """Open the file in Chromium, move the slider to its end by script, and read the picture and the label back."""
+    move = """<script>
+const end = document.getElementById("w");
+end.value = end.max;
+end.dispatchEvent(new Event("input"));
+</script></body>"""
+    moved = path.with_name("moved.html")
+    moved.write_text(path.read_text().replace("</body>", move))
+    seen = []
+    for file in (path, moved):
+        command = [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--dump-dom", f"file://{file}"]
+        dom = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120).stdout
+        picture = re.search(r'<img id="slide"[^>]*src="([^"]*)"', dom)
+        label = re.search(r'<output id="label"[^>]*>([^<]*)<', dom)
+        assert picture is not None
+        assert label is not None
+        seen.append((picture.group(1), html.unescape(label.group(1))))
+    assert seen[0] != seen[1]
+    assert seen[1] == (frames[-1]["src"], frames[-1]["label"])
+
+
+def test_every_guidance_of_a_grid_is_drawn_and_the_axis_fits_the_data(line_config, tmp_path, monkeypatch):
+    result, text = finished(line_config, tmp_path / "run", monkeypatch)
+    lifted = [
+        replace(s, metrics={name: 382 + 6 * value for name, value in s.metrics.items()}) for s in result.choice.scores
+    ]
+    axes = _blank(5, 4, dpi=50).add_subplot()
+    draw_curve(axes, replace(result, choice=replace(result.choice, scores=lifted)), LIGHT)
+    lines = [line for line in axes.get_lines() if line.get_marker() == "o" and len(line.get_xdata()) > 1]
+    assert len(lines) == 4  # two snapshots, two guidances
+    low, high = axes.get_ylim()
+    values = [s.metrics[result.choice.metric] for s in lifted]
+    assert low < min(values)
+    assert max(values) < high
+    assert high - low < 1.5 * (max(values) - min(values))
+    rows = [name for name in result.rows if name != "random direction"]
+    assert [frame["label"][:4] for frame in frames_of(text)] == ["self", "base", "Neon"][: len(rows)]
+
+
+def test_pictures_are_the_pixels(line_config, tmp_path, monkeypatch):
+    """A frame of the slider decodes to the images that the ledger keeps, one pixel of white between them."""
+    result, text = finished(line_config, tmp_path / "run", monkeypatch, *SEARCH)
+    w, cfg_scale, images = result.slides[0]
+    frame = frames_of(text)[0]
+    assert frame["label"] == f"w = {w:g}, cfg {cfg_scale:g}"
+    pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(frame["src"].split(",")[1]))))
+    assert (pixels[:4, :4] == images[0, 0].numpy()).all()
+    assert (pixels[:4, 5:9] == images[1, 0].numpy()).all()
