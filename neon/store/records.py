@@ -167,9 +167,14 @@ FREE = frozenset({"options", "objective", "arch", "model"})
 ADDED = frozenset({"family_source", "data_sha256", "autoencoder_sha256"})
 """Keys that manifests of earlier versions lack. Where they are absent, nothing is known about them."""
 
+RENAMED = {"label_dropout": "label_drop"}
+"""Keys of an `objective` table in folders of earlier versions (IMM's)."""
+
 
 def identity_of(value: object, inside: str = "") -> object:
     """A manifest, a recipe or a ledger entry without its keys of layout."""
+    if isinstance(value, Mapping) and inside == "objective":
+        return {RENAMED.get(key, key): item for key, item in value.items()}
     if isinstance(value, Mapping) and inside not in FREE:
         return {
             key: identity_of(item, key)

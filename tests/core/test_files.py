@@ -199,3 +199,13 @@ def test_saving_takes_a_twentieth_of_the_time(tmp_path, monkeypatch):
         if saver.is_due:
             saver.save({})
     assert saved_at == [1.0, 44.0, 87.0, 130.0, 173.0]
+
+
+def test_a_folder_from_before_a_key_was_renamed_goes_on(tmp_path):
+    now = {"recipe": {"lr": 1e-6, "objective": {"a": 2.0, "label_drop": 0.1}, "arch": {"label_dropout": 0.3}}}
+    before = {"recipe": {**now["recipe"], "objective": {"a": 2.0, "label_dropout": 0.1}}}
+    records.check_same(before, now, tmp_path)
+    with pytest.raises(ValueError, match=r"recipe\.objective\.label_drop is 0\.2 there and 0\.1 now"):
+        records.check_same({"recipe": {**now["recipe"], "objective": {"a": 2.0, "label_dropout": 0.2}}}, now, tmp_path)
+    with pytest.raises(ValueError, match=r"recipe\.arch\.label_dropout is 0\.3 there and 0\.4 now"):
+        records.check_same(now, {"recipe": {**now["recipe"], "arch": {"label_dropout": 0.4}}}, tmp_path)
