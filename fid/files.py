@@ -5,14 +5,17 @@ The one place for this. The evaluator stands below everything else here, so that
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import hashlib
 import os
+import shutil
 import struct
 import uuid
 import zipfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from lzma import LZMAError
 from pathlib import Path
@@ -37,6 +40,8 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         with open(temporary, "xb+") as file:
+            with suppress(OSError):  # file systems without locks
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # says that it is in use: see `remove_abandoned`
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -51,6 +56,18 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         raise OSError(error.errno, message, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_abandoned(path: Path) -> None:
+    """Remove the half-written files (or folders) that `path` was to be made from and whose process was killed."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.????????.tmp"):
+        with suppress(OSError):  # in use, or gone meanwhile
+            descriptor = os.open(leftover, os.O_RDONLY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            finally:
+                os.close(descriptor)
 
 
 def check_writable(path: Path, *, make_folder: bool = False) -> None:

@@ -241,6 +241,7 @@ def convert(
     """Write one weight set of any checkpoint as safetensors; what the file says about itself goes into the metadata."""
     checkpoint = read(source, weights=weights, option=option)
     check_target(Path(target), checkpoint.files)
+    files.remove_abandoned(Path(target))
     metadata = {**about(checkpoint), "source_sha256": checkpoint.sha256}
     tensors = checkpoint.tensors
     write_streaming(target, tensors, tensors.items(), metadata=metadata, texts=checkpoint.texts)

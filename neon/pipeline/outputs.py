@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from neon.store import files
@@ -29,19 +30,25 @@ def output_names(out: Path, w: Sequence[float]) -> list[Path]:
 def new_folder(path: Path) -> Iterator[Path]:
     """A folder that gets its name when the block ends without an error, and is removed otherwise."""
     path = path.absolute()
+    files.remove_abandoned(path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     temporary.mkdir()
+    descriptor = os.open(temporary, os.O_RDONLY)
     try:
+        with suppress(OSError):  # file systems without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield temporary
         files.sync_folder(temporary)
         os.replace(temporary, path)
         files.sync_folder(path.parent)
     finally:
+        os.close(descriptor)
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
     """The path of an empty file that takes the place of `path` when the block ends without an error."""
+    files.remove_abandoned(path)
     with files.replacing(path) as file:
         yield Path(file.name)
