@@ -104,15 +104,17 @@ def verdict(found: Mapping) -> str:
     neon = [fd(rows[name]["metrics"]) for name in ("neon", "Neon, second S", "Neon, third S") if name in rows]
     controls = {name: fd(rows[name]["metrics"]) for name in ("base", "self-trained", "random direction")}
     name, least = min(controls.items(), key=lambda item: item[1])
-    spread = max(neon) - min(neon)
-    is_better = least - max(neon) > spread and len(neon) == 3
     second = [fd(rows[row]["metrics"], SECOND) for row in ("base", "neon")]
-    first_part = (
-        f"Neon's {len(neon)} value(s) of {FIRST}, {', '.join(number(v) for v in neon)}, lie "
-        f"{'below' if is_better else 'NOT below'} the best control ({name}, {number(least)}) by more than their spread "
-        f"({number(spread)})"
-    )
-    return f"""{first_part}; on {SECOND} Neon is {"not worse" if second[1] <= second[0] else "WORSE"} than the base
+    values = f"Neon's {FIRST}, {', '.join(number(v) for v in neon)}"
+    against = f"the best control ({name}, {number(least)})"
+    spread = max(neon) - min(neon)
+    if len(neon) < 3:
+        place = "below" if max(neon) < least else "NOT below"
+        first_part = f"{values}, is {place} {against}; only {len(neon)} of 3 sets S was measured, so the spread is open"
+    else:
+        place = "below" if least - max(neon) > spread else "NOT below"
+        first_part = f"{values} (three sets S), is {place} {against} by more than the spread ({number(spread)})"
+    return f"""{first_part}. On {SECOND} Neon is {"not worse" if second[1] <= second[0] else "WORSE"} than the base
 ({number(second[0])} -> {number(second[1])}). The base's row is the base at its own best guidance."""
 
 
@@ -135,8 +137,12 @@ def main_section(found: Mapping, out: Path) -> str:
 ![distance against w](results/{job}_w.svg)
 
 The fine-tune moves the weights by {100 * step:.2f} % of their norm. {recognised(found)}
-Time on {found["device"]}: {seconds}.
+Time on {found["device"]}, {at_commit(found)}: {seconds}.
 {missing(found)}"""
+
+
+def at_commit(found: Mapping) -> str:
+    return f"commit {found['commit'][:7]}" if "commit" in found else "commit not recorded"
 
 
 def recognised(found: Mapping) -> str:
@@ -154,14 +160,7 @@ def missing(found: Mapping) -> str:
 
 def curves(found: Mapping) -> list[Line]:
     """Distance against w on the selection noise: the main run at its guidance, and every other that was measured."""
-    main = found["main"]
-    name = main["select"]["metric"]
-    points = [
-        (p["w"], p["metrics"][name])
-        for p in main["select"]["points"]
-        if p["direction"] == "synth" and p["cfg_scale"] == main["cfg_scale"]
-    ]
-    lines = [Line("Neon", sorted(points))]
+    lines = [Line("Neon", main_curve(found["main"]))]
     labels = {"seed1": "second S", "seed2": "third S", "real_data": "real images", "synth_1000": "|S| = 1,000"}
     labels |= {key: key for key in found if key.startswith("sampler ")} | {"synth_of_flow": "S of flow"}
     for key, label in labels.items():
@@ -170,28 +169,36 @@ def curves(found: Mapping) -> list[Line]:
     return lines
 
 
+def main_curve(main: Mapping) -> list[tuple[float, float]]:
+    """(w, distance) on the selection noise at the chosen guidance: the grid's points, or what the search fitted."""
+    select, cfg_scale = main["select"], main["cfg_scale"]
+    if select.get("strategy") != "search":
+        at = [p for p in select["points"] if p["direction"] == "synth" and p["cfg_scale"] == cfg_scale]
+        return sorted((p["w"], p["metrics"][select["metric"]]) for p in at)
+    scales = {p["cfg_scale"] for p in select["fitted"]}
+    nearest = None if None in scales else min(scales, key=lambda scale: abs(scale - cfg_scale))
+    return sorted((p["w"], p["value"]) for p in select["fitted"] if p["cfg_scale"] == nearest)
+
+
 def laws(found: Mapping) -> str:
     """What the paper says, as measured in this family."""
     main, parts = found["main"], []
-    points = [p for p in main["select"]["points"] if p["direction"] == "synth" and p["cfg_scale"] == main["cfg_scale"]]
-    ordered = sorted(points, key=lambda p: p["w"])
-    values = [fd(p["metrics"]) for p in ordered]
+    curve = main_curve(main)
+    values = [value for _, value in curve]
     lowest = values.index(min(values))
     falls = all(a >= b for a, b in pairwise(values[: lowest + 1]))
     rises = all(a <= b for a, b in pairwise(values[lowest:]))
     inside = 0 < lowest < len(values) - 1
-    parts.append(
-        f"- U-shape in w: {'yes' if falls and rises and inside else 'no'}; least at w = {ordered[lowest]['w']:g}."
-    )
-    at = {p["w"]: p["metrics"] for p in ordered}
-    if 0.0 in at and main["w"] in at and any(name.startswith("recall") for name in at[0.0]):
-        pairs = {kind: [metric(at[w], kind, FIRST)[1] for w in (0.0, main["w"])] for kind in ("precision", "recall")}
+    parts.append(f"- U-shape in w: {'yes' if falls and rises and inside else 'no'}; least at w = {curve[lowest][0]:g}.")
+    rows = {name: main["rows"][name]["metrics"] for name in ("base", "neon")}
+    if any(name.startswith("recall") for name in rows["base"]):
+        pairs = {kind: [metric(rows[n], kind, FIRST)[1] for n in ("base", "neon")] for kind in ("precision", "recall")}
         text = ", ".join(f"{kind} {a:.3f} -> {b:.3f}" for kind, (a, b) in pairs.items())
         agrees = pairs["recall"][1] > pairs["recall"][0] and pairs["precision"][1] < pairs["precision"][0]
-        parts.append(f"- Recall up, precision down from w = 0 to {main['w']:g}: {'yes' if agrees else 'no'} ({text}).")
+        parts.append(f"- Recall up, precision down from the base to Neon: {'yes' if agrees else 'no'} ({text}).")
     samplers = {key: part for key, part in found.items() if key.startswith("sampler ") and is_measured(part)}
     if samplers:
-        own = f"the config's sampler: w = {main['w']:g} (parabola {number(main['select']['parabola_w'])})"
+        own = f"the config's sampler: w = {main['w']:g}"
         others = [
             f"{key.removeprefix('sampler ')}: w = {part['w']:g} (parabola {number(part['parabola_w'])})"
             for key, part in samplers.items()
