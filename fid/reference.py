@@ -124,7 +124,9 @@ def write_gaussian(path: Path | str, gaussian: Gaussian, provenance: Mapping[str
     except TypeError as error:
         raise ValueError(f"the provenance of {path} is not JSON: {error}") from error
     mu, sigma = gaussian.mean.numpy(), gaussian.covariance.numpy()
-    counted = {} if gaussian.count is None else {"count": np.int64(gaussian.count)}
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with replacing(Path(path)) as stream:
-        np.savez_compressed(stream, mu=mu, sigma=sigma, **counted, provenance=np.str_(text))
+        if gaussian.count is None:
+            np.savez_compressed(stream, mu=mu, sigma=sigma, provenance=np.str_(text))
+        else:
+            np.savez_compressed(stream, mu=mu, sigma=sigma, count=np.int64(gaussian.count), provenance=np.str_(text))
