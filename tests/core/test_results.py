@@ -40,10 +40,10 @@ def found(neon, controls=(30.0, 50.0, 31.0), others=(21.0, 22.0), second=0.9):
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"neon": 20.0}, "lie below the best control (base, 30) by more than their spread (2)"),
-        ({"neon": 20.0, "controls": (30.0, 50.0, 23.5)}, "lie NOT below the best control (random direction, 23.5)"),
-        ({"neon": 20.0, "others": (21.0,)}, "lie NOT below"),  # two sets are too few
-        ({"neon": 20.0, "second": 1.1}, "on pixel-pca64 Neon is WORSE than the base"),
+        ({"neon": 20.0}, "is below the best control (base, 30) by more than the spread (2)"),
+        ({"neon": 20.0, "controls": (30.0, 50.0, 23.5)}, "is NOT below the best control (random direction, 23.5)"),
+        ({"neon": 20.0, "others": (21.0,)}, "only 2 of 3 sets S was measured, so the spread is open"),
+        ({"neon": 20.0, "second": 1.1}, "On pixel-pca64 Neon is WORSE than the base"),
     ],
 )
 def test_the_verdict_weighs_the_controls_against_the_spread(changes, expected):
