@@ -104,6 +104,7 @@ class Diffusers(Family[nn.Module, Objective, Sampling]):
             self._prompts = read_prompts(prompts)
             sha256 = hashlib.sha256(f"{sha256}\n{files.sha256_of(prompts)}".encode()).hexdigest()
         model = folder.read_model()
+        check_served(path, model)
         arch = json.loads(json.dumps({k: v for k, v in model.config.items() if k != "_name_or_path"}))
         found = Checkpoint(dict(model.state_dict()), arch, self.name, "unnamed", path)
         found.sha256 = sha256
@@ -281,6 +282,20 @@ class Diffusers(Family[nn.Module, Objective, Sampling]):
             config: diffusers.ConfigMixin = model.config
             return int(config.num_embeds_ada_norm)
         return len(self._prompts)
+
+
+SERVED = ("UNet2DModel", "UNet2DConditionModel", "DiTTransformer2DModel")
+
+
+def check_served(path: Path, model: diffusers.ModelMixin) -> None:
+    """Raise ValueError for a network that is told more than noise, time, and one class or one prompt embedding."""
+    name = type(model).__name__
+    more = [key for key in ("addition_embed_type", "class_embed_type", "num_class_embeds") if model.config.get(key)]
+    if name not in SERVED or more:
+        what = f" with {', '.join(more)}" if more else ""
+        raise ValueError(
+            f"{path}: a {name}{what} is not served yet; served are {', '.join(SERVED)} without such inputs"
+        )
 
 
 def pixels(images: Tensor, channels: int | None = None) -> Tensor:

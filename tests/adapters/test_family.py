@@ -257,6 +257,15 @@ def test_prompts_belong_to_text_models_alone(tmp_path):
         read_prompts(tmp_path / "empty.txt")
 
 
+def test_networks_that_are_told_more_are_refused_before_anything_is_made(tmp_path):
+    path = saved("unconditional", tmp_path)
+    config = path / "unet/config.json"
+    with_classes = {**json.loads(config.read_text()), "num_class_embeds": 10}
+    diffusers.UNet2DModel.from_config(with_classes).save_pretrained(path / "unet")
+    with pytest.raises(ValueError, match="a UNet2DModel with num_class_embeds is not served yet"):
+        Diffusers().read_base(path, weights="ema", prompts=None)
+
+
 def test_the_hash_is_of_the_whole_pipeline_and_of_the_prompts(tmp_path):
     path = saved("text", tmp_path)
     prompts = tmp_path / "prompts.txt"
