@@ -22,7 +22,7 @@ from neon.runtime.distributed import World
 from neon.store import records
 from tests.core.test_run import without_times
 
-SECONDS = 300.0
+SECONDS = 15.0
 SMALL = [
     "synth.num_images=12", "synth.shard_images=6", "finetune.images=32", "finetune.snapshot_images=16",
     "select.w=[0.5]", "select.num_images=8", "select.strategy=grid", "select.cfg_scale=[1.0]", "select.snapshots=last",
