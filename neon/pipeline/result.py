@@ -14,6 +14,7 @@ from neon.binding import to_plain, to_table
 from neon.evaluation.evaluate import Yardstick
 from neon.search.choose import Choice
 from neon.search.points import Score, parabola_minimum
+from neon.search.strategy import Found, Plan
 from neon.search.surface import Place, surface
 
 Kind = Literal["helps", "base", "edge", "flat", "noise", "worse", "failed"]
@@ -164,6 +165,12 @@ def why_it_ended(choice: Choice) -> str:
     if search is None or plan is None:
         return "a fixed grid: every point was evaluated"
     spent = f"{search.images_spent:,} images"
+    at_edge = plan.is_plane and plan.cfg_scale is not None and search.place.cfg_scale in plan.cfg_scale
+    edge = f"; guidance {search.place.cfg_scale:g} lies at the edge of select.cfg_scale: widen it" if at_edge else ""
+    return edge_free_reason(search, plan, spent) + edge
+
+
+def edge_free_reason(search: Found, plan: Plan, spent: str) -> str:
     return {
         "gain": f"{spent}; a better place could gain about {search.gain:.3g}, less than the report's images could show "
         f"({search.noise:.3g})",

@@ -257,6 +257,29 @@ def summary(cases: Sequence[dict]) -> str:
     return "\n".join(lines)
 
 
+def small_table() -> str:
+    """The five families of configs/small: what the search chose on one synthetic set, the fixed grid on two others."""
+    found = json.loads((RESULTS / "small.json").read_text())
+    lines = [
+        f"One run of each family on real images ({found['source']}):",
+        "",
+        "| family | images | of the grid's | ended by | chosen | base | Neon, held out | grid's w, two other sets | parabola's |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in found["rows"]:
+        place = _place((row["w"], row["cfg_scale"] or 0.0))
+        others = [", ".join(f"{o[key]:.2f}" for o in row["other_sets"]) or "-" for key in ("w", "parabola_w")]
+        share = f"1/{row['grid_images'] / row['images']:.0f}"
+        cells = [row["family"], f"{row['images']:,}", share, row["ended_by"], place]
+        values = [f"{row['base']:.4g}", f"{row['neon']:.4g} (gain {_with_error(row['difference'])})"]
+        lines.append(f"| {' | '.join([*cells, *values, *others])} |")
+    return "\n".join(lines)
+
+
+def _with_error(difference: dict) -> str:
+    return f"{difference['value']:.3g} +- {difference['error']:.2g}"
+
+
 STUDIES: dict[str, Callable[[], list[dict[str, object]]]] = {"toy": toy, "demo": demo, "var": var}
 
 
@@ -268,7 +291,9 @@ def main(what: str) -> None:
         cases = [c for name in STUDIES if (f := RESULTS / f"{name}.json").is_file() for c in json.loads(f.read_text())]
         page = ROOT / "docs" / "search.md"
         head, _ = page.read_text().split("<!-- made by scripts/search/study.py table -->")
-        page.write_text(f"{head}<!-- made by scripts/search/study.py table -->\n\n{summary(cases)}\n\n{table(cases)}\n")
+        page.write_text(
+            f"{head}<!-- made by scripts/search/study.py table -->\n\n{summary(cases)}\n\n{table(cases)}\n\n{small_table()}\n"
+        )
         return
     (RESULTS / f"{what}.json").write_text(json.dumps(STUDIES[what](), indent=1) + "\n")
 
