@@ -263,7 +263,7 @@ def small_table() -> str:
     lines = [
         f"One run of each family on real images ({found['source']}):",
         "",
-        "| family | images | of the grid's | ended by | chosen | base | Neon, held out | grid's w, two other sets | parabola's |",
+        "| family | images | of the grid's | ended by | chosen | base | Neon | grid's w, two other sets | parabola's |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in found["rows"]:
@@ -290,10 +290,9 @@ def main(what: str) -> None:
     if what == "table":
         cases = [c for name in STUDIES if (f := RESULTS / f"{name}.json").is_file() for c in json.loads(f.read_text())]
         page = ROOT / "docs" / "search.md"
-        head, _ = page.read_text().split("<!-- made by scripts/search/study.py table -->")
-        page.write_text(
-            f"{head}<!-- made by scripts/search/study.py table -->\n\n{summary(cases)}\n\n{table(cases)}\n\n{small_table()}\n"
-        )
+        mark = "<!-- made by scripts/search/study.py table -->"
+        head = page.read_text().split(mark)[0]
+        page.write_text("\n\n".join([head + mark, summary(cases), table(cases), small_table()]) + "\n")
         return
     (RESULTS / f"{what}.json").write_text(json.dumps(STUDIES[what](), indent=1) + "\n")
 
