@@ -1,5 +1,9 @@
 """A frozen dataclass from a table (TOML, JSON, a checkpoint's constructor arguments), and back.
 
+A field's annotation says everything about its value: the type, and with `Annotated[float, Range(above=0)]` the range.
+Numbers are finite and texts are not empty without saying so. `build` checks a table, `check_fields` an object that a
+program made: the same rules, wherever the value comes from. Rules over several fields stand in `__post_init__`.
+
 Why not a library: pydantic and its peers accept more than a config should (numbers as strings, extra keys by
 default) and their messages name Python types; a researcher needs the key, the expected value and the known keys.
 """

@@ -244,7 +244,8 @@ class Run:
             records.write_json(result.as_json(), self.folder / "result.json")
             page.write_page(result, self.folder / "report.html")
             for partial in self.folder.glob("partial-*"):  # of points that are no longer asked for
-                shutil.rmtree(partial)
+                if not partial.name.startswith("partial-eval-"):  # of `neon eval`, which may go on
+                    shutil.rmtree(partial)
         self.world.barrier()
         say(self.world, result.verdict.text)
         say(self.world, f"done in {time.perf_counter() - started:.0f} s: {self.folder / 'report.html'}")
