@@ -110,12 +110,30 @@ config_options = gathered(
 
 
 @click.command()
+@click.option(
+    "--synth-seeds",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Synthetic sets; with several, each gets a folder of its own and the spread over them is reported.",
+)
 @config_options
-def run(on: OnConfig) -> None:
+def run(on: OnConfig, synth_seeds: int) -> None:
     """Everything: synth, finetune, select w, report on held-out noise, merged file, one page."""
+    from neon.pipeline.experiment import load
+    from neon.pipeline.repeat import overrides_of, repeated
     from neon.pipeline.run import Run
 
-    on.do(lambda e, folder, ranks: Run(e, folder, ranks).all(), reads=["base", "autoencoder", "report"])
+    def work(experiment: Experiment, folder: Path, ranks: World) -> dict[str, object]:
+        if synth_seeds == 1:
+            return Run(experiment, folder, ranks).all()
+
+        def numbered(number: int) -> Experiment:
+            return load(on.config, [*on.overrides, *overrides_of(experiment, number)])
+
+        return repeated(numbered, synth_seeds, folder, ranks)
+
+    on.do(work, reads=["base", "autoencoder", "report"])
 
 
 @click.command()

@@ -178,3 +178,21 @@ def test_two_ranks_search_as_one(line_config, tmp_path):
     ]
     assert found[0]["select"]["chosen"] == found[1]["select"]["chosen"]
     assert found[0]["select"]["ended_by"] == found[1]["select"]["ended_by"]
+
+
+def test_several_synthetic_sets_share_the_base_and_report_their_spread(line_config, tmp_path):
+    settings = [word for setting in SEARCH for word in ("--set", setting)]
+    command = ("-m", "neon", "run", line_config, "--out", tmp_path / "run", "--device", "cpu", *settings)
+    found = started(*command, "--synth-seeds", 2)
+    results = [json.loads((tmp_path / f"run/synth-seed-{n}/result.json").read_text()) for n in (0, 1)]
+    assert found["value"]["values"] == [result["value"] for result in results]
+    assert found["value"]["std"] > 0
+    assert results[0]["base_value"] == results[1]["base_value"] == found["base_value"]
+    assert [r["config"]["synth"]["first_seed"] for r in results] == [0, 50]
+    assert results[0]["hashes"]["neon_sha256"] != results[1]["hashes"]["neon_sha256"]
+    first, second = (ledger(tmp_path / f"run/synth-seed-{n}") for n in (0, 1))
+    base = [line for line in first if line["point"]["synth_sha256"] is None]
+    assert second[: len(base)] == base  # with the seconds that they took in the first folder: not computed again
+    many = start(*command[:3], line_config, "--out", tmp_path / "many", "--device", "cpu", "--synth-seeds", 30)
+    assert many.returncode == 1
+    assert "overlap" in many.stderr
