@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from lzma import LZMAError
 from pathlib import Path
-from typing import IO, BinaryIO, Literal
+from typing import IO, BinaryIO, Literal, Protocol
 
 import numpy as np
 
@@ -135,12 +135,31 @@ def read_array_header(stream: IO[bytes]) -> ArrayHeader:
     return ArrayHeader(shape, is_fortran, dtype, stream.tell())
 
 
+class Seekable(Protocol):
+    """What is read here and there: a file, or bytes that lie elsewhere."""
+
+    def seek(self, offset: int, /) -> object: ...
+
+    def read(self, num_bytes: int, /) -> bytes: ...
+
+
+def member_offset(file: Seekable, member: zipfile.ZipInfo) -> int:
+    """Where the bytes of a member of a zip file begin: its local header's extra field may differ from the directory's.
+
+    Raises ValueError if the header lies outside of the file.
+    """
+    file.seek(max(member.header_offset, 0) + 26)
+    lengths = file.read(4)
+    if member.header_offset < 0 or len(lengths) < 4:
+        raise ValueError(f"{member.filename[:100]!r} lies outside of the file: truncated or damaged")
+    name_length, extra_length = int.from_bytes(lengths[:2], "little"), int.from_bytes(lengths[2:], "little")
+    return member.header_offset + 30 + name_length + extra_length
+
+
 def data_offset(path: Path, member: zipfile.ZipInfo) -> int:
-    """Where the bytes of a member of the zip file `path` begin."""
-    with path.open("rb") as stream:
-        stream.seek(member.header_offset + 26)  # the local header's extra field may differ from the directory's
-        name_length, extra_length = np.frombuffer(stream.read(4), "<u2")
-    return member.header_offset + 30 + int(name_length) + int(extra_length)
+    """`member_offset` in the zip file `path`."""
+    with path.open("rb") as file:
+        return member_offset(file, member)
 
 
 def map_array(path: Path, header: ArrayHeader, offset: int = 0) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -89,7 +90,10 @@ def _reserve(path: Path, num_bytes: int) -> None:
     process with SIGBUS on a full disk."""
     with open(path, "ab") as file:
         try:
-            os.posix_fallocate(file.fileno(), 0, num_bytes)
+            if sys.platform == "linux":
+                os.posix_fallocate(file.fileno(), 0, num_bytes)
+            else:  # other systems have no such call: zeros take the space
+                file.write(bytes(max(0, num_bytes - path.stat().st_size)))
         except OSError as error:
             what = f"{error.strerror}: {num_bytes >> 20} MiB are needed here for the features of the images"
             raise OSError(error.errno, what, str(path)) from error

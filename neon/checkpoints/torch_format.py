@@ -18,6 +18,7 @@ from typing import cast
 import numpy as np
 import torch
 
+from fid.files import member_offset
 from neon.checkpoints.bounded import Bounded, Span
 from neon.checkpoints.inert_pickle import Global, Machine, Rebuilder, Record, checked_keys, set_of
 from neon.checkpoints.lazy import Readable, Source, Storage, StoredTensor, window
@@ -89,16 +90,10 @@ def read_record(file: Readable, info: zipfile.ZipInfo, limit: int) -> bytes:
 
 
 def locate_record(file: Readable, info: zipfile.ZipInfo) -> tuple[int, int]:
-    """(offset, size) of a record's bytes: its local header repeats the name and pads with an extra field."""
+    """(offset, size) of a record's bytes."""
     if info.compress_type != zipfile.ZIP_STORED:
         raise ValueError(f"{shown(info.filename)} is compressed; torch.save stores its records as they are")
-    file.seek(max(info.header_offset, 0) + 26)
-    lengths = file.read(4)
-    if info.header_offset < 0 or len(lengths) < 4:
-        raise ValueError(f"{shown(info.filename)} lies outside of the file: truncated or damaged")
-    return info.header_offset + 30 + int.from_bytes(lengths[:2], "little") + int.from_bytes(
-        lengths[2:], "little"
-    ), info.file_size
+    return member_offset(file, info), info.file_size
 
 
 def read_pickle(source: Source) -> object:

@@ -1,5 +1,8 @@
 """One pass over the images: any batch, order, rank and interruption gives the same numbers."""
 
+import errno
+import os
+
 import pytest
 import torch
 
@@ -109,6 +112,22 @@ def test_past_the_limit_features_go_to_a_file_that_disappears():
     assert torch.equal(in_file.tensor(), REFERENCE[:100])
     del store, in_file
     assert not path.exists()
+
+
+def test_a_full_disk_is_an_error_with_the_file_s_name(tmp_path, monkeypatch):
+    """Without space behind it, the first write into the map ended the process with SIGBUS."""
+
+    def full(descriptor: int, start: int, length: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match=r"No space left on device: 3 MiB are needed.*features\.f32"):
+        FeatureStore(1000, 1000, file=tmp_path / "features.f32")
+
+
+def test_the_space_of_kept_features_is_on_the_disk_from_the_start(tmp_path):
+    store = FeatureStore(1000, 1000, file=tmp_path / "features.f32")
+    assert store.path.stat().st_blocks * 512 >= 4_000_000
 
 
 def test_features_are_kept_only_when_asked_for():
