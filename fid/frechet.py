@@ -77,12 +77,9 @@ def frechet_distance(*, generated: Gaussian, reference: Gaussian) -> float:
 
     With S_r = U^T U, the trace of the root is the sum of sqrt(eigenvalues of U S_g U^T), a symmetric matrix: real
     whatever the rank, and never negative after clipping. The rows of U fall in length, so the matrix is graded and its
-    small
-    eigenvalues
-    keep their digits: the distance of a Gaussian to itself is 0 within 1e-12 of its trace, also for singular
-    covariances. If either side has fewer samples than dimensions, the one with fewer is factored: its R x R matrix is
-    smaller, and
-    has no zero eigenvalues whose rounding errors the root would blow up.
+    small eigenvalues keep their digits: the distance of a Gaussian to itself is 0 within 1e-12 of its trace, also for
+    singular covariances. If either side has fewer samples than dimensions, the one with fewer is factored: its R x R
+    matrix is smaller, and has no zero eigenvalues whose rounding errors the root would blow up.
 
     The factor is computed once per `Gaussian` object and reused. Raises ValueError if the dimensions differ.
     """

@@ -15,8 +15,7 @@ class Moments:
 
     Kept as count n, mean and scatter = sum (x - mean)(x - mean)^T; batches are merged by Chan's update (Chan, Golub,
     LeVeque 1979), which never subtracts two large sums. So the result agrees to 1e-10 relative for every split into
-    batches,
-    ranks and machines, also when the mean is hundreds of standard deviations from zero.
+    batches, ranks and machines, also when the mean is hundreds of standard deviations from zero.
 
     The state lives on the device of the first batch, or on the CPU if that device has no float64.
     """

@@ -35,8 +35,7 @@ def neighbours(
 
     precision: share of generated points inside the ball of some reference point; recall: share of reference points
     inside the ball of some generated point (Kynkaanniemi et al. 2019). density: mean number of reference balls around a
-    generated
-    point, over k; coverage: share of reference balls with a generated point inside (Naeem et al. 2020).
+    generated point, over k; coverage: share of reference balls with a generated point inside (Naeem et al. 2020).
 
     boundary: whether a point exactly on a sphere counts for precision and recall ("inside": torch-fidelity and NVIDIA;
     "outside": the prdc package). Density and coverage are defined with a strict <.
@@ -77,8 +76,7 @@ class _Blocks:
     def __init__(self, dim: int, budget_mib: int, device: torch.device):
         self.device = torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
         # a block of side s: 5 float64 matrices s x s (norms, distances, their comparison, the block before, flags), and
-        # 4 s rows
-        # of features (two sets, and a temporary of each)
+        # 4 s rows of features (two sets, and a temporary of each)
         doubles = budget_mib * 2**20 / 8
         self.side = int(math.sqrt((0.4 * dim) ** 2 + doubles / 5) - 0.4 * dim)
         if self.side < 1:

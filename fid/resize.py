@@ -11,8 +11,7 @@ def resize_tf1(images: Tensor, height: int, width: int) -> Tensor:
 
     Source coordinate = destination * in / out: no half-pixel shift, no antialiasing; the upper neighbour is clamped to
     the edge. PyTorch's `interpolate` has no such mode, and its two modes change an FID (clean-fid, arXiv 2104.11222).
-    The
-    size stays what it is when in = out.
+    The size stays what it is when in = out.
     """
     return _lerp(_lerp(images, width, dim=3), height, dim=2)
 

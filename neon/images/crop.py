@@ -11,8 +11,7 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
 
     Dhariwal and Nichol 2021 (arXiv 2105.05233), as the training of ADM, DiT, MAR and xAR prepares images: halve by box
     averaging while the shorter side is at least twice the target, one bicubic resize, crop. The last bits depend on the
-    Pillow
-    version.
+    Pillow version.
     """
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
