@@ -6,9 +6,11 @@ import contextlib
 import logging
 import os
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -64,10 +66,18 @@ def _occupy_standard_streams() -> None:
             os.open(os.devnull, os.O_RDWR)  # the lowest free number: this one
 
 
+def working_folder_last() -> None:
+    """A family or extractor of one's own may lie in the working folder: it comes last on the module path, so that a
+    file there hides nothing."""
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.append(here)
+
+
 class PlainCommand(click.Command):
     """A command that stands alone and speaks as the verbs of `neon` do."""
 
     def invoke(self, ctx: click.Context) -> object:
+        working_folder_last()
         with plain_messages():
             return super().invoke(ctx)
 
@@ -79,5 +89,6 @@ class PlainGroup(click.Group):
         return list(self.commands)
 
     def invoke(self, ctx: click.Context) -> object:
+        working_folder_last()
         with plain_messages():
             return super().invoke(ctx)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, fields
@@ -87,8 +86,6 @@ def sample(request: Request, world: World) -> dict[str, object]:
 def _family(found: checkpoint.Checkpoint, name: str | None) -> Family:
     """The named one, or a shipped one that the file names or looks like; a file decides nothing else."""
     if name is not None:
-        if (here := str(Path.cwd())) not in sys.path:  # a family of one's own may lie in the working folder
-            sys.path.append(here)
         return resolve(name)
     if found.family in shipped():
         return resolve(str(found.family))

@@ -10,7 +10,7 @@ import torch
 
 from neon.checkpoints import checkpoint
 from neon.cli.main import main
-from tests.commands import invoke
+from tests.commands import invoke, last_object
 
 ROOT = Path(__file__).resolve().parents[2]
 DOC = (ROOT / "docs" / "own_model.md").read_text()
@@ -75,3 +75,26 @@ def test_the_example_runs_from_training_to_merged_file(tmp_path):
     for name in base.tensors:  # the file is the paper's line
         b, s = base.tensors[name], shot.tensors[name]
         torch.testing.assert_close(merged.tensors[name], b - result["w"] * (s - b), atol=1e-6, rtol=0)
+
+
+TILES = """
+import torch
+from fid.features import Extractor, Features
+
+class Tiles(Extractor):
+    name, dim, sha256, comparable = "tiles_of_mine:open_tiles", 49, "0" * 64, "tile means"
+    def extract(self, images):
+        return Features(torch.nn.functional.avg_pool2d(images.float(), 4).flatten(1) / 255, None)
+
+def open_tiles(*, path, device, allow_unknown_weights):
+    return Tiles(device)
+"""
+
+
+def test_an_extractor_of_ones_own_lies_in_the_working_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiles_of_mine.py").write_text(TILES)
+    arguments = ["--extractor", "tiles_of_mine:open_tiles", "--data", ROOT / "demo/fashion_base.npz", "--device", "cpu"]
+    done = invoke(main, "fid", "ref", *arguments, "--out", "ref.npz")
+    assert done.exit_code == 0, done.output
+    assert last_object(done.stdout)["extractor"] == "tiles_of_mine:open_tiles"
