@@ -1,6 +1,9 @@
 """`neon run` on pipelines: every kind, full and low-rank; the result is a pipeline folder that diffusers loads."""
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -14,7 +17,8 @@ from neon.quantize import to_uint8
 from neon.runtime.distributed import World
 from neon.seeds import ImageRng
 from tests.adapters.pipelines import PROMPTS, diffusers, flow_scheduler, saved
-from tests.commands import started
+from tests.commands import ROOT, started
+from tests.library.hub_server import TOKEN, Hub
 
 CONFIG = """
 family = "diffusers"
@@ -120,6 +124,37 @@ def test_flow_matching_runs_and_the_base_evaluates_as_its_own_pipeline(tmp_path)
     settings = ("--checkpoint", tmp_path / "run/pipeline", "--device", "cpu")
     again = started("-m", "neon", "eval", file, *settings, "--out", tmp_path / "eval")
     assert again["value"] == result["value"]
+
+
+def test_a_pipeline_on_the_hub_is_a_base_and_a_published_run_is_a_pipeline(tmp_path):
+    """Against the stand-in of the Hub's API: the same number by name and by folder; pushed, it loads by its name."""
+    file = config(tmp_path, "unconditional")
+    Run(load(file), tmp_path / "run", World()).all()
+    with Hub() as server:
+        folder = tmp_path / "unconditional"
+        inside = [path for path in folder.rglob("*") if path.is_file()]
+        server.repos["me/base"] = {str(path.relative_to(folder)): path.read_bytes() for path in inside}
+        settings = {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
+        environment = {**os.environ, **settings, "HF_TOKEN": TOKEN}
+
+        def neon(*arguments):
+            words = [sys.executable, "-m", "neon", *map(str, arguments)]
+            done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+            return json.loads(done.stdout.splitlines()[-1])
+
+        named = ("--set", "base.checkpoint=hf://me/base", "--device", "cpu")
+        by_name = neon("eval", file, *named, "--out", tmp_path / "a")
+        by_folder = neon("eval", file, "--device", "cpu", "--out", tmp_path / "b")
+        assert by_name["value"] == by_folder["value"]
+        neon("publish", tmp_path / "run", "--push", "me/improved")
+        code = "import diffusers; diffusers.utils.logging.disable_progress_bar(); "
+        code += "p = diffusers.DiffusionPipeline.from_pretrained('me/improved'); "
+        code += "print(p.unet.state_dict()['conv_in.bias'].double().sum().item())"
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    merged = tensors(tmp_path / "run/pipeline/unet/diffusion_pytorch_model.safetensors")
+    assert float(done.stdout.splitlines()[-1]) == merged["conv_in.bias"].double().sum().item()
 
 
 def test_labels_of_s_are_prompts(tmp_path):
