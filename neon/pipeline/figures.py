@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from neon.pipeline.result import Result
-from neon.search.choose import Measured
+from neon.search.choose import Choice, Measured
 from neon.search.points import Score
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def _draw_search(axes: Axes, result: Result, ink: Ink) -> None:
     best = choice.found.surface
     axes.plot([choice.point.w], [float(best.values[best.best])], "o", ms=13, mfc="none", mec=ink.neon, mew=1.6,
               label=f"chosen: w = {choice.point.w:g}")  # fmt: skip
-    axes.set_ylabel(f"{choice.metric}, bias of few images taken off", color=ink.text)
+    axes.set_ylabel(_axis_label(choice), color=ink.text)
 
 
 def _draw_grid(axes: Axes, result: Result, ink: Ink) -> None:
@@ -146,7 +146,7 @@ def draw_map(axes: Axes, result: Result, ink: Ink) -> None:
     filled = axes.contourf(ws, scales, values, levels=np.linspace(low, max(high, low + 1e-9), 14), cmap="viridis_r",
                            extend="max")  # fmt: skip
     bar = axes.figure.colorbar(filled, ax=axes)
-    bar.set_label(f"{choice.metric}, bias of few images taken off", color=ink.text, fontsize=8)
+    bar.set_label(_axis_label(choice), color=ink.text, fontsize=8)
     bar.ax.tick_params(colors=ink.text, labelsize=8)
     for m in choice.measured:
         axes.plot(
@@ -162,6 +162,11 @@ def draw_map(axes: Axes, result: Result, ink: Ink) -> None:
     _finish(axes, ink)
     axes.margins(0.03)
     axes.legend(fontsize=8, loc="upper right")
+
+
+def _axis_label(choice: Choice) -> str:
+    where = "" if choice.components is None else f" on {choice.components} principal components"
+    return f"{choice.metric}{where}, bias of few images taken off"
 
 
 def _short(m: Measured) -> str:

@@ -125,6 +125,7 @@ def selection(choice: Choice) -> dict[str, object]:
     return {
         "strategy": "search",
         **found,
+        "components": choice.components,
         "chosen": to_table(choice.point),
         "ended_by": search.reason,
         "why": why_it_ended(choice),

@@ -17,6 +17,9 @@ from neon.search.strategy import Found, Plan, Search, first_places
 from neon.search.surface import Place, surface
 
 LEAST_IMAGES = 120
+MOST_COMPONENTS = 256
+"""Features of more dimensions are searched on their leading principal components (of the reference): the covariance of
+few images says nothing about the others, and a decision on 2,048 dimensions would take longer than the images."""
 NUM_SHOWN = 36
 """Images of every point that are kept as pictures."""
 
@@ -48,6 +51,8 @@ class Choice:
     measured: Sequence[Measured] = ()
     """The search's points with all of their images."""
     plan: Plan | None = None
+    components: int | None = None
+    """Principal components that the search's distances are on; None: all dimensions."""
     features: Mapping[Point, Tensor] = field(default_factory=dict, repr=False)
     """(N, D) of the search's points, for what else is measured along the curve."""
 
@@ -87,25 +92,28 @@ def by_search(
     """
     if yardstick.reference is None:
         raise ValueError(f"strategy = 'search' needs reference statistics of {yardstick.extractor.name}; it has none")
-    plan = plan_of(config, len(steps), yardstick.extractor.dim, num_classes, report_images)
+    dim = yardstick.extractor.dim
+    plan = plan_of(config, len(steps), min(dim, MOST_COMPONENTS), num_classes, report_images)
+    reference, basis = leading(yardstick.reference)
     *others, last = steps
-    looked = Looked(grid, config, yardstick, last)
-    found = Search(plan, yardstick.reference, looked.at(last)).run()
+    looked = Looked(grid, config, yardstick.extractor.name, last, basis)
+    found = Search(plan, reference, looked.at(last)).run()
     snapshot = last
     if others and found.reason != "flat":
-        better = _better_snapshot(found, plan, steps, looked, yardstick.reference)
+        better = _better_snapshot(found, plan, steps, looked, reference)
         left = plan.budget_images - looked.images_spent
         if better is not None and left >= 3 * plan.start_images:
             scale = steps[last] / steps[better]
             ends = sorted((0.5 * found.place.w * scale, 1.5 * found.place.w * scale))
             again = replace(plan, w=(ends[0], ends[1]), budget_images=left)
-            found, snapshot, plan = Search(again, yardstick.reference, looked.at(better)).run(), better, again
+            found, snapshot, plan = Search(again, reference, looked.at(better)).run(), better, again
     is_guided = config.cfg_scale is not None
     point = looked.point(snapshot, found.place)
     base_cfg = found.base.cfg_scale if is_guided else None
     metric = yardstick.headline(plan.start_images)
-    measured = looked.measured(plan)
-    return Choice(point, base_cfg, metric, looked.first_scores, found, measured, plan, looked.all_features)
+    measured = looked.measured(plan, reference)
+    components = None if basis is None else MOST_COMPONENTS
+    return Choice(point, base_cfg, metric, looked.first_scores, found, measured, plan, components, looked.all_features)
 
 
 def plan_of(config: Select, num_snapshots: int, dim: int, num_classes: int, report_images: int) -> Plan:
@@ -143,11 +151,19 @@ def plan_of(config: Select, num_snapshots: int, dim: int, num_classes: int, repo
     return plan
 
 
+def leading(reference: Gaussian) -> tuple[Gaussian, Tensor | None]:
+    """The reference on its MOST_COMPONENTS leading principal components, and these (D, K); None: it has no more."""
+    if len(reference.mean) <= MOST_COMPONENTS:
+        return reference, None
+    basis = torch.linalg.eigh(reference.covariance).eigenvectors[:, -MOST_COMPONENTS:]
+    return Gaussian(reference.mean @ basis, basis.T @ reference.covariance @ basis, reference.count), basis
+
+
 class Looked:
     """What the search has seen: the ledger's scores and features, by point."""
 
-    def __init__(self, grid: Grid, config: Select, yardstick: Yardstick, last: str):
-        self._grid, self._config, self._yardstick, self._last = grid, config, yardstick, last
+    def __init__(self, grid: Grid, config: Select, extractor: str, last: str, basis: Tensor | None):
+        self._grid, self._config, self._extractor, self._last, self._basis = grid, config, extractor, last, basis
         self.all_features: dict[Point, Tensor] = {}
         self.first_scores: list[Score] = []
         self.images_spent = 0
@@ -173,22 +189,24 @@ class Looked:
             self.first_scores.append(score)
         self.images_spent += len(images)
         if score.failed is not None:
-            self.all_features[point] = torch.empty(0, self._yardstick.extractor.dim)
+            self.all_features[point] = torch.empty(0, 0)
             return None
-        rows = features[self._yardstick.extractor.name]
+        rows = features[self._extractor]
         have = self.all_features.get(point, rows[:0])
         self.all_features[point] = torch.cat([have[: images.start], rows])
-        return rows
+        return self._on_components(rows)
 
-    def measured(self, plan: Plan) -> list[Measured]:
+    def _on_components(self, rows: Tensor) -> Tensor:
+        return rows if self._basis is None else rows.double() @ self._basis
+
+    def measured(self, plan: Plan, reference: Gaussian) -> list[Measured]:
         """Every point with its distance on all of its images, in the order of (snapshot, cfg_scale, w)."""
-        assert self._yardstick.reference is not None
         found = []
         for point, rows in self.all_features.items():
             value = error = float("nan")
             if len(rows):
                 here = [Place(0.0)]
-                own = surface(here, rows[None], self._yardstick.reference, here, num_classes=plan.num_classes)
+                own = surface(here, self._on_components(rows)[None], reference, here, num_classes=plan.num_classes)
                 value, error = float(own.values[0]), own.noise
             found.append(Measured(point, len(rows), value, error))
         return sorted(found, key=lambda m: (m.point.snapshot, m.point.cfg_scale or 0.0, m.point.w))

@@ -7,14 +7,18 @@ import math
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
+from fid.frechet import Gaussian, frechet_distance
+from fid.reference import read_reference
 from neon.checkpoints import checkpoint
 from neon.pipeline.experiment import load
 from neon.pipeline.run import Run
 from neon.runtime.distributed import World
+from neon.search import choose
 from neon.seeds import Rng
 from neon.store.files import folder_lock
 from tests.commands import start, started
@@ -196,3 +200,32 @@ def test_several_synthetic_sets_share_the_base_and_report_their_spread(line_conf
     many = start(*command[:3], line_config, "--out", tmp_path / "many", "--device", "cpu", "--synth-seeds", 30)
     assert many.returncode == 1
     assert "overlap" in many.stderr
+
+
+def test_many_features_are_searched_on_their_leading_components(line_config, tmp_path, monkeypatch):
+    """With 8 of 16 components: measured distances are those of the projected features, the report's are not."""
+    monkeypatch.setattr(choose, "MOST_COMPONENTS", 8)
+    found = run(line_config, tmp_path / "run")
+    assert found["select"]["components"] == 8
+    reference = read_reference(tmp_path / "reference.npz")
+    basis = torch.linalg.eigh(reference.covariance).eigenvectors[:, -8:]
+    point = next(p for p in found["select"]["measured"] if p["w"] != 0)
+    own = [
+        line
+        for line in ledger(tmp_path / "run")
+        if line["point"]["w"] == point["w"] and line["block"]["first_seed"] < 2000
+    ]
+    own = sorted(
+        (x for x in own if x["point"]["cfg_scale"] == point["cfg_scale"]), key=lambda x: x["block"]["first_seed"]
+    )
+    name = "tests.core.line:open_pixels"
+    rows = torch.cat([torch.from_numpy(np.load(tmp_path / f"run/features/{x['key'][:16]}.npz")[name]) for x in own])
+
+    def distance(features: Tensor) -> float:
+        x = features.double() @ basis
+        mine = Gaussian(x.mean(0), torch.cov(x.T), len(x))
+        real = Gaussian(reference.mean @ basis, basis.T @ reference.covariance @ basis)
+        return frechet_distance(generated=mine, reference=real)
+
+    halves = (distance(rows[torch.arange(len(rows)) // 3 % 2 == k]) for k in (0, 1))
+    assert point["value"] == pytest.approx(2 * distance(rows) - sum(halves) / 2, rel=1e-3)
