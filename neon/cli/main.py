@@ -24,7 +24,7 @@ def main() -> None:
         theta_neon = theta_base - w (theta_syn - theta_base),   w > 0
 
     theta_syn is the base model after a brief fine-tune on images that it sampled itself. `neon run CONFIG` does
-    everything; synth, finetune and select are its stages, and every stage goes on where a killed one stopped. Under
+    everything; synth, finetune and search are its stages, and every stage goes on where a killed one stopped. Under
     torchrun the same commands use all ranks: torchrun --standalone --nproc_per_node=8 -m neon run CONFIG
     """
 
@@ -32,6 +32,6 @@ def main() -> None:
 for command in (example, *runs.commands, sample, publish, *files.commands, download, fid.fid):
     main.add_command(command)
 
-search = copy(runs.select)
-search.hidden = True  # the section is [select], so is the stage; what it does is a search
-main.add_command(search, "search")
+select = copy(runs.select)
+select.hidden = True  # another name of `neon search`: that of its section
+main.add_command(select, "select")
