@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from neon.checkpoints.lazy import Entry, StoredTensor
-from neon.checkpoints.one_pass import CHUNK, Reader
+from neon.checkpoints.one_pass import CHUNK, Reader, one_torch_thread
 from neon.merge import difference, is_discrete, is_finite
 from neon.pipeline.adapting import adapted_pairs, adapter_at
 from neon.pipeline.pairing import Pair, Request, pairs_of, stored
@@ -60,7 +60,8 @@ def diff(base: Path, snapshots: Sequence[Path], request: Request) -> list[Block]
             for name, entries in moving(pairs):
                 key = "/".join(filter(None, (pairs[0].part, block_of(name))))
                 block = blocks.setdefault(key, Block(key, 0, 0.0, torch.zeros(len(snapshots), len(snapshots)).double()))
-                add_tensor(block, name, entries, readers)
+                with one_torch_thread():
+                    add_tensor(block, name, entries, readers)
     finally:
         for reader in readers:
             reader.close()
