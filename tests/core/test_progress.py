@@ -70,6 +70,10 @@ def test_a_closed_or_full_stderr_does_not_stop_a_run(line_config, tmp_path, stde
     assert set(json.loads(done.stdout)["rows"]) == {"base", "self-trained", "random direction", "neon"}
 
 
+LONG = "report.num_images=10000"
+"""The run is still at work when the signal comes, however fast the machine."""
+
+
 def interrupted(process: subprocess.Popen, folder: Path, number: int) -> tuple[int, str]:
     while process.poll() is None and not (folder / "ledger.jsonl").exists():
         time.sleep(0.01)
@@ -80,12 +84,12 @@ def interrupted(process: subprocess.Popen, folder: Path, number: int) -> tuple[i
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_says_how_to_go_on_and_does(line_config, tmp_path, number):
-    whole = run(line_config, tmp_path / "whole")
-    code, errors = interrupted(start(line_config, tmp_path / "run"), tmp_path / "run", number)
+    whole = run(line_config, tmp_path / "whole", LONG)
+    code, errors = interrupted(start(line_config, tmp_path / "run", LONG), tmp_path / "run", number)
     assert code == 130
     assert "Traceback" not in errors
     assert errors.splitlines()[-1] == "stopped. What was made is kept: run the same command to go on"
-    process = start(line_config, tmp_path / "run")
+    process = start(line_config, tmp_path / "run", LONG)
     out, errors = process.communicate()
     assert "synth: found 50 of 50 images" in errors
     assert "finetune: found finished" in errors
@@ -95,7 +99,7 @@ def test_an_interrupted_run_says_how_to_go_on_and_does(line_config, tmp_path, nu
 def test_ranks_that_are_interrupted_say_so_once_and_without_a_traceback_of_ours(line_config, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "neon", "run"]
     process = subprocess.Popen(
-        [*command, line_config, "--out", tmp_path / "run", "--device", "cpu"],
+        [*command, line_config, "--out", tmp_path / "run", "--device", "cpu", "--set", LONG],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,

@@ -138,8 +138,9 @@ def test_the_synthetic_set_is_a_training_set(line_config, tmp_path):
     assert images.read([49]).shape == (1, 1, 4, 4)
 
 
-def start(config: Path, folder: Path) -> subprocess.Popen:
+def start(config: Path, folder: Path, *overrides: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "neon", "run", str(config), "--out", str(folder), "--device", "cpu"]
+    command += [word for override in overrides for word in ("--set", override)]
     return subprocess.Popen(
         command,
         cwd=ROOT,
