@@ -226,6 +226,8 @@ def family_section(found: Mapping, trained: Mapping | None, out: Path) -> str:
         parts += [main_section(found, out), laws(found)]
     else:
         parts.append("Neon was not measured on this base.")
+    if "tried" in found:
+        parts.append("What was tried:\n\n" + "\n".join(f"- {line}." for line in found["tried"]))
     return "\n\n".join(parts)
 
 

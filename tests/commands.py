@@ -59,7 +59,7 @@ class FidCommand:
 
     def arguments(self, folder: Path, options: Sequence[object]) -> list[str]:
         defaults = {option: folder / name for option, name in self.files.items()} | {
-            "--extractor": "tests.quarters:open_quarters"
+            "--extractor": "tests.quarters_extractor:open_quarters"
         }
         chosen = [word for option, value in defaults.items() if option not in options for word in (option, str(value))]
         return [*chosen, "--device", "cpu", *map(str, options)]
@@ -75,7 +75,7 @@ class FidCommand:
         return last_object(done.stdout)
 
     def outside(self, folder: Path, *options: object, ranks: int = 1) -> dict:
-        """As users start it, from another folder. tests.quarters is never installed: the script must find the project
-        by itself."""
+        """As users start it, from another folder. The tests are never installed: the script must find the project by
+        itself."""
         script = ROOT / self.family / "calculate_fid.py"
         return started(script, *self.arguments(folder, options), ranks=ranks, cwd=folder)

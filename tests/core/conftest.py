@@ -8,10 +8,10 @@ import torch
 from fid.moments import Moments
 from fid.reference import write_reference
 from neon.checkpoints import checkpoint
-from tests.core.line import Line, open_pixels
+from tests.core.line_family import Line, open_pixels
 
 CONFIG = """
-family = "tests.core.line:Line"
+family = "tests.core.line_family:Line"
 [base]
 checkpoint = "{folder}/base.safetensors"
 [sampling]
@@ -38,7 +38,7 @@ snapshots = "all"
 num_images = 40
 first_seed = 2000
 cfg_scale = "selected"
-extractors = {{ "tests.core.line:open_pixels" = "{folder}/reference.npz" }}
+extractors = {{ "tests.core.line_family:open_pixels" = "{folder}/reference.npz" }}
 num_shown = 9
 """
 
@@ -51,7 +51,7 @@ def line_config(tmp_path: Path) -> Path:
     checkpoint.write(
         tmp_path / "base.safetensors",
         model.state_dict(),
-        metadata={"family": "tests.core.line:Line", "arch": {}, "weights": "ema"},
+        metadata={"family": "tests.core.line_family:Line", "arch": {}, "weights": "ema"},
     )
     generator = torch.Generator().manual_seed(0)
     real = (

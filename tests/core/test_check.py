@@ -8,7 +8,7 @@ import torch
 
 from neon.cli.main import main
 from tests.commands import invoke, last_object
-from tests.core.line import Line, Mean
+from tests.core.line_family import Line, Mean
 
 SAMPLE, LOSS, FORWARD = Line.sample, Line.loss, Mean.__init__
 
@@ -135,7 +135,7 @@ def test_all_missing_files_are_said_with_their_commands(line_config):
     said = found["files"]["text"]
     assert said.startswith("3 missing:")
     assert "neon download kl16.ckpt" in said
-    assert "neon fid ref --extractor tests.core.line:open_pixels --data IMAGES --out" in said
+    assert "neon fid ref --extractor tests.core.line_family:open_pixels --data IMAGES --out" in said
     assert found["network"]["is_ok"], "a fresh one of [model] is tried in its place"
     assert found["network"]["text"].endswith("(fresh, of [model])")
 

@@ -25,9 +25,9 @@ from neon.cli.main import main
 from neon.images.formats import open_images
 from neon.store import records
 from tests.commands import ROOT, last_object, start, started
-from tests.core.line import Pixels
+from tests.core.line_family import Pixels
 
-EXACT = ("--extractor", "tests.core.line:open_pixels")
+EXACT = ("--extractor", "tests.core.line_family:open_pixels")
 NETWORK = ("--extractor", "fashion-cnn")
 
 

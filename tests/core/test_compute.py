@@ -17,9 +17,9 @@ from neon.evaluation.compute import compute
 from neon.images.formats import open_images
 from neon.runtime.distributed import _device
 from tests.commands import ROOT, last_object
-from tests.core.line import Pixels, open_pixels
+from tests.core.line_family import Pixels, open_pixels
 
-PIXELS = "tests.core.line:open_pixels"
+PIXELS = "tests.core.line_family:open_pixels"
 RANDOM = np.random.default_rng(0)
 MADE, REAL = RANDOM.integers(0, 256, (120, 1, 4, 4), np.uint8), RANDOM.integers(0, 200, (150, 1, 4, 4), np.uint8)
 
@@ -111,7 +111,7 @@ def test_statistics_and_their_images_are_the_same_reference(tmp_path, sides):
 
 def test_a_reference_of_another_shape_is_said(tmp_path):
     """The same feature network takes images of any size: a comparison across resolutions looks like any other."""
-    from tests.quarters import Quarters
+    from tests.quarters_extractor import Quarters
 
     found = compute(MADE, np.zeros((150, 8, 8), np.uint8) + REAL[:, 0, :1, :1], extractor=Quarters(), device="cpu")
     assert found.cautions[0] == (

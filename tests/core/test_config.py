@@ -83,7 +83,7 @@ def test_values_arrive(line_config):
         ("synth.sampling.cfg_scale=2", "[synth.sampling] cfg_scale changes nothing here"),
         ("family=.", "family '.': expected a shipped name"),
         ("family=tests..line:Line", "family 'tests..line:Line': expected a shipped name"),
-        ("family=tests.core.line:", "family 'tests.core.line:': expected a shipped name"),
+        ("family=tests.core.line_family:", "family 'tests.core.line_family:': expected a shipped name"),
         ("select.w=" + "[" * 5000 + "]" * 5000, "nested too deep"),
     ],
 )

@@ -10,7 +10,7 @@ from torch import Tensor
 from neon.pipeline.experiment import load
 from neon.pipeline.train_base import train_base
 from neon.runtime.distributed import World
-from tests.core.line import Line
+from tests.core.line_family import Line
 
 FAMILY = "tests.core.test_divergence"
 
@@ -39,7 +39,7 @@ class Exact(Line):
 def config(line_config: Path, tmp_path: Path, family: str) -> Path:
     images = np.random.default_rng(0).integers(0, 256, (40, 4, 4), np.uint8)
     np.savez(tmp_path / "real.npz", images=images, labels=np.arange(40) % 3)
-    text = line_config.read_text().replace("tests.core.line:Line", f"{FAMILY}:{family}")
+    text = line_config.read_text().replace("tests.core.line_family:Line", f"{FAMILY}:{family}")
     real = '[model]\nnum_classes = 3\n[data]\npath = "{}"\npad = 0\n'.format(tmp_path / "real.npz")
     line_config.write_text(text + real + "[train]\nimages = 16\nbatch = 16\nlr = 1e6\n")
     return line_config

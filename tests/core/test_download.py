@@ -403,7 +403,13 @@ def test_the_local_file_of_that_name_serves_for_the_address(tmp_path, statistics
 def test_the_authors_command_takes_the_address(tmp_path, statistics):
     """edm/calculate_fid.py as NVIDIA's README writes it: it comes as far as the reference's features."""
     (tmp_path / "model.pkl").write_bytes(b"")
-    command = ["--network_pkl", "model.pkl", f"--ref={ADDRESS}", "--extractor", "tests.quarters:open_quarters"]
+    command = [
+        "--network_pkl",
+        "model.pkl",
+        f"--ref={ADDRESS}",
+        "--extractor",
+        "tests.quarters_extractor:open_quarters",
+    ]
     done = CliRunner().invoke(edm_command, [*command, "--device", "cpu"])
     assert done.exit_code == 1
     assert "cifar10-32x32.npz" in done.stderr, "the reference of 4 features is refused by name"

@@ -12,7 +12,7 @@ from neon.cli.main import main
 from neon.pipeline.check import check_first_images
 from neon.pipeline.experiment import load
 from tests.commands import invoke
-from tests.core.line import Line
+from tests.core.line_family import Line
 
 SAMPLE, LOSS, DRAW, DECODE = Line.sample, Line.loss, Line.draw, Line.decode
 

@@ -12,7 +12,7 @@ from neon.pipeline.experiment import load
 from neon.pipeline.measure import measure
 from neon.pipeline.probe import Probe
 from tests.commands import ROOT, invoke, last_object, started
-from tests.core.line import Line
+from tests.core.line_family import Line
 
 
 def planned(config, *options) -> dict:
@@ -96,7 +96,7 @@ def test_a_run_and_its_dry_run_name_all_missing_files_at_once(line_config, tmp_p
         assert f"{tmp_path / 'base.safetensors'}  (base.checkpoint)" in said
         assert f"did you mean {tmp_path / 'Base.safetensors'}?" in said
         assert f"{tmp_path / 'reference.npz'}  (report.extractors" in said
-        assert "neon fid ref --extractor tests.core.line:open_pixels --data IMAGES --out" in said
+        assert "neon fid ref --extractor tests.core.line_family:open_pixels --data IMAGES --out" in said
     assert "2 files are missing" in real.stderr
     assert not (tmp_path / "run").exists()
 

@@ -10,7 +10,7 @@ from neon.pipeline.experiment import load
 from neon.pipeline.run import Run
 from neon.pipeline.train_base import train_base
 from neon.runtime.distributed import World
-from tests.core.line import Line
+from tests.core.line_family import Line
 
 
 class Pairs(Line):
@@ -70,12 +70,12 @@ def test_eval_takes_a_scale_that_is_not_searched(line_config, tmp_path):
     assert found["value"] > 0
 
 
-def training(line_config: Path, tmp_path: Path, family: str = "tests.core.line:Line") -> Path:
+def training(line_config: Path, tmp_path: Path, family: str = "tests.core.line_family:Line") -> Path:
     write_images(tmp_path, seed=0)
     real = (
         f'[model]\nnum_classes = 3\n[data]\npath = "{tmp_path}/real.npz"\n[train]\nimages = 16\nbatch = 8\nlr = 0.1\n'
     )
-    line_config.write_text(line_config.read_text().replace("tests.core.line:Line", family) + real)
+    line_config.write_text(line_config.read_text().replace("tests.core.line_family:Line", family) + real)
     return line_config
 
 
@@ -84,7 +84,7 @@ def write_images(folder: Path, seed: int) -> None:
     np.savez(folder / "real.npz", images=images, labels=np.arange(40) % 3)
 
 
-@pytest.mark.parametrize("family", ["tests.core.line:Line", "tests.core.test_preflight:Encoding"])
+@pytest.mark.parametrize("family", ["tests.core.line_family:Line", "tests.core.test_preflight:Encoding"])
 def test_training_does_not_go_on_with_other_images_of_the_same_name(line_config, tmp_path, family):
     config = load(training(line_config, tmp_path, family))
     train_base(config, tmp_path / "base", World())

@@ -16,7 +16,7 @@ from neon.training.loop import train_step
 from neon.training.recipe import Training
 from neon.training.trainer import Trainer
 from tests.commands import ROOT, start, started
-from tests.core.line import Line, Mean, Objective
+from tests.core.line_family import Line, Mean, Objective
 
 
 def run_on(ranks: int, config: Path, folder: Path, batch: int) -> dict:

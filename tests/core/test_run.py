@@ -47,7 +47,7 @@ def test_a_run_ends_with_numbers_a_merged_file_and_a_page(line_config, tmp_path)
     }
     assert min(tried, key=tried.get)[:2] == (result["w"], result["cfg_scale"])
     page = (tmp_path / "run/report.html").read_text()
-    assert "tests.core.line:Line" in page
+    assert "tests.core.line_family:Line" in page
     assert html.escape(result["verdict"]) in page
     assert json.loads((tmp_path / "run/result.json").read_text())["value"] == rows["neon"]["metrics"][result["metric"]]
 
@@ -83,7 +83,7 @@ def test_eval_repeats_are_disjoint_blocks(line_config, tmp_path):
 def test_eval_of_another_file_by_the_command(line_config, tmp_path):
     base = checkpoint.read(tmp_path / "base.safetensors")
     other = {name: value * 0.9 if name == "mean" else value for name, value in base.tensors.items()}
-    metadata = {"family": "tests.core.line:Line", "arch": {}, "weights": "raw"}
+    metadata = {"family": "tests.core.line_family:Line", "arch": {}, "weights": "raw"}
     checkpoint.write(tmp_path / "other.safetensors", other, metadata=metadata)
     options = ("--set", "report.cfg_scale=1.0", "--device", "cpu", "--out", tmp_path / "eval")
     named = ("--checkpoint", tmp_path / "other.safetensors", "--weights", "raw", "--repeats", 2)

@@ -22,7 +22,7 @@ from neon.search import choose
 from neon.seeds import Rng
 from neon.store.files import folder_lock
 from tests.commands import start, started
-from tests.core.line import Line, Sampling
+from tests.core.line_family import Line, Sampling
 
 SEARCH = (
     "select.strategy=search",
@@ -148,7 +148,7 @@ LIMIT = 0.0
 
 def test_images_that_are_no_numbers_are_a_line_of_the_ledger_not_a_stop(line_config, tmp_path, monkeypatch):
     monkeypatch.setattr(sys.modules[__name__], "LIMIT", math.inf)
-    line_config.write_text(line_config.read_text().replace("tests.core.line:Line", f"{__name__}:Exploding"))
+    line_config.write_text(line_config.read_text().replace("tests.core.line_family:Line", f"{__name__}:Exploding"))
     settings = ("select.w=[-1, 5]", "select.cfg_scale=[1.0]", "report.cfg_scale=1.0")
     runner = Run(load(line_config, (*SEARCH, *settings)), tmp_path / "run", World())
     (shot,) = runner.finetune()[-1:]
@@ -218,7 +218,7 @@ def test_many_features_are_searched_on_their_leading_components(line_config, tmp
     own = sorted(
         (x for x in own if x["point"]["cfg_scale"] == point["cfg_scale"]), key=lambda x: x["block"]["first_seed"]
     )
-    name = "tests.core.line:open_pixels"
+    name = "tests.core.line_family:open_pixels"
     rows = torch.cat([torch.from_numpy(np.load(tmp_path / f"run/features/{x['key'][:16]}.npz")[name]) for x in own])
 
     def distance(features: Tensor) -> float:

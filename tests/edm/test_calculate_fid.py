@@ -17,7 +17,7 @@ from neon.quantize import to_uint8
 from neon.seeds import ImageRng
 from tests.commands import FidCommand
 from tests.edm import published
-from tests.quarters import Quarters, write_statistics
+from tests.quarters_extractor import Quarters, write_statistics
 
 COMMAND = FidCommand("edm", main, {"--network_pkl": "model.pkl", "--ref": "stats.npz"})
 

@@ -9,7 +9,7 @@ from fid.frechet import Gaussian, frechet_distance
 from fid.infinity import frechet_infinity
 from fid.metrics import cautions, inception_score, kernel_distance, kernel_distance_unbiased, metric_name
 from fid.moments import Moments
-from tests.quarters import Quarters
+from tests.quarters_extractor import Quarters
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:

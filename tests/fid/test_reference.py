@@ -11,7 +11,7 @@ from fid.frechet import frechet_distance
 from fid.moments import Moments
 from fid.partial import Partial, merge_partials, read_partial, write_partial
 from fid.reference import check_made_with, read_reference, write_reference
-from tests.quarters import Quarters
+from tests.quarters_extractor import Quarters
 
 MU, SIGMA = np.arange(4.0), np.diag([1.0, 2.0, 3.0, 0.5])
 

@@ -20,7 +20,7 @@ from neon.seeds import image_rng
 from neon.store import records
 from tests.commands import FidCommand
 from tests.flow import published
-from tests.quarters import Quarters, write_statistics
+from tests.quarters_extractor import Quarters, write_statistics
 
 COMMAND = FidCommand("flow", main, {"--model_ckpt": "model.pt", "--fid_stats": "stats.npz"})
 

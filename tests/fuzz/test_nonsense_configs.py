@@ -31,7 +31,7 @@ SECTIONS: dict[str, type] = {
 }  # fmt: skip
 HINTS = {section: typing.get_type_hints(kind, include_extras=True) for section, kind in SECTIONS.items()}
 SAMPLING: dict[str, dict[str, object]] = {"flow": {"solver": "euler", "num_steps": 4}, "xar": {"num_steps": 4}}
-LINE = "tests.core.line:Line"
+LINE = "tests.core.line_family:Line"
 INNER = {"options", "objective", "sampling"}
 """Fields that hold a table of its own."""
 

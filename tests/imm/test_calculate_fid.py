@@ -20,7 +20,7 @@ from neon.quantize import to_uint8
 from neon.seeds import image_rng
 from tests.commands import ROOT, FidCommand
 from tests.imm import published
-from tests.quarters import Quarters, write_statistics
+from tests.quarters_extractor import Quarters, write_statistics
 
 COMMAND = FidCommand("imm", main, {"--model_ckpt": "model.pkl", "--vae": "vae", "--fid_stats": "stats.npz"})
 

@@ -60,7 +60,7 @@ def test_a_published_folder_holds_weights_card_numbers_and_pictures(finished):
     assert written["files"] == expected
     assert (folder / "model.safetensors").read_bytes() == (finished / "neon.safetensors").read_bytes()
     config = json.loads((folder / "config.json").read_text())
-    assert (config["family"], config["w"]) == ("tests.core.line:Line", result["w"])
+    assert (config["family"], config["w"]) == ("tests.core.line_family:Line", result["w"])
     card = (folder / "README.md").read_text()
     for name, row in result["rows"].items():
         assert f"{row['metrics'][result['metric']]:.4g}" in card, name

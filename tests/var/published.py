@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from tests import goldens
-from tests.quarters import write_statistics
+from tests.quarters_extractor import write_statistics
 from var.presets import PATCH_NUMS, published
 from var.transformer import Transformer, VARArch
 from var.vqvae import VQVAE, VQVAEArch

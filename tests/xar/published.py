@@ -10,7 +10,7 @@ from torch import nn
 from neon import binding
 from neon.checkpoints import checkpoint
 from tests import goldens
-from tests.quarters import write_statistics
+from tests.quarters_extractor import write_statistics
 from tests.xar.test_transformer import ARCH
 from xar.transformer import XARArch, XARTransformer
 from xar.vae import KL16, KL16Arch

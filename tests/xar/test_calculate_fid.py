@@ -16,7 +16,7 @@ from neon.checkpoints import checkpoint
 from neon.quantize import to_uint8
 from neon.seeds import image_rng
 from tests.commands import FidCommand
-from tests.quarters import Quarters
+from tests.quarters_extractor import Quarters
 from tests.xar import published
 from xar import calculate_fid
 from xar.family import XAR

@@ -77,5 +77,5 @@ class Pixels(Extractor):
 
 def open_pixels(*, path: Path | None, device: torch.device | str, allow_unknown_weights: bool) -> Pixels:
     extractor = Pixels(device)
-    extractor.name = "tests.core.line:open_pixels"
+    extractor.name = "tests.core.line_family:open_pixels"
     return extractor
