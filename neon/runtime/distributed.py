@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from neon.runtime import TIMEOUT_S
-from neon.runtime.meeting import Meeting, Store
+from neon.runtime.waiting import Meeting, Store
 
 T = TypeVar("T")
 JOIN_S = 600.0
