@@ -79,9 +79,7 @@ def test_seconds_are_shared_by_ranks(line_config):
     """Two ranks take half as long each; the rates themselves are measured, so only the arithmetic is compared."""
     alone = planned(line_config)
     assert alone["seconds"] == pytest.approx(sum(stage["seconds"] for stage in alone["stages"]))
-    together = started(
-        "-m", "neon", "run", line_config, "--device", "cpu", "--dry-run", "--json", ranks=2, cwd=line_config.parent
-    )
+    together = started("-m", "neon", "run", line_config, "--device", "cpu", "--dry-run", "--json", ranks=2)
     assert together["ranks"] == 2
     assert together["stages"][0]["images"] == alone["stages"][0]["images"]
 
