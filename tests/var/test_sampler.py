@@ -147,3 +147,18 @@ def test_more_smooth_gives_averaged_codes(networks):
 def test_wrong_options_are_refused(option, value):
     with pytest.raises(ValueError, match=option):
         Sampling(**{option: value})
+
+
+def test_temperature_divides_the_logits_before_anything_is_left_out(networks):
+    """Towards 0 every token is the likeliest one; at T the draws are those of a network with logits / T."""
+    model, quantizer = networks
+    labels = torch.tensor([3, 0])
+    cold = Sampling(cfg_scale=0.0, top_k=0, top_p=0.0, temperature=1e-6)
+    for scale in sample_scales(model, quantizer, ImageRng([1, 2]), labels, cold):
+        assert torch.equal(scale.indices, scale.logits.argmax(-1))
+    warm = Sampling(cfg_scale=0.0, top_k=5, top_p=0.9, temperature=2.0)
+    first = next(iter(sample_scales(model, quantizer, ImageRng([1, 2]), labels, warm)))
+    plain = next(iter(sample_scales(model, quantizer, ImageRng([1, 2]), labels, Sampling(cfg_scale=0.0))))
+    torch.testing.assert_close(first.logits, plain.logits / 2, rtol=1e-6, atol=0)
+    likely = keep_likely(plain.logits / 2, top_k=5, top_p=0.9)
+    assert torch.equal(first.indices, ImageRng([1, 2]).categorical(likely.softmax(-1)))
