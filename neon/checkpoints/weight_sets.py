@@ -125,6 +125,10 @@ def safetensors(source: Source) -> Contents:
     return Contents("safetensors", (found,))
 
 
+MAX_NAME_BYTES = 255
+"""Of a file name, on the file systems in use."""
+
+
 def sharded(source: Source) -> Contents:
     """A Hugging Face index: {"weight_map": {name: file in the same folder}}."""
     if source.size > MAX_JSON_BYTES:
@@ -136,7 +140,8 @@ def sharded(source: Source) -> Contents:
     shards: dict[str, dict[str, StoredTensor]] = {}
     texts: dict[str, str] = {}
     for shard in sorted(set(names.values())):
-        if "/" in shard or "\\" in shard or shard.startswith(".") or "\0" in shard:
+        is_plain = not ("/" in shard or "\\" in shard or "\0" in shard or shard.startswith("."))
+        if not is_plain or len(shard.encode(errors="replace")) > MAX_NAME_BYTES:
             raise ValueError(f"shard {shown(shard)} is not a plain file name")
         (held,) = open_file(Source.of(source.path.with_name(shard))).sets
         shards[shard], texts = held.entries, texts | held.texts
