@@ -76,8 +76,8 @@ def fill(plan: Plan, make: Make, world: World, desc: str) -> shards.Shards:
         world.barrier()
         if world.is_main:
             shutil.rmtree(parts, ignore_errors=True)
+        world.barrier()  # or the next round's first part would be removed with this round's
     bar.close()
-    world.barrier()
     return shards.joined([plan.path(i) for i in range(len(ranges))])
 
 

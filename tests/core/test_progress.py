@@ -14,7 +14,7 @@ from neon.runtime import progress as module
 from neon.runtime.distributed import World, world
 from neon.runtime.progress import Countdown, duration, progress
 from tests.commands import ROOT
-from tests.core.test_run import run, start, without_times
+from tests.core.test_run import hears_interrupts, run, start, without_times
 
 
 class Clock:
@@ -106,6 +106,7 @@ def test_ranks_that_are_interrupted_say_so_once_and_without_a_traceback_of_ours(
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=hears_interrupts,
     )
     while process.poll() is None and not (tmp_path / "run/ledger.jsonl").exists():
         time.sleep(0.01)

@@ -148,7 +148,13 @@ def start(config: Path, folder: Path, *overrides: str) -> subprocess.Popen:
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
+        preexec_fn=hears_interrupts,
     )
+
+
+def hears_interrupts() -> None:
+    """A shell that starts the tests in its background makes them deaf to Ctrl-C, and so all that they start."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def count_files(folder: Path) -> int:
