@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from edm.precond import PRECONDITIONERS, Preconditioner
-from neon.binding import construct
+from neon.config_table import construct
 
 
 def denoiser(arch: Mapping[str, object]) -> Preconditioner:

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from neon.binding import Fraction, NotNegative, Positive, Range, check_fields
+from neon.config_table import Fraction, NotNegative, Positive, Range, check_fields
 
 Unbounded = Annotated[float, Range(finite=False)]
 

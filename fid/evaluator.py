@@ -22,7 +22,7 @@ from fid.metrics import (
 )
 from fid.moments import Moments
 from fid.names import METRICS, Metric
-from fid.neighbours import neighbours
+from fid.precision_recall import precision_recall
 from fid.store import FeatureStore
 
 T = TypeVar("T")
@@ -145,7 +145,9 @@ def measure(
     wanted = [metric for metric in NEIGHBOUR_METRICS if metric in metrics]
     if wanted:
         features = _needed(reference_features, wanted[0])
-        found = neighbours(generated=generated.features, reference=features, k=k, device=extractor.device)._asdict()
+        found = precision_recall(
+            generated=generated.features, reference=features, k=k, device=extractor.device
+        )._asdict()
         named |= {metric_name(metric, n, extractor.name, k): found[metric] for metric in wanted}
     return named
 

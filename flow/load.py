@@ -8,8 +8,8 @@ import torch
 
 from flow.presets import MODELS
 from flow.unet import UNet
-from neon.binding import construct
 from neon.checkpoints.checkpoint import Checkpoint
+from neon.config_table import construct
 
 
 def unet(arch: Mapping[str, object]) -> UNet:

@@ -10,8 +10,8 @@ from imm.diffusers_names import from_diffusers
 from imm.encoders import StabilityEncoder
 from imm.precond import IMMPrecond
 from imm.presets import SD_VAE
-from neon.binding import construct
 from neon.checkpoints import checkpoint
+from neon.config_table import construct
 from neon.networks.autoencoder import ConvArch, KLAutoencoder
 
 FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from neon.binding import Count, Fraction, NotNegative, Positive, Range, check_fields
+from neon.config_table import Count, Fraction, NotNegative, Positive, Range, check_fields
 
 Grid = Literal["uniform", "edm", "explicit"]
 Times = Literal["uniform", "lognormal", "lognormal-published"]

@@ -37,7 +37,7 @@ from fid.frechet import Gaussian, frechet_distance  # noqa: E402
 from fid.inception import InceptionV3  # noqa: E402
 from fid.metrics import inception_score, kernel_distance  # noqa: E402
 from fid.moments import Moments  # noqa: E402
-from fid.neighbours import neighbours  # noqa: E402
+from fid.precision_recall import precision_recall  # noqa: E402
 from fid.weights import cache_folder  # noqa: E402
 from scripts.fashion_mnist import fetch, load_split  # noqa: E402
 from tests.goldens import name_seeded  # noqa: E402
@@ -139,7 +139,7 @@ def compare_metrics(where: str, generated: Tensor, reference: Tensor, logits: Te
     rows.append(number("KID, mean", where, "torch-fidelity", kid.mean, other["kernel_inception_distance_mean"]))
     rows.append(number("KID, std", where, "torch-fidelity", kid.std, other["kernel_inception_distance_std"]))
     for k in (3, 5):
-        found = neighbours(generated=generated, reference=reference, k=k)
+        found = precision_recall(generated=generated, reference=reference, k=k)
         other = prc_features_to_metric(generated, reference, prc_neighborhood=k, prc_batch_size=1000, verbose=False)
         rows.append(number(f"precision, k={k}", where, "torch-fidelity", found.precision, other["precision"]))
         rows.append(number(f"recall, k={k}", where, "torch-fidelity", found.recall, other["recall"]))

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from neon.binding import build
+from neon.config_table import build
 from neon.family import resolve, shipped
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -1,6 +1,7 @@
 """The wheel alone: built, installed without the repository, and docs/own_model.md done in an empty folder with it."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -41,7 +42,8 @@ def installed(wheel, tmp_path_factory) -> Path:
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
     python = folder / "bin/python"
     pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps", "--no-index"]
-    subprocess.run([*pip, str(wheel)], check=True, capture_output=True)
+    alone = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # else pip finds us installed
+    subprocess.run([*pip, str(wheel)], check=True, capture_output=True, env=alone)
     (site,) = folder.glob("lib/python*/site-packages")
     (site / "lent.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
     return folder

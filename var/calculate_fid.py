@@ -16,7 +16,7 @@ if __name__ == "__main__":  # Python has put this file's folder on its path, whe
 
 import click
 
-from neon import binding, quantize
+from neon import config_table, quantize
 from neon.checkpoints import checkpoint
 from neon.cli.located import FILE
 from neon.cli.messages import as_flags
@@ -102,7 +102,7 @@ def arch_of(path: Path, weights: str, depth: int | None) -> VARArch:
     """What the file holds. Raises ValueError if that is not a VAR, or one of another depth."""
     found = checkpoint.read(path, weights=weights)
     try:
-        arch = binding.build(VARArch, VAR().arch_of(found), "arch")
+        arch = config_table.build(VARArch, VAR().arch_of(found), "arch")
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     if depth is not None and depth != arch.depth:

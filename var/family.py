@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from neon import binding
+from neon import config_table
 from neon.family import Draws, Family
 from neon.quantize import from_uint8
 from neon.seeds import ImageRng, Rng
@@ -41,7 +41,7 @@ class VAR(Family[Transformer, Objective, Sampling]):
         self._tokeniser: VQVAE | None = None
 
     def build(self, arch: Mapping[str, object]) -> Transformer:
-        return Transformer(binding.build(VARArch, arch, "arch"))
+        return Transformer(config_table.build(VARArch, arch, "arch"))
 
     def arch_of(self, checkpoint: Checkpoint) -> Mapping[str, object]:
         return transformer_arch_of(checkpoint.tensors) if checkpoint.arch is None else checkpoint.arch

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from neon import binding
+from neon import config_table
 from neon.checkpoints import checkpoint
 from neon.checkpoints.safetensors_format import metas
 from var.presets import PATCH_NUMS
@@ -98,4 +98,4 @@ def read_tokeniser(path: Path) -> VQVAE:
         arch = tokeniser_arch_of(metas(file.tensors)) if file.arch is None else file.arch
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    return file.filled(VQVAE, binding.build(VQVAEArch, arch, "autoencoder.arch"))
+    return file.filled(VQVAE, config_table.build(VQVAEArch, arch, "autoencoder.arch"))

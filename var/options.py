@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from neon.binding import ADDED, Fraction, NotNegative, Positive, Range, check_fields
+from neon.config_table import ADDED, Fraction, NotNegative, Positive, Range, check_fields
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from neon import binding
+from neon import config_table
 from neon.family import Draws, TrainableAutoencoder
 from neon.quantize import from_uint8
 from neon.seeds import Rng
@@ -24,7 +24,7 @@ class TrainableVQVAE(TrainableAutoencoder[VQVAE, AutoencoderObjective]):
     objective = AutoencoderObjective
 
     def build(self, arch: Mapping[str, object]) -> VQVAE:
-        return VQVAE(binding.build(VQVAEArch, arch, "autoencoder.arch"))
+        return VQVAE(config_table.build(VQVAEArch, arch, "autoencoder.arch"))
 
     def draw(self, rng: Rng, codes: Tensor, labels: Tensor | None, how: AutoencoderObjective) -> Draws:
         """Nothing here is random."""

@@ -19,7 +19,7 @@ if __name__ == "__main__":  # Python has put this file's folder on its path, whe
 
 import click
 
-from neon import binding, quantize
+from neon import config_table, quantize
 from neon.checkpoints import checkpoint
 from neon.cli.located import FILE
 from neon.cli.messages import as_flags
@@ -103,7 +103,7 @@ def size_of(path: Path, weights: str, expected: str | None) -> str | None:
     """The published size that the file holds, None for one of your own. Raises ValueError if it is not the expected
     one."""
     try:
-        arch = binding.build(XARArch, XAR().arch_of(checkpoint.read(path, weights=weights)), "arch")
+        arch = config_table.build(XARArch, XAR().arch_of(checkpoint.read(path, weights=weights)), "arch")
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     found = next((name for name, size in SIZES.items() if size == arch), None)

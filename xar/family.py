@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from neon import binding
+from neon import config_table
 from neon.checkpoints.checkpoint import Checkpoint
 from neon.family import Draws, Family
 from neon.quantize import from_uint8
@@ -38,7 +38,7 @@ class XAR(Family[XARTransformer, Objective, Sampling]):
     compiled = (Block,)
 
     def build(self, arch: Mapping[str, object]) -> XARTransformer:
-        return XARTransformer(binding.build(XARArch, arch, "arch"))
+        return XARTransformer(config_table.build(XARArch, arch, "arch"))
 
     def arch_of(self, checkpoint: Checkpoint) -> dict[str, object]:
         return asdict(arch_from_shapes(checkpoint.specs)) if checkpoint.arch is None else checkpoint.arch

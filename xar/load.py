@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from neon import binding
+from neon import config_table
 from neon.checkpoints.checkpoint import read
 from xar.cells import causal_mask, rotary_angles, rotary_frequencies
 from xar.transformer import XARArch, XARTransformer
@@ -63,4 +63,4 @@ def read_autoencoder(path: Path) -> KL16:
     """The autoencoder of a file: the published `kl16.ckpt`, or one of `neon train-autoencoder`, whose file states its
     sizes."""
     found = read(path, weights="any")
-    return found.filled(KL16, binding.build(KL16Arch, found.arch or {}, "arch"))
+    return found.filled(KL16, config_table.build(KL16Arch, found.arch or {}, "arch"))

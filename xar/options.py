@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from neon.binding import Count, Fraction, NotNegative, check_fields
+from neon.config_table import Count, Fraction, NotNegative, check_fields
 
 Solver = Literal["sde", "ode"]
 

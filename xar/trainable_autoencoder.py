@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from neon import binding
+from neon import config_table
 from neon.family import Draws, TrainableAutoencoder
 from neon.networks.autoencoder import kl_to_unit_normal, mean_and_std, sample_posterior
 from neon.quantize import from_uint8
@@ -23,7 +23,7 @@ class TrainableKL16(TrainableAutoencoder[KL16, AutoencoderObjective]):
     objective = AutoencoderObjective
 
     def build(self, arch: Mapping[str, object]) -> KL16:
-        return KL16(binding.build(KL16Arch, arch, "autoencoder.arch"))
+        return KL16(config_table.build(KL16Arch, arch, "autoencoder.arch"))
 
     def draw(self, rng: Rng, codes: Tensor, labels: Tensor | None, how: AutoencoderObjective) -> Draws:
         """A seed per image: `loss` draws the noise from it, because only the network knows its shape."""

@@ -105,8 +105,8 @@ def merge_files(
     transformers or diffusers folder); SYNTH, or both, may be LoRA adapters (PEFT, diffusers, kohya). Memory does not
     depend on their size. Nothing in a file is executed.
     """
-    from neon.pipeline.merging import merge
-    from neon.pipeline.pairing import Request
+    from neon.merge_files.merging import merge
+    from neon.merge_files.pairing import Request
 
     if check and no_hash:
         raise click.UsageError("--check compares hashes; leave --no-hash out")
@@ -149,8 +149,8 @@ def diff_files(
 
     SYNTH: one or more self-trained models (or LoRA adapters) of BASE, in the order of training.
     """
-    from neon.pipeline import difference
-    from neon.pipeline.pairing import Request
+    from neon.merge_files import difference
+    from neon.merge_files.pairing import Request
 
     if out is not None and out.suffix != ".png":
         raise click.UsageError(f"--out {out}: expected a name ending in .png")

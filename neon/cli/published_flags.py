@@ -20,7 +20,7 @@ from fid.features import open_extractor
 from fid.metrics import MIN_PER_SPLIT, SPLITS, cautions, frechet_kind, metric_name
 from fid.names import Metric
 from fid.reference import check_made_with, read_reference
-from neon import binding, quantize
+from neon import config_table, quantize
 from neon.checkpoints import checkpoint
 from neon.cli.located import STATISTICS
 from neon.cli.messages import PlainCommand
@@ -174,7 +174,7 @@ def _calculate(request: Request, yardstick: Yardstick, folder: Path | None, rank
     )
     _check_size(request, model)
     seeds = f"{request.images.num_images:,} images, seeds from {request.images.first_seed}"
-    say(ranks, f"{seeds}, labels {request.labels}, {json.dumps(binding.to_plain(sampling))}")
+    say(ranks, f"{seeds}, labels {request.labels}, {json.dumps(config_table.to_plain(sampling))}")
     runs: list[Evaluation] = []
     for repeat in range(request.common.repeats):
         block = Source(
@@ -264,7 +264,7 @@ def _result(
         "num_images": request.images.num_images,
         "first_seed": request.images.first_seed,
         "labels": request.labels,
-        "sampling": binding.to_plain(sampling),
+        "sampling": config_table.to_plain(sampling),
         "checkpoint": {"path": str(request.checkpoint), "weights": found.weights, "sha256": found.sha256},
         "autoencoder_sha256": None if request.autoencoder is None else files.sha256_of(request.autoencoder),
         "reference_sha256": yardstick.identity["reference_sha256"],

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from neon.binding import to_table
 from neon.cli.options import PATH, RANK_OPTIONS, gathered
+from neon.config_table import to_table
 
 if TYPE_CHECKING:
     from neon.pipeline.experiment import Experiment
@@ -191,8 +191,8 @@ def finetune(on: OnConfig) -> None:
 @config_options
 def select(on: OnConfig) -> None:
     """Stage 3: find (snapshot, w, cfg_scale) on the selection seeds, with as few images as the decision needs."""
-    from neon.pipeline.result import selection
     from neon.pipeline.run import Run
+    from neon.report.result import selection
 
     def work(experiment: Experiment, folder: Path, ranks: World) -> dict[str, object]:
         choice = Run(experiment, folder, ranks).select()

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from neon.binding import Range, Seed, check_fields
+from neon.config_table import Range, Seed, check_fields
 from neon.sampling.options import Labels
 from neon.seeds import NUM_SEEDS
 

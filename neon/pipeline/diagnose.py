@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from neon.binding import to_table
 from neon.checkpoints import checkpoint
+from neon.config_table import to_table
 from neon.family import Family
 from neon.images.formats import open_images
 from neon.pipeline.experiment import Data

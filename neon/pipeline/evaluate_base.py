@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from neon.binding import to_plain
+from neon.config_table import to_plain
 from neon.evaluation.evaluate import evaluate, spread, why_not_comparable
 from neon.evaluation.options import Report
 from neon.pipeline.preflight import need_guidance

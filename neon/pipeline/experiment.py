@@ -10,8 +10,8 @@ from itertools import combinations
 from pathlib import Path
 from typing import Annotated
 
-from neon.binding import Count, Range, Section, build, table_of, with_family_options
 from neon.checkpoints.checkpoint import Checkpoint
+from neon.config_table import Count, Range, Section, build, table_of, with_family_options
 from neon.evaluation.options import Report
 from neon.family import Family, resolve
 from neon.sampling.options import Sampling, Synth

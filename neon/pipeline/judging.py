@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fid.neighbours import neighbours
+from fid.precision_recall import precision_recall
 from neon.evaluation.evaluate import Yardstick, why_not_comparable
 from neon.evaluation.options import Report
 from neon.images.formats import open_images
 from neon.pipeline.experiment import Data, Experiment
-from neon.pipeline.result import Cost, Result, compared, verdict
+from neon.report.result import Cost, Result, compared, verdict
 from neon.runtime.distributed import World
 from neon.runtime.progress import say
 from neon.sampling.generate import Source, generate
@@ -135,7 +135,9 @@ class Judge:
         real = self._real_features(self.config.data)
         found = {}
         for label, rows in sets.items():
-            metrics = neighbours(generated=rows, reference=real, k=NEIGHBOURS, device=self.yardstick.extractor.device)
+            metrics = precision_recall(
+                generated=rows, reference=real, k=NEIGHBOURS, device=self.yardstick.extractor.device
+            )
             found[label] = {"precision": metrics.precision, "recall": metrics.recall}
         return found
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from neon.checkpoints import checkpoint
-from neon.pipeline.card import model_card
+from neon.report.card import model_card
 from neon.store import files, records
 
 PAGES = ("report.html", "report.png")

@@ -13,17 +13,17 @@ import torch
 from torch import Tensor
 
 from neon import merge
-from neon.binding import to_plain
 from neon.checkpoints import checkpoint
+from neon.config_table import to_plain
 from neon.evaluation.evaluate import Yardstick
 from neon.evaluation.options import Report
 from neon.evaluation.yardsticks import open_yardsticks
 from neon.family import Family, source_sha256
-from neon.pipeline import page
 from neon.pipeline.check import check_first_images
 from neon.pipeline.experiment import Base, Experiment
 from neon.pipeline.judging import Judge, calls_per_image, timed
 from neon.pipeline.preflight import Stage, preflight
+from neon.report import page
 from neon.runtime.distributed import World
 from neon.runtime.progress import say
 from neon.sampling.generate import Source

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from neon import quantize
-from neon.binding import build
 from neon.checkpoints import checkpoint
+from neon.config_table import build
 from neon.family import Family, resolve, shipped
 from neon.images.formats import write_folder, write_zip
 from neon.runtime.distributed import World

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from neon.binding import to_plain
 from neon.checkpoints import checkpoint
+from neon.config_table import to_plain
 from neon.family import source_sha256
 from neon.images.formats import open_images
 from neon.images.image_set import ImageSet

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from neon import quantize
-from neon.binding import ADDED, Count, Range, Seed, check_fields
+from neon.config_table import ADDED, Count, Range, Seed, check_fields
 from neon.runtime.precision import Precision
 from neon.runtime.speed import Speed
 from neon.seeds import NUM_SEEDS

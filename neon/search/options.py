@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from neon.binding import Count, Range, Seed, check_fields
+from neon.config_table import Count, Range, Seed, check_fields
 from neon.sampling.options import Labels
 from neon.seeds import NUM_SEEDS
 

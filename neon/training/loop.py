@@ -1,4 +1,4 @@
-"""One training loop for `neon train` and the short fine-tune on S.
+"""The steps of `neon train` and of the short fine-tune on S: data in, updates, snapshots, log, resume.
 
 Data order and every random number of step k are pure functions of (seed, k), made for the whole global batch; a rank
 reads the codes of its own share. The update does not depend on the number of GPUs or accumulation rounds, and a resumed

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from neon.binding import Count, NotNegative, Positive, Range, Seed, check_fields
+from neon.config_table import Count, NotNegative, Positive, Range, Seed, check_fields
 from neon.runtime.precision import Precision
 
 Decay = Annotated[float, Range(least=0, below=1)]

@@ -1,4 +1,5 @@
-"""Model, optimiser and moving average of a training run: one update, and the state that resume needs."""
+"""Model, optimiser and moving average: what one update does to them, and the state that resume needs. The steps are
+made in `loop.py`."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from fid.frechet import Gaussian, frechet_distance
 from fid.inception import InceptionExtractor, InceptionV3
 from fid.moments import Moments
-from fid.neighbours import neighbours
+from fid.precision_recall import precision_recall
 
 DIM = 2048
 CPU = torch.device("cpu")
@@ -92,7 +92,7 @@ def bench_neighbours(points: int, budget_mib: int) -> dict[str, float]:
     one, two = features(points, 5), features(points, 6)
     reset_peak(CPU)
     before = peak_mib(CPU)
-    seconds = seconds_of(lambda: neighbours(generated=one, reference=two, k=5, budget_mib=budget_mib), CPU)
+    seconds = seconds_of(lambda: precision_recall(generated=one, reference=two, k=5, budget_mib=budget_mib), CPU)
     return {
         "points": points,
         "budget_mib": budget_mib,

@@ -30,8 +30,8 @@ from edm.presets import MODELS
 from fid.inception import InceptionV3
 from flow.presets import CIFAR10
 from imm.presets import IMAGENET256
-from neon import binding
-from neon.binding import table_of
+from neon import config_table
+from neon.config_table import table_of
 from neon.family import Family, resolve
 from neon.pipeline.experiment import parse
 from neon.runtime.distributed import World
@@ -70,7 +70,7 @@ FULL = {
     ),
     "var_d16": Case(
         family="var",
-        arch=table_of(binding.to_plain(published("d16")), "arch"),
+        arch=table_of(config_table.to_plain(published("d16")), "arch"),
         batch=32,
         sampling={"top_k": 900, "top_p": 0.95},
         precision="fp16",
@@ -86,7 +86,7 @@ FULL = {
     ),
     "xar_base": Case(
         family="xar",
-        arch=table_of(binding.to_plain(SIZES["xar_base"]), "arch"),
+        arch=table_of(config_table.to_plain(SIZES["xar_base"]), "arch"),
         batch=16,
         sampling={"num_steps": 5},
         precision="fp16",

@@ -25,8 +25,8 @@ import torch
 from measuring import about, publish
 
 from neon.checkpoints import checkpoint
-from neon.pipeline.merging import merge
-from neon.pipeline.pairing import Request
+from neon.merge_files.merging import merge
+from neon.merge_files.pairing import Request
 
 SHARDS = 4
 SIDE = 4096

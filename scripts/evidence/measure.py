@@ -33,8 +33,8 @@ from neon.checkpoints import checkpoint  # noqa: E402
 from neon.evaluation.evaluate import Yardstick, evaluate  # noqa: E402
 from neon.images.formats import open_images  # noqa: E402
 from neon.pipeline.experiment import load  # noqa: E402
-from neon.pipeline.figures import tile  # noqa: E402
 from neon.pipeline.run import Run  # noqa: E402
+from neon.report.figures import tile  # noqa: E402
 from neon.runtime.distributed import World, world  # noqa: E402
 from neon.sampling.generate import generate, to_images  # noqa: E402
 from neon.sampling.options import Synth  # noqa: E402

@@ -13,8 +13,8 @@ import torch
 
 from neon import merge
 from neon.checkpoints import checkpoint
-from neon.pipeline import merging
-from neon.pipeline.pairing import Request
+from neon.merge_files import merging
+from neon.merge_files.pairing import Request
 from tests.core import pickles
 
 NUM_TENSORS, ROWS, COLUMNS = 3, 5120, 2048

@@ -11,7 +11,7 @@ from PIL import Image
 from fid.features import open_extractor
 from fid.frechet import Gaussian, frechet_distance
 from fid.metrics import kernel_distance
-from fid.neighbours import neighbours
+from fid.precision_recall import precision_recall
 from neon.cli.main import main
 from neon.evaluation.compute import compute
 from neon.images.formats import open_images
@@ -59,7 +59,7 @@ def sides(tmp_path):
 
 
 def test_every_kind_of_side_gives_the_plain_functions_values(sides):
-    near = neighbours(generated=features(MADE), reference=features(REAL), k=3)
+    near = precision_recall(generated=features(MADE), reference=features(REAL), k=3)
     for generated, reference in sides:
         found = compute(
             generated, reference, metrics=("fid", "precision", "recall"), extractor=PIXELS, batch=7, device="cpu"

@@ -12,8 +12,8 @@ from PIL import Image
 
 from neon.checkpoints import one_pass
 from neon.cli.main import main
-from neon.pipeline import difference
-from neon.pipeline.pairing import Request
+from neon.merge_files import difference
+from neon.merge_files.pairing import Request
 
 
 def model(seed: int, step: float = 0.0) -> dict[str, torch.Tensor]:

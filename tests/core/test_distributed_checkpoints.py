@@ -14,8 +14,8 @@ import torch.distributed.checkpoint as dcp
 
 from neon.checkpoints import checkpoint
 from neon.checkpoints.describe import describe
-from neon.pipeline.merging import merge
-from neon.pipeline.pairing import Request
+from neon.merge_files.merging import merge
+from neon.merge_files.pairing import Request
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 

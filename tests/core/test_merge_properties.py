@@ -14,8 +14,8 @@ from torch import Tensor
 
 from neon.checkpoints import checkpoint, one_pass
 from neon.merge import reverse_merge
-from neon.pipeline.merging import merge
-from neon.pipeline.pairing import Request
+from neon.merge_files.merging import merge
+from neon.merge_files.pairing import Request
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 SHAPES = [(), (1,), (7,), (3, 5), (2, 3, 4), (0, 3)]

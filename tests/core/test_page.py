@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from neon.pipeline import page
 from neon.pipeline.experiment import load
-from neon.pipeline.figures import LIGHT, _blank, draw_curve
-from neon.pipeline.result import Result
 from neon.pipeline.run import Run
+from neon.report import page
+from neon.report.figures import LIGHT, _blank, draw_curve
+from neon.report.result import Result
 from neon.runtime.distributed import World
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")

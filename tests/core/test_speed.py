@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from neon.binding import to_plain
+from neon.config_table import to_plain
 from neon.family import resolve
 from neon.pipeline.experiment import parse
 from neon.sampling.generate import Source, generate

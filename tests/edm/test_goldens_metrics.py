@@ -5,7 +5,7 @@ import torch
 
 from fid.frechet import Gaussian, frechet_distance
 from fid.moments import Moments
-from fid.neighbours import neighbours
+from fid.precision_recall import precision_recall
 from tests import goldens
 
 STATS = goldens.collect("edm", "stats_official*.npz")
@@ -59,7 +59,7 @@ def test_frechet_formula(file):
 @pytest.mark.parametrize("file", PRDC, ids=lambda file: file.stem)
 def test_prdc(file):
     config, arrays = goldens.load(file)
-    found = neighbours(
+    found = precision_recall(
         generated=goldens.tensor(arrays["fake"]),
         reference=goldens.tensor(arrays["real"]),
         k=config["nearest_k"],

@@ -11,7 +11,7 @@ from fid.features import Extractor, Features
 from fid.frechet import Gaussian, frechet_distance
 from fid.metrics import inception_score
 from fid.names import METRICS
-from fid.neighbours import neighbours
+from fid.precision_recall import precision_recall
 from fid.store import FeatureStore
 
 N = 1100
@@ -77,7 +77,7 @@ def test_they_are_the_plain_functions(whole):
     gaussian = Gaussian(pool.double().mean(0), torch.cov(pool.double().T))
     assert whole[f"fd{N}[stub]"] == pytest.approx(frechet_distance(generated=gaussian, reference=GAUSSIAN), rel=1e-9)
     assert whole[f"is{N}[stub]"] == inception_score(logits).mean
-    assert whole[f"recall{N}[stub,k=5]"] == neighbours(generated=pool, reference=REFERENCE, k=5).recall
+    assert whole[f"recall{N}[stub,k=5]"] == precision_recall(generated=pool, reference=REFERENCE, k=5).recall
 
 
 @pytest.mark.parametrize("batch", [3, 37, 400])

@@ -12,7 +12,7 @@ from fid.frechet import frechet_distance
 from fid.inception import InceptionV3
 from fid.metrics import inception_score, kernel_distance_unbiased
 from fid.moments import Moments
-from fid.neighbours import neighbours
+from fid.precision_recall import precision_recall
 from fid.resize import resize_tf1
 from tests import goldens
 
@@ -108,7 +108,7 @@ def test_metrics(file, name):
         elif key.startswith("is_of_3x"):
             assert inception_score(3 * generated) == pytest.approx(value, rel=1e-6), key  # theirs: float32 softmax
         elif key.startswith("pr_k"):
-            found = neighbours(generated=generated, reference=reference, k=int(key.removeprefix("pr_k")))
+            found = precision_recall(generated=generated, reference=reference, k=int(key.removeprefix("pr_k")))
             assert [found.precision, found.recall] == pytest.approx(value, abs=1e-6), key
         elif key == "kid_full_unbiased":
             assert kernel_distance_unbiased(generated=generated, reference=reference) == pytest.approx(value, abs=1e-8)

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from neon.cli.messages import USER_ERRORS
-from neon.pipeline import page
 from neon.pipeline.experiment import load
 from neon.pipeline.run import Run
+from neon.report import page
 from neon.runtime.distributed import World
 from neon.store import records
 from tests.core.test_run import without_times

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import pytest
 
-from neon.binding import LARGEST, Range, to_plain
+from neon.config_table import LARGEST, Range, to_plain
 from neon.evaluation.options import Report
 from neon.family import resolve, shipped
 from neon.pipeline.experiment import Base, Data, parse

@@ -10,9 +10,9 @@ from dataclasses import fields
 import pytest
 
 from neon.cli.messages import USER_ERRORS
-from neon.pipeline import page
 from neon.pipeline.experiment import load
 from neon.pipeline.run import Run
+from neon.report import page
 from neon.runtime.distributed import World
 from neon.sampling.options import Sampling, Synth
 from neon.search.options import Select

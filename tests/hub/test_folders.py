@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from neon.pipeline.merging import merge
-from neon.pipeline.pairing import Request
+from neon.merge_files.merging import merge
+from neon.merge_files.pairing import Request
 
 transformers = pytest.importorskip("transformers")
 diffusers = pytest.importorskip("diffusers")

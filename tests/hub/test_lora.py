@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from neon.checkpoints import checkpoint
 from neon.merge import reverse_merge
-from neon.pipeline.merging import merge
-from neon.pipeline.pairing import Request
+from neon.merge_files.merging import merge
+from neon.merge_files.pairing import Request
 from tests.hub.test_folders import gpt, pipeline
 
 peft = pytest.importorskip("peft")

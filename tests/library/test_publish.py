@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 
 import neon
 from neon.checkpoints import checkpoint
-from neon.pipeline.card import model_card
 from neon.pipeline.experiment import load
 from neon.pipeline.publish import publish
 from neon.pipeline.run import Run
+from neon.report.card import model_card
 from neon.runtime.distributed import World
 from neon.store import hub
 from tests.commands import ROOT

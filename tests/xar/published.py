@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from neon import binding
+from neon import config_table
 from neon.checkpoints import checkpoint
 from tests import goldens
 from tests.quarters_extractor import write_statistics
@@ -32,7 +32,7 @@ def write_tiny(folder: Path) -> None:
     torch.save(model.state_dict(), folder / "base.pth")
     tuned = {**model.state_dict(), **{name: nn.Parameter(value * 1.01) for name, value in model.named_parameters()}}
     torch.save({"model_ema": tuned, "epoch": 3}, folder / "tuned.pth")
-    vae = goldens.seed_by_name(KL16(binding.build(KL16Arch, TINY_VAE, "arch")))
+    vae = goldens.seed_by_name(KL16(config_table.build(KL16Arch, TINY_VAE, "arch")))
     checkpoint.write(folder / "vae.safetensors", vae.state_dict(), metadata={"arch": TINY_VAE})
     write_statistics(folder / "stats.npz")
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
-from neon.pipeline.result import Result
+from neon.report.result import Result
 from neon.search.choose import Choice, Measured
 from neon.search.points import Score
 

@@ -13,8 +13,8 @@ import torch
 from neon.checkpoints.lazy import Entry, StoredTensor
 from neon.checkpoints.one_pass import CHUNK, Reader, one_torch_thread
 from neon.merge import difference, is_discrete, is_finite
-from neon.pipeline.adapting import adapted_pairs, adapter_at
-from neon.pipeline.pairing import Pair, Request, pairs_of, stored
+from neon.merge_files.adapting import adapted_pairs, adapter_at
+from neon.merge_files.pairing import Pair, Request, pairs_of, stored
 from neon.store import files
 
 

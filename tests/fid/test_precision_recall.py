@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fid.neighbours import neighbours
+from fid.precision_recall import precision_recall
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -11,14 +11,14 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def test_mode_collapse_is_precise_and_forgets():
-    found = neighbours(generated=0.05 * normal(200, 6), reference=normal(400, 6, seed=1), k=3)
+    found = precision_recall(generated=0.05 * normal(200, 6), reference=normal(400, 6, seed=1), k=3)
     assert found.precision > 0.95
     assert found.recall < 0.05
     assert found.coverage < 0.5
 
 
 def test_too_much_variety_recalls_and_is_imprecise():
-    found = neighbours(generated=20 * normal(400, 6), reference=normal(200, 6, seed=1), k=3)
+    found = precision_recall(generated=20 * normal(400, 6), reference=normal(200, 6, seed=1), k=3)
     assert found.recall > 0.95
     assert found.precision < 0.05
 
@@ -27,19 +27,19 @@ def test_identical_sets():
     """Every point is its own centre; on average k + 1 balls (its own and about k others) hold it, strictly k of them
     per ball."""
     x = normal(300, 5)
-    found = neighbours(generated=x, reference=x.clone(), k=3)
+    found = precision_recall(generated=x, reference=x.clone(), k=3)
     assert (found.precision, found.recall, found.coverage) == (1, 1, 1)
     assert found.density == 1  # a ball holds its centre and the k - 1 nearest strictly inside: k per ball, over k
 
 
 def test_far_apart():
-    assert neighbours(generated=normal(50, 3) + 100, reference=normal(60, 3, seed=1), k=5) == (0, 0, 0, 0)
+    assert precision_recall(generated=normal(50, 3) + 100, reference=normal(60, 3, seed=1), k=5) == (0, 0, 0, 0)
 
 
 def test_points_on_a_line():
     """reference 0, 1, 3 (k = 1: radii 1, 1, 2), generated 1.5, 4, 9 (radii 2.5, 2.5, 5)."""
     reference, generated = torch.tensor([[0.0], [1.0], [3.0]]), torch.tensor([[1.5], [4.0], [9.0]])
-    found = neighbours(generated=generated, reference=reference, k=1)
+    found = precision_recall(generated=generated, reference=reference, k=1)
     assert found.precision == pytest.approx(2 / 3)  # 1.5 lies in the ball of 1, 4 in that of 3, 9 in none
     assert found.recall == pytest.approx(1)  # 0, 1, 3 lie within 2.5 of 1.5
     assert found.density == pytest.approx(3 / 3)  # 1.5 in the balls of 1 and 3, 4 in that of 3
@@ -49,16 +49,16 @@ def test_points_on_a_line():
 def test_the_boundary():
     """reference 0, 1 (radii 1), generated 2, 3 (radii 1): 2 is exactly on the sphere of 1, and 1 on the sphere of 2."""
     reference, generated = torch.tensor([[0.0], [1.0]]), torch.tensor([[2.0], [3.0]])
-    assert neighbours(generated=generated, reference=reference, k=1)[:2] == (0.5, 0.5)
-    assert neighbours(generated=generated, reference=reference, k=1, boundary="outside")[:2] == (0, 0)
-    assert neighbours(generated=generated, reference=reference, k=1)[2:] == (0, 0)
+    assert precision_recall(generated=generated, reference=reference, k=1)[:2] == (0.5, 0.5)
+    assert precision_recall(generated=generated, reference=reference, k=1, boundary="outside")[:2] == (0, 0)
+    assert precision_recall(generated=generated, reference=reference, k=1)[2:] == (0, 0)
 
 
 def test_copies_of_one_sample_are_at_distance_zero():
     point = 7 + normal(1, 512)
-    found = neighbours(generated=point.repeat(40, 1), reference=normal(60, 512, seed=1), k=5)
+    found = precision_recall(generated=point.repeat(40, 1), reference=normal(60, 512, seed=1), k=5)
     assert found.precision == 0
-    both = neighbours(generated=point.repeat(40, 1), reference=point.repeat(30, 1), k=5)
+    both = precision_recall(generated=point.repeat(40, 1), reference=point.repeat(30, 1), k=5)
     assert (both.precision, both.recall) == (1, 1)
     assert (both.density, both.coverage) == (0, 0)  # strictly inside a ball of radius 0 lies nothing
 
@@ -81,23 +81,23 @@ def brute_force(generated: torch.Tensor, reference: torch.Tensor, k: int) -> lis
 def test_equals_brute_force_in_any_number_of_blocks(k):
     generated, reference = 1.2 * normal(700, 16), normal(500, 16, seed=1)
     want = brute_force(generated, reference, k)
-    assert list(neighbours(generated=generated, reference=reference, k=k)) == pytest.approx(want, abs=1e-12)
+    assert list(precision_recall(generated=generated, reference=reference, k=k)) == pytest.approx(want, abs=1e-12)
     for budget_mib in (1, 3):  # blocks of 177 and of 309 points
-        assert list(neighbours(generated=generated, reference=reference, k=k, budget_mib=budget_mib)) == pytest.approx(
-            want, abs=1e-12
-        )
+        assert list(
+            precision_recall(generated=generated, reference=reference, k=k, budget_mib=budget_mib)
+        ) == pytest.approx(want, abs=1e-12)
 
 
 def test_swapping_the_sets_swaps_precision_and_recall():
     a, b = 1.3 * normal(300, 8), normal(200, 8, seed=1)
-    one, two = neighbours(generated=a, reference=b, k=3), neighbours(generated=b, reference=a, k=3)
+    one, two = precision_recall(generated=a, reference=b, k=3), precision_recall(generated=b, reference=a, k=3)
     assert one.precision == two.recall != one.recall == two.precision
 
 
 def test_errors():
     with pytest.raises(ValueError, match="at least 4 points in each set, got 3 and 9"):
-        neighbours(generated=normal(3, 2), reference=normal(9, 2), k=3)
+        precision_recall(generated=normal(3, 2), reference=normal(9, 2), k=3)
     with pytest.raises(ValueError, match="2 dimensions, the reference's 3"):
-        neighbours(generated=normal(9, 2), reference=normal(9, 3), k=3)
+        precision_recall(generated=normal(9, 2), reference=normal(9, 3), k=3)
     with pytest.raises(ValueError, match="too small"):
-        neighbours(generated=normal(9, 2), reference=normal(9, 2), k=3, budget_mib=0)
+        precision_recall(generated=normal(9, 2), reference=normal(9, 2), k=3, budget_mib=0)

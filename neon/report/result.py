@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from neon.binding import to_plain, to_table
+from neon.config_table import to_plain, to_table
 from neon.evaluation.evaluate import Yardstick
 from neon.search.choose import Choice
 from neon.search.points import Score, parabola_minimum

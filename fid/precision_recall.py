@@ -21,7 +21,7 @@ class Neighbours(NamedTuple):
     coverage: float
 
 
-def neighbours(
+def precision_recall(
     *,
     generated: Tensor,
     reference: Tensor,

@@ -12,8 +12,8 @@ from neon.checkpoints.checkpoint import Checkpoint
 from neon.checkpoints.lazy import Entry
 from neon.checkpoints.limits import first_of, shown
 from neon.merge import merge_tensor
-from neon.pipeline.outputs import FORMULA, new_folder, output_names
-from neon.pipeline.pairing import Pair, Request, stored
+from neon.merge_files.outputs import FORMULA, new_folder, output_names
+from neon.merge_files.pairing import Pair, Request, stored
 from neon.store import files
 
 

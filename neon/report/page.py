@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from neon.pipeline.figures import DARK, LIGHT, as_png, caption, curve_figure, shrunk, summary_figure, tile
-from neon.pipeline.page_style import PAGE
-from neon.pipeline.result import FORMULA, Result, why_it_ended
+from neon.report.figures import DARK, LIGHT, as_png, caption, curve_figure, shrunk, summary_figure, tile
+from neon.report.page_style import PAGE
+from neon.report.result import FORMULA, Result, why_it_ended
 from neon.store import files
 
 if TYPE_CHECKING:

@@ -19,9 +19,9 @@ from neon.checkpoints.checkpoint import Checkpoint
 from neon.checkpoints.lazy import StoredTensor
 from neon.checkpoints.one_pass import Item, Moved, Output, Reader, merge_into
 from neon.checkpoints.safetensors_format import check_metadata, encode_header, lay_out, read_back
-from neon.pipeline.adapting import adapted_pairs, adapter_at, merge_adapter
-from neon.pipeline.outputs import FORMULA, new_file, new_folder, output_names
-from neon.pipeline.pairing import Pair, Request, pairs_of, stored
+from neon.merge_files.adapting import adapted_pairs, adapter_at, merge_adapter
+from neon.merge_files.outputs import FORMULA, new_file, new_folder, output_names
+from neon.merge_files.pairing import Pair, Request, pairs_of, stored
 from neon.store import files
 
 log = logging.getLogger(__name__)
