@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -29,13 +30,12 @@ from fid.reference import read_reference  # noqa: E402
 from fid.weights import cache_folder  # noqa: E402
 from neon.pipeline.experiment import load  # noqa: E402
 from neon.pipeline.run import Run  # noqa: E402
+from neon.report.result import selection  # noqa: E402
 from neon.runtime.distributed import world  # noqa: E402
-from neon.search.points import Block, Point, best  # noqa: E402
+from neon.search.points import Block  # noqa: E402
 from scripts.fashion_mnist import fetch, load_split  # noqa: E402
 
 CONFIG = ROOT / "configs" / "demo.toml"
-GRID = ("select.strategy=grid", "select.w=[0.5, 1.0, 1.5, 2.0]")
-"""How w was chosen for results/demo.json; the demo itself searches."""
 RESULTS = ROOT / "results" / "demo.json"
 METRIC, SECOND = "fd2k[fashion-cnn]", "fd2k[pixel-pca64]"
 CAVEATS = """What to keep in mind:
@@ -47,9 +47,9 @@ default.
 - Look at the pictures, not only at the numbers."""
 
 
-def run_once(steps: int, seed: int, folder: Path, *more: str) -> dict:
+def run_once(steps: int, seed: int, folder: Path) -> dict:
     """One complete `neon run` of the demo's config with another number of steps or another synthetic set."""
-    overrides = [f"sampling.num_steps={steps}", f"synth.first_seed={seed * 10_000}", f"finetune.seed={seed}", *more]
+    overrides = [f"sampling.num_steps={steps}", f"synth.first_seed={seed * 10_000}", f"finetune.seed={seed}"]
     with world() as ranks:
         return Run(load(CONFIG, overrides), folder, ranks).all()
 
@@ -73,34 +73,24 @@ def grid_table(points: list[dict]) -> str:
 
 
 def base_and_neon(steps: int, seed: int, folder: Path) -> dict:
-    """Held-out base and Neon at another number of steps, with S, fine-tune and w of their own; the controls are left to
-    `run_once`."""
-    overrides = [
-        f"sampling.num_steps={steps}",
-        "synth.num_images=500",
-        f"synth.first_seed={seed * 10_000}",
-        f"finetune.seed={seed}",
-    ]
-    config = load(CONFIG, [*overrides, "select.num_images=250", "select.w=[1.0, 1.5]"])
+    """Held-out base and Neon at another number of steps, with S, fine-tune and search of their own; the controls are
+    left to `run_once`."""
+    overrides = [f"synth.first_seed={seed * 10_000}", f"finetune.seed={seed}", "synth.num_images=500"]
+    config = load(CONFIG, [f"sampling.num_steps={steps}", *overrides])
     with world() as ranks:
         run = Run(config, folder, ranks)
-        snapshot = run.finetune()[-1].stem.removeprefix("snapshot-")
-        select = Block(labels="balanced", first_seed=config.select.first_seed, num_images=config.select.num_images)
+        run.finetune()
+        choice = run.select()
         report = Block(
             labels="balanced", first_seed=config.report.first_seed, num_images=2_000, num_shown=config.report.num_shown
         )
-        tried = [run.grid.score(Point(w=w, snapshot=snapshot), select) for w in (0.0, *config.select.w)]
-        winner = best(tried, next(iter(tried[0].metrics)))
-        rows = {
-            name: run.grid.score(Point(w=w, snapshot=snapshot), report)
-            for name, w in (("base", 0.0), ("neon", winner.point.w))
-        }
-    points = [{"w": s.point.w, "metrics": s.metrics} for s in tried]
+        points = {"base": replace(choice.point, w=0.0), "neon": choice.point}
+        rows = {name: run.grid.score(point, report) for name, point in points.items()}
     return {
         "synth_seed": seed,
-        "w": winner.point.w,
+        "w": choice.point.w,
         "rows": {name: {"w": s.point.w, "metrics": s.metrics} for name, s in rows.items()},
-        "select": {"points": points},
+        "select": selection(choice),
     }
 
 
@@ -121,7 +111,7 @@ def three_seeds(num_seeds: int, out: Path) -> dict:
             folder = out / f"steps{steps}-seed{seed}"
             share_base_rows(out / f"steps{steps}-seed0", folder)
             if steps == 8:
-                result = run_once(steps, seed, folder, *GRID, "select.num_images=500")
+                result = run_once(steps, seed, folder)
                 found = {
                     "synth_seed": seed,
                     "w": result["w"],

@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import resource
 import subprocess
 import sys
 
@@ -60,26 +59,25 @@ def test_every_command_explains_itself():
     assert all(any(name in line for line in listing().splitlines()) for name in FAMILIES)
 
 
+SLOW_TO_IMPORT = {"torch", "torchvision", "numpy", "scipy", "PIL", "timm", "huggingface_hub", "matplotlib", "diffusers"}
+
+
 @pytest.mark.parametrize("words", ["", "run --", "fid calc --met", "download --"])
-def test_help_and_completion_need_no_torch_and_half_a_second(words):
-    """Processor time, the best of three tries: the machine of a test may be busy with others."""
+def test_help_and_completion_import_nothing_slow(words):
+    """What a person waits for are imports; without these the answer takes about a quarter of a second."""
     code = "import sys; from neon.cli.main import main\ntry: main(prog_name='neon')\n"
-    code += "finally: print('torch' in sys.modules, file=sys.stderr)"
+    code += "finally: print(*sorted(sys.modules), file=sys.stderr)"
     arguments = ["--help"] if not words else []
     complete = {"_NEON_COMPLETE": "bash_complete", "COMP_WORDS": f"neon {words}", "COMP_CWORD": str(len(words.split()))}
     environment = {**os.environ, **(complete if words else {})}
-    seconds = []
-    for _ in range(3):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        done = subprocess.run(
-            [sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=environment, cwd=ROOT
-        )
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-        assert done.returncode == 0, done.stderr
-        assert done.stderr.splitlines()[-1] == "False"
-        assert ("finetune" if not words else words.split()[-1]) in done.stdout
-    assert min(seconds) < 0.5
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=environment, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    imported = done.stderr.splitlines()[-1].split()
+    assert not SLOW_TO_IMPORT & set(imported)
+    assert len(imported) < 400
+    assert ("finetune" if not words else words.split()[-1]) in done.stdout
 
 
 @pytest.mark.parametrize("error", [ValueError, FileNotFoundError, FloatingPointError, ImportError])
