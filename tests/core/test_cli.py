@@ -76,7 +76,7 @@ def test_help_and_completion_import_nothing_slow(words):
     assert done.returncode == 0, done.stderr
     imported = done.stderr.splitlines()[-1].split()
     assert not SLOW_TO_IMPORT & set(imported)
-    assert len(imported) < 400
+    assert len(imported) < 300
     assert ("finetune" if not words else words.split()[-1]) in done.stdout
 
 
