@@ -1,7 +1,7 @@
 """The two U-Nets of EDM: SongUNet (DDPM++ and NCSN++, arXiv 2011.13456) and DhariwalUNet (ADM, arXiv 2105.05233).
 
 Attribute names and constructor arguments are those of the published checkpoints. A network is a mapping (scalars to the
-embedding `emb`) followed by an encoder and a decoder, which edm/levels.py builds and runs; IMM puts another mapping
+embedding `emb`) followed by an encoder and a decoder, which edm/unet_levels.py builds and runs; IMM puts another mapping
 before them.
 """
 
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edm.layers import BlockStyle, Conv2d, FourierEmbedding, GroupNorm, Init, Linear, PositionalEmbedding
-from edm.levels import Levels, decode, encode
+from edm.unet_levels import Levels, decode, encode
 
 SONG_INIT = Init("xavier_uniform")
 SONG_INIT_OUT = Init("xavier_uniform", weight=1e-5)
