@@ -1,8 +1,8 @@
 """The two U-Nets of EDM: SongUNet (DDPM++ and NCSN++, arXiv 2011.13456) and DhariwalUNet (ADM, arXiv 2105.05233).
 
 Attribute names and constructor arguments are those of the published checkpoints. A network is a mapping (scalars to the
-embedding `emb`) followed by an encoder and a decoder, which edm/unet_levels.py builds and runs; IMM puts another mapping
-before them.
+embedding `emb`) followed by an encoder and a decoder, which edm/unet_levels.py builds and runs; IMM puts another
+mapping before them.
 """
 
 from __future__ import annotations
