@@ -14,7 +14,7 @@ import struct
 import uuid
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from lzma import LZMAError
@@ -70,12 +70,20 @@ def remove_abandoned(path: Path) -> None:
                 os.close(descriptor)
 
 
-def check_writable(path: Path, *, make_folder: bool = False) -> None:
+def check_writable(path: Path, *, make_folder: bool = False, inputs: Iterable[Path] = ()) -> None:
     """Raise, before any work, what writing `path` would raise after it: no such folder, no permission, a folder there.
 
-    make_folder: make the folder if it is not there.
-    Raises FileNotFoundError, PermissionError, IsADirectoryError or FileExistsError (a device or pipe).
+    make_folder: make the folder if it is not there. inputs: what `path` is made from, which it must not replace (also
+        not through a link).
+    Raises FileNotFoundError, NotADirectoryError, PermissionError, IsADirectoryError, FileExistsError (a device or
+    pipe) or ValueError (an input).
     """
+    file = next((above for above in path.parents if above.is_file()), None)
+    if file is not None:
+        raise NotADirectoryError(f"cannot write {path}: {file} is a file, not a folder")
+    same = [read_from for read_from in inputs if path.exists() and read_from.exists() and path.samefile(read_from)]
+    if same:
+        raise ValueError(f"{path} is the same file as the input {same[0]}, which it would replace; name another file")
     if make_folder:
         path.parent.mkdir(parents=True, exist_ok=True)
     if not path.parent.is_dir():

@@ -41,10 +41,13 @@ def frechet_kind(extractor: Extractor) -> str:
     return "fid" if extractor.comparable is None else "fd"
 
 
-def cautions(values: Mapping[str, float], *, num_images: int, extractor: Extractor) -> list[str]:
+def cautions(
+    values: Mapping[str, float], *, num_images: int, extractor: Extractor, reference_images: int | None = None
+) -> list[str]:
     """What a reader of these values should be told: one sentence each, none if there is nothing to say.
 
     values: {metric's name: value} of `num_images` images, as `fid.evaluator.measure` gives them.
+    reference_images: how many the reference's statistics were made of; None if nobody knows.
     """
     kind = frechet_kind(extractor)
     distance = values.get(metric_name(kind, num_images, extractor.name))
@@ -54,6 +57,11 @@ def cautions(values: Mapping[str, float], *, num_images: int, extractor: Extract
         notes.append(
             f"{num_images} images for {extractor.dim} features: the covariance is singular and the bias large; use "
             "many times more images"
+        )
+    if (distance is not None or limit is not None) and 0 < (reference_images or 0) <= extractor.dim:
+        notes.append(
+            f"the reference is made of {reference_images} images for {extractor.dim} features: its covariance is "
+            "singular and the bias large; make it of many times more images"
         )
     if limit is not None and num_images // 4 <= extractor.dim:
         notes.append(

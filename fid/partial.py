@@ -64,7 +64,7 @@ def read_partial(path: Path) -> Partial:
         made_with = header["extractor"], header["extractor_sha256"], header["source"]
         partial = Partial(moments, *made_with, images, int(header["num_images"]))
     except (SafetensorError, KeyError, ValueError, TypeError) as error:
-        raise ValueError(f"{path}: not a file of partial statistics ({error})") from error
+        raise ValueError(f"{path}: not a file of partial statistics, as `neon fid part` writes it ({error})") from error
     covered = sum(stop - start for start, stop in images)
     if covered != moments.count:
         raise ValueError(f"{path}: {moments.count} images were counted, its ranges hold {covered}")

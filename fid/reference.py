@@ -49,10 +49,10 @@ def read_reference(path: Path | str) -> Reference:
             f"{path}: not an .npz of plain arrays ({error}). Pickled statistics are never opened: {_ADVICE}"
         ) from error
     if "mu" not in arrays or "sigma" not in arrays:
-        images = f" {_IMAGES}" if "arr_0" in keys or "images" in keys or not keys else ""
-        raise ValueError(
-            f"{path}: expected the arrays mu and sigma, found {', '.join(keys) or 'a bare array'}.{images}"
-        )
+        may_be_images = not keys or any(key in ("arr_0", "images") or "." in key for key in keys)  # a.png, ...
+        shown = ", ".join(keys[:8]) + (f", ... ({len(keys)} names)" if len(keys) > 8 else "")
+        hint = f" {_IMAGES}" if may_be_images else ""
+        raise ValueError(f"{path}: expected the arrays mu and sigma, found {shown or 'a bare array'}.{hint}")
     try:
         for key in ("mu", "sigma"):
             if arrays[key].dtype not in (np.float32, np.float64):

@@ -253,10 +253,7 @@ def check_target(path: Path, inputs: Iterable[Path]) -> None:
     none of the inputs (also not through a link)."""
     if path.suffix != ".safetensors":
         raise ValueError(f"{path}: what is written is safetensors; expected a name ending in .safetensors")
-    files.check_writable(path)
-    same = [read_from for read_from in inputs if path.exists() and path.samefile(read_from)]
-    if same:
-        raise ValueError(f"{path} is the same file as the input {same[0]}, which it would replace; name another file")
+    files.check_writable(path, inputs=inputs)
 
 
 def content_hash(path: Path, shards: Iterable[str], hash_of: Callable[[Path], str] = files.sha256_of) -> str:

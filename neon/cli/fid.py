@@ -72,7 +72,7 @@ extraction_options = gathered(
         *RANK_OPTIONS,
         click.option(
             "--resume",
-            type=PATH,
+            type=click.Path(path_type=Path, file_okay=False),
             help="Keep the sums so far in this folder: the same command, killed, goes on from there.",
         ),
     ],
@@ -96,7 +96,7 @@ def ref(source: Path, out: Path, how: Extraction) -> None:
     from neon.runtime.distributed import world
     from neon.store import files
 
-    files.check_writable(out, make_folder=True)
+    files.check_writable(out, make_folder=True, inputs=[source])
     with world(how.device, how.timeout) as ranks:
         images = open_images(source, use_labels=False)
         network = how.open(ranks)
@@ -144,7 +144,7 @@ def part(source: Path, chosen: str, out: Path, how: Extraction) -> None:
     from neon.store import files
 
     span = parse_span(chosen)
-    files.check_writable(out)
+    files.check_writable(out, inputs=[source])
     with world(how.device, how.timeout) as ranks:
         images = open_images(source, use_labels=False)
         network = how.open(ranks)
@@ -179,7 +179,7 @@ def merge_parts(parts: Sequence[Path], out: Path) -> None:
     from neon.evaluation.on_disk import versions
     from neon.store import files
 
-    files.check_writable(out, make_folder=True)
+    files.check_writable(out, make_folder=True, inputs=parts)
     total = merge_partials([read_partial(path) for path in parts])
     total.check_complete()
     provenance = {"source": total.source, "images": total.images[0], "num_images": total.moments.count}

@@ -243,7 +243,7 @@ def data(source: Path, out: Path, split: str, size: int | None, no_labels: bool)
 
     if out.suffix.lower() != ".zip":
         raise click.UsageError(f"--out {out}: expected a name ending in .zip")
-    files.check_writable(out)
+    files.check_writable(out, inputs=[source])
     images = open_source(source, split, size, use_labels=not no_labels)
     count = write_zip(out, images.batches(256), images.labels)
     for sentence in images.remarks.sentences():

@@ -250,6 +250,7 @@ def _result(
         runs[values.index(min(values))].metrics,
         num_images=request.images.num_images,
         extractor=yardstick.extractor,
+        reference_images=None if yardstick.reference is None else yardstick.reference.count,
     )
     for note in notes:
         log.warning(note)

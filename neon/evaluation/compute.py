@@ -159,7 +159,8 @@ def compare(
         k=question.k,
         kid_subset=question.kid_subset,
     )
-    notes += cautions(values, num_images=len(generated), extractor=network)
+    made_of = statistics.count if statistics is not None else None if real is None else real.moments.count
+    notes += cautions(values, num_images=len(generated), extractor=network, reference_images=made_of)
     if statistics is not None and real is not None and question.needs(DISTANCES):
         notes += other_set_cautions(statistics, real.moments.gaussian())
     return Comparison(

@@ -84,6 +84,8 @@ class FolderFiles:
                         yield from self._walk(Path(entry.path), f"{name}/", (*above, inner), dangling, remarks)
                 elif entry.is_file():
                     yield name
+                else:
+                    remarks.add("are pipes or devices and not counted", name)
 
     def content(self, name: str) -> bytes:
         try:

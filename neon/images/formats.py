@@ -78,7 +78,8 @@ def _open(path: Path, size: int | None, use_labels: bool) -> ImageSet:
     if "idx" in path.name:
         return open_idx(path)
     raise ValueError(
-        f"{path}: not an image set; expected a folder, .zip, .npz, .npy or an IDX file (*-images-idx3-ubyte[.gz])"
+        f"{path}: not an image set; expected a folder, .zip, .npz, .npy or an IDX file (*-images-idx3-ubyte[.gz]). "
+        "Unpack other archives first"
     )
 
 
@@ -88,7 +89,10 @@ def _open_files(path: Path, files: Files, size: int | None, use_labels: bool, re
         if _suffix(name) not in PICTURES and name.rsplit("/")[-1] != "dataset.json":
             remarks.add("are no images by their names and not counted", name)
     if not names:
-        raise ValueError(f"{path}: no images found; looked for *.png, *.jpg, *.npy ... in {len(files.names)} file(s)")
+        others = "".join(f"; {sentence}" for sentence in remarks.sentences())
+        raise ValueError(
+            f"{path}: no images found; looked for *.png, *.jpg, *.npy ... in {len(files.names)} file(s){others}"
+        )
     labels, labels_from = file_labels(path, names, files, remarks) if use_labels else (None, "")
     first_name, first = _first_readable(names, files, size, remarks)
 
@@ -111,7 +115,7 @@ def _open_files(path: Path, files: Files, size: int | None, use_labels: bool, re
         return torch.from_numpy(np.stack(images))
 
     def stored(indices: Sequence[int]) -> bytes:
-        return b"".join(names[i].encode() + b"\0" + files.digest(names[i]) for i in indices)
+        return b"".join(names[i].encode("utf-8", "surrogateescape") + b"\0" + files.digest(names[i]) for i in indices)
 
     return ImageSet(path, names, tuple(first.shape), labels, read, labels_from, remarks, stored)
 

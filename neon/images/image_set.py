@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 Reader = Callable[[Sequence[int]], Tensor]
+DARK = "hold no value above 1 (black, or numbers in [0, 1] under the type uint8?)"
 
 
 class Remarks:
@@ -80,9 +81,15 @@ class ImageSet:
                 bad.extend(error.problems)
             else:
                 if not bad:
+                    self._remark_on_dark(indices, images)
                     yield indices, images
         if bad:
             raise UnreadableImagesError(bad)
+
+    def _remark_on_dark(self, indices: Sequence[int], images: Tensor) -> None:
+        if images.dtype == torch.uint8:
+            for i in (images.flatten(1).amax(1) <= 1).nonzero()[:, 0].tolist():
+                self.remarks.add(DARK, self.names[indices[i]])
 
     def fingerprint(self, most: int) -> str:
         """SHA-256 of shape, names, labels and the pixels of at most `most` images, evenly spaced: a replaced file is
@@ -126,7 +133,7 @@ class UnreadableImagesError(ValueError):
 
     def __init__(self, problems: Sequence[str]):
         self.problems = list(problems)
-        shown = "; ".join(self.problems[:3])
+        shown = "; ".join(self.problems[:3]).replace("\n", "\\n")  # names may hold line breaks
         super().__init__(
             f"{len(self.problems)} image file(s) cannot be used, first: {shown}. Mend or remove them; none is skipped "
             "silently"

@@ -54,7 +54,7 @@ def _class_folders(path: Path, names: Sequence[str]) -> Found:
         )
     folders = [name.split("/")[0] for name in names]
     classes = class_order(set(folders))
-    if set(classes) <= SPLITS:
+    if all(name.lower().rstrip("0123456789_-") in SPLITS for name in classes):  # also Train/, val2017/
         raise ValueError(
             f"{path}: holds the splits {', '.join(classes)}, which are no classes. Name one of them, "
             f"{path}/{classes[0]}, or read the set without labels"
@@ -137,6 +137,8 @@ def checked_labels(where: str, labels: np.ndarray) -> Tensor | None:
         raise ValueError(
             f"{where}: labels are {labels.dtype} {labels.shape}, expected whole numbers (N,) or finite vectors (N, K)"
         )
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        raise ValueError(f"{where}: labels are a column {labels.shape}: give class indices as {labels.shape[:1]}")
     if labels.ndim == 2:
         return torch.from_numpy(labels.astype(np.float32))
     if len(labels) and (labels == -1).all():

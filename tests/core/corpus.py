@@ -351,12 +351,15 @@ def layouts() -> Iterator[Case]:
         yield Case(name=f"notes-{container}", make=make, images=grey(2), remark="2 file(s) are no images by")
     stray = classes(["ant/1.png", "bee/2.png", "stray.png"])
     splits = classes(["train/ant/1.png", "val/ant/2.png"])
+    other_splits = classes(["Train/ant/1.png", "Val2017/ant/2.png"])
     for container in ("folder", "stored"):
         yield Case(name=f"stray-{container}", make=containers(stray)[container], error="stray.png|outside the class")
         yield Case(
             name=f"stray-unlabelled-{container}", make=containers(stray)[container], images=grey(3), use_labels=False
         )
         yield Case(name=f"splits-{container}", make=containers(splits)[container], error="/train|the splits train, val")
+        other = containers(other_splits)[container]
+        yield Case(name=f"other-splits-{container}", make=other, error="the splits Train, Val2017")
 
     def linked_class(folder: Path) -> Path:
         in_folder(classes(["real/1.png"]))(folder)
@@ -378,6 +381,25 @@ def layouts() -> Iterator[Case]:
     def foreign_manifest(folder: Path) -> Path:
         return in_folder(classes(["1.png", "2.png"], {"manifest.json": b'{"name": "a web app"}'}))(folder)
 
+    def pipe(folder: Path) -> Path:
+        in_folder(classes(["1.png", "2.png"]))(folder)
+        os.mkfifo(folder / "set/3.png")
+        return folder / "set"
+
+    def no_utf8(folder: Path) -> Path:
+        in_folder(classes(["1.png"]))(folder)
+        (folder / "set" / os.fsdecode(b"\xff.png")).write_bytes(png(GREY[0] // 2))
+        return folder / "set"
+
+    yield Case(name="pipe", make=pipe, images=grey(2), remark="pipes or devices")
+    yield Case(name="no-utf8", make=no_utf8, images=grey(2))
+    only = {".a/1.png": png(GREY[0]), "part1.zip": b"PK"}
+    yield Case(
+        name="nothing-to-see",
+        make=in_folder(only),
+        error="set: no images found|first: part1.zip|hidden and not counted, first: .a",
+    )
+    yield Case(name="line-break", make=in_folder({"a\nb.png": b"x"}), error="a\\nb.png: cannot be decoded")
     yield Case(name="linked-class", make=linked_class, images=np.stack([GREY[0]] * 2)[:, None], labels=[0, 1])
     yield Case(name="dangling", make=dangling, error="3.png|lead nowhere")
     yield Case(name="loop", make=loop, images=grey(2), labels=[0, 1], remark="links back to a folder above")
@@ -423,6 +445,7 @@ def listings() -> Iterator[Case]:
         "true": ({"labels": [[first, True], [second, 1]]}, "true"),
         "negative": ({"labels": [[first, -1], [second, 1]]}, "no class index"),
         "fraction": ({"labels": [[first, 0.5], [second, 1]]}, "no class index"),
+        "column": ({"labels": [[first, [1]], [second, [0]]]}, "labels are a column"),
         "missing": ({"labels": [[first, 1]]}, "no label for 1 of 2 images"),
         "two": ({"labels": [[first, 1], [first, 2], [second, 1]]}, "two labels"),
         "infinite": ({"labels": [[first, [float("inf"), 1]], [second, [1, 1]]]}, "finite"),
@@ -482,6 +505,7 @@ def arrays() -> Iterator[Case]:
             "strings": ({"images": GREY, "labels": np.array(["cat", "dog"])}, "labels are <U3"),
             "negative": ({"images": GREY, "labels": np.array([-1, 0])}, "no class index"),
             "fraction": ({"images": GREY, "labels": np.array([0.5, 0])}, "no class index"),
+            "column": ({"images": GREY, "labels": np.array([[1], [0]])}, "labels are a column (2, 1)"),
             "nan": ({"images": GREY, "labels": np.array([np.nan, 0])}, "finite"),
             "count": ({"images": GREY, "labels": np.array([0, 1, 2])}, "2 images but labels (3,)"),
             "pickle": ({"images": np.array([{}, {}], dtype=object)}, "found object"),

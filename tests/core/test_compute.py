@@ -119,6 +119,15 @@ def test_a_reference_of_another_shape_is_said(tmp_path):
     )
 
 
+def test_references_of_few_images_and_dark_images_are_said(tmp_path):
+    few = compute(MADE, REAL[:16], extractor=PIXELS, device="cpu")
+    assert "the reference is made of 16 images for 16 features" in few.cautions[0]
+    dark = compute(np.concatenate([MADE[:50], MADE[50:] // 128]), REAL, extractor=PIXELS, device="cpu")
+    assert dark.cautions == [
+        "70 file(s) hold no value above 1 (black, or numbers in [0, 1] under the type uint8?), first: 00000050"
+    ]
+
+
 def test_the_inception_score_needs_no_reference():
     clothes = open_images(ROOT / "demo/fashion_base.npz").subset(range(50))
     found = compute(clothes, metrics=("is",), extractor="fashion-cnn", device="cpu")
@@ -177,11 +186,35 @@ def test_an_output_that_cannot_be_written_is_said_before_the_pass(tmp_path, monk
     (tmp_path / "file").write_text("x")
     (tmp_path / "folder").mkdir()
     extra = () if command == "ref" else ("--images", "0:9")
-    for out in (tmp_path / "folder", tmp_path / "file/below"):
+    reasons = {"folder": "it is a folder", "file/below": "file is a file, not a folder", "file/a/b": "not a folder"}
+    for name, reason in reasons.items():
+        out = tmp_path / name
         words = ("fid", command, "--data", tmp_path / "data.npy", "--out", out, *extra, "--extractor", PIXELS)
         done = CliRunner().invoke(main, list(map(str, words)))
         assert done.exit_code == 1
-        assert out.name in done.output or "file" in done.output
+        assert f"cannot write {out}: " in done.output
+        assert reason in done.output
+    words = (*words[:5], tmp_path / "out", *words[6:], "--resume", tmp_path / "file")
+    done = CliRunner().invoke(main, list(map(str, words)))
+    assert done.exit_code == 2
+    assert "file' is a file" in done.output
+
+
+@pytest.mark.parametrize("command", [("fid", "ref"), ("fid", "part", "--images", "0:9"), ("data",)])
+def test_the_set_that_is_read_is_not_replaced(tmp_path, command):
+    save(tmp_path / "set", MADE[:9])
+    with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
+        for file in sorted((tmp_path / "set").iterdir()):
+            archive.write(file, file.name)
+    (tmp_path / "link.zip").symlink_to(tmp_path / "set.zip")
+    before = (tmp_path / "set.zip").read_bytes()
+    for out in ("set.zip", "link.zip"):
+        source = () if command == ("data",) else ("--data",)
+        words = (*command, *source, tmp_path / "set.zip", "--out", tmp_path / out)
+        done = CliRunner().invoke(main, list(map(str, words)))
+        assert done.exit_code == 1
+        assert "is the same file as the input" in done.output
+        assert (tmp_path / "set.zip").read_bytes() == before
 
 
 @pytest.mark.parametrize(("said", "meant"), [("0", "cuda:0"), ("gpu", "cuda:0"), ("1", "cuda:1")])

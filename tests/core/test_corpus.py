@@ -26,6 +26,7 @@ def test_case(case: Case, tmp_path):
     images, found = read(case, path)
     assert images.shape == case.images.shape
     assert np.array_equal(images.numpy(), case.images)
+    assert len(found.content_hash(range(len(found)))) == 32
     if case.labels is None:
         assert found.labels is None
         assert found.labels_from.startswith("none: ")

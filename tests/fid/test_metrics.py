@@ -47,6 +47,15 @@ def test_cautions():
     assert "identical" in cautions({"fd1k[quarters]": 1e-5}, num_images=1000, extractor=stub)[0]
 
 
+def test_a_reference_of_few_images_is_said():
+    few = {"num_images": 1000, "extractor": Quarters(), "reference_images": 12}
+    for name in ("fd1k[quarters]", "fd_inf1k[quarters]"):
+        (note,) = cautions({name: 2.0}, **few)
+        assert "the reference is made of 12 images for 12 features" in note
+    assert cautions({"is1k[quarters]": 2.0}, **few) == []
+    assert cautions({"fd1k[quarters]": 2.0}, **{**few, "reference_images": 13}) == []
+
+
 def test_a_small_extrapolated_distance_is_not_taken_for_the_distance():
     """fd_inf of two equal sets is about 0, and may be negative: that says nothing of identical images."""
     assert cautions({"fd_inf1k[quarters]": -0.1}, num_images=1000, extractor=Quarters()) == []

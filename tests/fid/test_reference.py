@@ -67,6 +67,10 @@ def test_errors_say_what_was_found(tmp_path):
     np.savez(tmp_path / "images.npz", arr_0=np.zeros((2, 4, 4, 3), np.uint8))
     with pytest.raises(ValueError, match=r"found arr_0\..*neon fid ref"):
         read_reference(tmp_path / "images.npz")
+    np.savez(tmp_path / "many.zip", **{f"{i}.png": MU for i in range(100)})
+    with pytest.raises(ValueError, match=r"found 0\.png, .* 7\.png, \.\.\. \(100 names\)\..*neon fid ref") as error:
+        read_reference(tmp_path / "many.zip.npz")
+    assert len(str(error.value)) < 400
     np.savez(tmp_path / "shape.npz", mu=MU, sigma=SIGMA[:3, :3])
     with pytest.raises(ValueError, match=r"shape\.npz: expected mean"):
         read_reference(tmp_path / "shape.npz")
