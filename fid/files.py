@@ -39,7 +39,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     check_writable(path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        with open(temporary, "xb+") as file:
+        with named_in_errors(path), open(temporary, "xb+") as file:
             with suppress(OSError):  # file systems without locks
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # says that it is in use: see `remove_abandoned`
             yield file
@@ -47,6 +47,15 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
         sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def named_in_errors(path: Path) -> Iterator[None]:
+    """An OSError of writing (a full disk, a quota) names the path that was to be written, and says what is there."""
+    try:
+        yield
     except OSError as error:
         if error.filename is not None:
             raise
@@ -54,8 +63,6 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         advice = "Make room or choose another folder, then run the same command again"
         message = f"{error.strerror} while it was written; {kept}. {advice}"
         raise OSError(error.errno, message, str(path)) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def remove_abandoned(path: Path) -> None:

@@ -45,13 +45,15 @@ def components(folder: Path, variant: str | None = None) -> list[Component]:
     """Every network in a folder and its subfolders. Of one network, safetensors come before .bin, an index before a
     single file, and the files of `variant` (say, "fp16") before the plain ones, which come before other variants.
 
-    Raises ValueError if there is none.
+    Raises ValueError if there is none, or none of the variant.
     """
-    found = []
+    found, variants = [], set()
     for part in sorted([folder, *(inner for inner in folder.iterdir() if inner.is_dir() and inner.name[0] != ".")]):
         matches = [(match, path) for path in sorted(part.iterdir()) if (match := WEIGHTS.fullmatch(path.name))]
         if not matches:
             continue
+
+        variants |= {match["variant"] or match["index_variant"] for match, _ in matches}
 
         def order(candidate: tuple[re.Match[str], Path]) -> tuple[bool, bool, bool, bool]:
             match, _ = candidate
@@ -62,6 +64,8 @@ def components(folder: Path, variant: str | None = None) -> list[Component]:
         found.append(Component("" if part == folder else part.name, entry))
     if not found:
         raise ValueError(f"{clean(str(folder))} holds no weights that are known (model.safetensors, its index, ...)")
+    if variant not in {None, *variants}:
+        raise ValueError(f"{clean(str(folder))} holds no file of variant {variant!r}")
     return found
 
 

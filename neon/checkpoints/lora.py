@@ -21,6 +21,7 @@ from neon.checkpoints.checkpoint import Checkpoint
 from neon.checkpoints.lazy import Entry
 from neon.checkpoints.limits import first_of, shown
 from neon.checkpoints.safetensors_format import read_json
+from neon.merge import is_finite
 
 DOWN, UP = "down", "up"
 FACTOR = re.compile(
@@ -108,9 +109,13 @@ def read_adapter(found: Checkpoint) -> Adapter:
     factors = {}
     for module, parts in names.items():
         down, up = tensors[parts[DOWN]], tensors[parts[UP]]
-        if down.dim() < 2 or up.dim() < 2 or up.shape[1] != down.shape[0]:
+        if down.dim() < 2 or up.dim() < 2 or up.shape[1] != down.shape[0] or not down.shape[0]:
             raise ValueError(f"{found.path}: the factors of {shown(module)} do not fit each other")
-        alpha = tensors[parts["alpha"]].item() if "alpha" in parts else None
+        for factor in (down, up):
+            if not factor.is_floating_point() or not is_finite(factor):
+                what = "not finite" if factor.is_floating_point() else f"of {factor.dtype}"
+                raise ValueError(f"{found.path}: a factor of {shown(module)} is {what}")
+        alpha = tensors[parts["alpha"]].tolist() if "alpha" in parts else None
         scale = scale_of(module, down.shape[0], alpha, config, found)
         factors[module] = Factors(down, up, scale, is_embedding="embedding_A" in parts[DOWN])
     return Adapter(found.path, factors, names, others, found.texts, config, tensors)
@@ -130,18 +135,21 @@ def read_config(path: Path) -> dict | None:
     return config
 
 
-def scale_of(module: str, rank: int, alpha: float | None, config: dict | None, found: Checkpoint) -> float:
-    """What multiplies up @ down: alpha / rank; 1 where diffusers stores neither."""
+def scale_of(module: str, rank: int, alpha: object, config: dict | None, found: Checkpoint) -> float:
+    """What multiplies up @ down: alpha / rank; 1 where diffusers stores neither. alpha: beside the factors."""
     said: object = alpha
     root: float = rank
     if config is not None and alpha is None:
         bare = module.removeprefix(PEFT_PREFIX)
-        said = patterned(config.get("alpha_pattern") or {}, bare, config.get("lora_alpha"))
+        expected = config.get("r", rank)
+        if rank not in (expected, *patterns_of(config, "rank_pattern").values()):
+            raise ValueError(f"{found.path}: {shown(module)} has rank {rank}, {CONFIG} says r = {shown(expected)}")
+        said = patterned(patterns_of(config, "alpha_pattern"), bare, config.get("lora_alpha"))
         root = math.sqrt(rank) if config.get("use_rslora") else rank
     elif alpha is None and "lora_adapter_metadata" in found.texts:
         table = read_json(found.texts["lora_adapter_metadata"].encode(), "lora_adapter_metadata")
         part, _, bare = module.partition(".")
-        said = patterned(table.get(f"{part}.alpha_pattern") or {}, bare, table.get(f"{part}.lora_alpha"))
+        said = patterned(patterns_of(table, f"{part}.alpha_pattern"), bare, table.get(f"{part}.lora_alpha"))
         root = math.sqrt(rank) if table.get(f"{part}.use_rslora") else rank
     elif alpha is None:
         if module.startswith(PEFT_PREFIX):
@@ -152,11 +160,16 @@ def scale_of(module: str, rank: int, alpha: float | None, config: dict | None, f
     return said / root
 
 
-def patterned(patterns: object, module: str, default: object) -> object:
+def patterns_of(config: Mapping, key: str) -> dict:
+    patterns = config.get(key) or {}
+    if not isinstance(patterns, dict):
+        raise ValueError(f"{key}: expected a table of patterns, found {shown(patterns)}")
+    return patterns
+
+
+def patterned(patterns: dict, module: str, default: object) -> object:
     """The value of the first pattern that a module's name ends with. PEFT takes regular expressions; plain names only
     here, because a file's expression may take for ever."""
-    if not isinstance(patterns, dict):
-        raise ValueError(f"expected a table of patterns, found {shown(patterns)}")
     for pattern, value in patterns.items():
         if not re.fullmatch(r"[\w.]+", pattern):
             raise ValueError(f"the pattern {shown(pattern)} is a regular expression; only names are supported")

@@ -137,13 +137,15 @@ def sharded(source: Source) -> Contents:
         names = read_json(file.read(), "the index").get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(shard, str) for shard in names.values()):
         raise ValueError("this JSON file is not an index of shards: it has no weight_map")
+    if not names:
+        raise ValueError("its weight_map names no tensors")
     shards: dict[str, dict[str, StoredTensor]] = {}
     texts: dict[str, str] = {}
     for shard in sorted(set(names.values())):
         is_plain = not ("/" in shard or "\\" in shard or "\0" in shard or shard.startswith("."))
         if not is_plain or len(shard.encode(errors="replace")) > MAX_NAME_BYTES:
             raise ValueError(f"shard {shown(shard)} is not a plain file name")
-        (held,) = open_file(Source.of(source.path.with_name(shard))).sets
+        held = opened_shard(Source.of(source.path.with_name(shard)))
         shards[shard], texts = held.entries, texts | held.texts
     missing = [name for name, shard in names.items() if name not in shards[shard]]
     if missing:
@@ -151,8 +153,23 @@ def sharded(source: Source) -> Contents:
             f"{len(missing)} of {len(names)} tensors are not in the shards that the index names; first: "
             f"{first_of(missing)}"
         )
+    extra = [name for held in shards.values() for name in held if name not in names]
+    if extra:
+        raise ValueError(f"{len(extra)} tensors of its shards are not in the index; first: {first_of(extra)}")
     entries = {name: shards[shard][name] for name, shard in names.items()}
     return Contents("sharded", (WeightSet(UNNAMED, "the index", entries, shards=tuple(sorted(shards)), texts=texts),))
+
+
+def opened_shard(source: Source) -> WeightSet:
+    """The only set of a shard. Raises ValueError, which names it."""
+    name = shown(source.path.name)
+    try:
+        sets = open_file(source).sets
+    except ValueError as error:
+        raise ValueError(f"shard {name}: {error}") from error
+    if len(sets) != 1:
+        raise ValueError(f"shard {name}: it holds {len(sets)} sets of weights, expected one")
+    return sets[0]
 
 
 def pickled(value: object, format: str) -> Contents:

@@ -83,7 +83,7 @@ def merge(base: Path, synth: Path, out: Path, request: Request) -> dict[str, obj
 
 def hashes_of(sums: Sequence[Sequence[dict[str, str]]], number: int) -> dict[str, object]:
     """{"sha256": of the one file} or {"files": {name: hash}}; nothing if no hashes were wanted."""
-    merged = {name: digest for pair in sums for name, digest in pair[number].items()}
+    merged = {name: digest for pair in sums for name, digest in pair[number].items() if digest}
     if not merged:
         return {}
     return {"sha256": next(iter(merged.values()))} if list(merged) == [""] else {"files": merged}
@@ -107,23 +107,21 @@ def write_pair(
     names = [f"{pair.part}/{plan.name}".strip("/") if is_folder else "" for plan in plans]
     sums: list[dict[str, Future[str]]] = [{} for _ in places]
     inputs = ["", ""]
-    with ThreadPoolExecutor(1) as hashing:
+    with ThreadPoolExecutor(1) as finishing:
         for name, plan in zip(names, plans, strict=True):
-            paths = [place / name if is_folder else place for place in places]
             with ExitStack() as stack:
                 outputs = []
-                for path, w in zip(paths, request.w, strict=True):
+                for place, w in zip(places, request.w, strict=True):
+                    path = place / name if is_folder else place
                     path.parent.mkdir(exist_ok=True)
                     header = encode_header(plan.specs, plan.offsets, plan.texts(w, NO_HASH, NO_HASH))
                     outputs.append(Output(stack.enter_context(open(path, "wb")), w, len(header)))
                 merge_into(plan.items, outputs, stats, reader, request.on_mismatch)
                 if request.has_hashes and plan is plans[-1]:
                     inputs = [found.hash_by(reader.sha256) for found in (pair.base, pair.synth)]
-                for output in outputs:
-                    finish(output, plan, inputs)
-            if request.has_hashes:
-                for path, digests in zip(paths, sums, strict=True):
-                    digests[name] = hashing.submit(files.sha256_of, path)
+                stack.pop_all()  # `finish` closes them, while the next file is merged
+            for output, digests in zip(outputs, sums, strict=True):
+                digests[name] = finishing.submit(finish, output, plan, inputs, has_hash=request.has_hashes)
     found = [{name: digest.result() for name, digest in digests.items()} for digests in sums]
     for place, w, done in zip(places, request.w, found, strict=True):
         if is_folder and pair.base.shards:
@@ -133,14 +131,16 @@ def write_pair(
     return found
 
 
-def finish(output: Output, plan: Written, inputs: Sequence[str]) -> None:
-    """The header with the inputs' hashes, everything on the disk, read back."""
-    texts = plan.texts(output.w, *inputs)
-    output.file.seek(0)
-    output.file.write(encode_header(plan.specs, plan.offsets, texts, at_least=output.start))
-    output.file.flush()
-    os.fsync(output.file.fileno())
-    read_back(Path(output.file.name), plan.specs)
+def finish(output: Output, plan: Written, inputs: Sequence[str], *, has_hash: bool) -> str:
+    """The header with the inputs' hashes, everything on the disk, read back. Returns the file's SHA-256, or ""."""
+    path = Path(output.file.name)
+    with output.file as file:
+        file.seek(0)
+        file.write(encode_header(plan.specs, plan.offsets, plan.texts(output.w, *inputs), at_least=output.start))
+        file.flush()
+        os.fsync(file.fileno())
+    read_back(path, plan.specs)
+    return files.sha256_of(path) if has_hash else ""
 
 
 def check_output(sums: Mapping[Path, str]) -> None:

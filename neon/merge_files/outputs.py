@@ -37,7 +37,8 @@ def new_folder(path: Path) -> Iterator[Path]:
     try:
         with suppress(OSError):  # file systems without locks
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield temporary
+        with files.named_in_errors(path):
+            yield temporary
         files.sync_folder(temporary)
         os.replace(temporary, path)
         files.sync_folder(path.parent)

@@ -10,11 +10,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fid.files import check_writable, check_zip, remove_abandoned, replacing, sha256_of, sync_folder
+from fid.files import (
+    check_writable,
+    check_zip,
+    named_in_errors,
+    remove_abandoned,
+    replacing,
+    sha256_of,
+    sync_folder,
+)
 
 __all__ = [
-    "FolderInUseError", "check_writable", "check_zip", "folder_lock", "remove_abandoned", "replacing", "sha256_of",
-    "sync_folder", "write_text",
+    "FolderInUseError", "check_writable", "check_zip", "folder_lock", "named_in_errors", "remove_abandoned",
+    "replacing", "sha256_of", "sync_folder", "write_text",
 ]  # fmt: skip
 
 

@@ -6,11 +6,7 @@ from __future__ import annotations
 import codecs
 import random
 import resource
-import signal
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -18,42 +14,11 @@ import pytest
 from neon.checkpoints import checkpoint
 from neon.checkpoints.describe import describe
 from tests.fuzz.hostile_files import MAKERS
+from tests.watching import watched
 
 SECONDS = {"pickle": 16.0, "zip": 8.0, "safetensors": 5.0, "index": 1.0}  # 30 of CI's 60
 LEAST = {"pickle": 900, "zip": 500, "safetensors": 500, "index": 100}
 FOUND: list[tuple[str, int]] = []
-RUNS = {"exec", "compile", "import", "os.system", "os.exec", "os.mkdir", "subprocess.Popen", "pickle.find_class"}
-seen: list[str] = []
-is_watching = [False]
-
-
-def watch(event: str, args: tuple) -> None:
-    if is_watching[0] and event in RUNS:
-        seen.append(f"{event} {args[0]}" if args else event)
-
-
-sys.addaudithook(watch)  # for the rest of the process, silent but inside `watched`
-
-
-@contextmanager
-def watched() -> Iterator[None]:
-    """Fails if the block computes for 2 s (waiting for a busy machine does not count), or if anything is imported,
-    compiled, executed or started in it."""
-
-    def stop(*_: object) -> None:
-        raise TimeoutError("more than 2 s of work")
-
-    seen.clear()
-    before = signal.signal(signal.SIGPROF, stop)
-    signal.setitimer(signal.ITIMER_PROF, 2.0)
-    is_watching[0] = True
-    try:
-        yield
-    finally:
-        is_watching[0] = False
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        signal.signal(signal.SIGPROF, before)
-    assert seen == []
 
 
 def read_all(path: Path) -> None:
