@@ -17,11 +17,13 @@ import torch
 from torch import Tensor
 
 from fid.frechet import Gaussian
-from neon.search.surface import Place, Surface, surface
+from neon.search.surface import Place, Surface, joined, surface
 
 Reason = Literal["gain", "budget", "images", "flat", "edge"]
 NEAR = 0.08
 """Two places closer than this share of the range count as one, until the fit has been found wrong there."""
+NEAREST = 0.01
+"""The least distance of two places."""
 EDGE_STEPS = 3
 """How often an optimum at the edge extends the range on that side, by half its width each time."""
 
@@ -59,7 +61,7 @@ class Found:
     """w = 0 at the cfg_scale that suits the base best."""
     reason: Reason
     surface: Surface
-    """Around the choice, from the last fit."""
+    """From the last fit: the whole range, and finely around the choice."""
     whole: Surface
     """Over the whole range."""
     points: Sequence[Place]
@@ -105,7 +107,7 @@ class Search:
                 is_verified = abs(self._value(wanted[0], count) - predicted) <= fine.noise
                 near = near if is_verified else near / 2
             predicted, next_count, side = math.nan, count, self._edge(best, low, high)
-            is_flat = _is_flat(fit, noise)
+            is_flat = _is_flat(fit, fine.noise * math.sqrt(count / self.plan.report_images))
             if is_flat == "certainly":
                 return self._found(fit, fine, "flat", count)
             if is_flat == "so far":
@@ -115,7 +117,7 @@ class Search:
                 width = (high - low) / 2
                 low, high = (low - width, high) if side < 0 else (low, high + width)
                 wanted = [Place(low if side < 0 else high, best.cfg_scale)]
-            elif (unseen := self._unseen(fine, fit, low, high, near, is_verified)) is not None:
+            elif (unseen := self._unseen(fine, fit, low, high, near, is_verified, count)) is not None:
                 wanted, predicted, is_verified = [unseen[0]], unseen[1], False
             elif fine.expected_gain > noise and count == self.plan.most_images:
                 return self._found(fit, fine, "images", count)
@@ -170,7 +172,8 @@ class Search:
         return float(self._surface([place], [place], count, None).values[0])
 
     def _fitted(self, low: float, high: float, count: int) -> tuple[Surface, Surface]:
-        """The distance over the whole range, and finely around its minimum."""
+        """The distance over the whole range, and there and finely around its minimum: where the images leave much open,
+        the minimum may lie anywhere."""
         points = self._points(count)
         if not points:
             raise ValueError("no point gave finite images, not even the base (w = 0): check the base's samples first")
@@ -185,13 +188,15 @@ class Search:
             step = scales[1] - scales[0]
             near_scales = _spaced(max(cfgs[0], best.cfg_scale - step), min(cfgs[1], best.cfg_scale + step), 5)
         places = [Place(w, c) for c in near_scales for w in near_ws]
-        return fit, self._surface(points, places, count, trust)
+        return fit, joined([self._surface(points, places, count, trust), fit])
 
     def _trust(self, count: int) -> Tensor:
         """Of every point: far from the optimum a misfit does not matter."""
-        values = torch.tensor([self._value(p, count) for p in self._points(count)], dtype=torch.float64)
-        excess = (values - values.min()) / values.min().clamp(min=1e-12)
-        return (1 + excess) ** -2
+        own = [self._surface([p], [p], count, None) for p in self._points(count)]
+        values = torch.tensor([float(s.values[0]) for s in own], dtype=torch.float64)
+        lowest = int(values.argmin())
+        scale = max(float(values[lowest]), own[lowest].noise, 1e-12)  # few images can make the distance negative
+        return (1 + (values - values[lowest]) / scale) ** -2
 
     def _edge(self, best: Place, low: float, high: float) -> int:
         """-1 or 1 if the optimum lies at an end of the range that may be extended."""
@@ -201,13 +206,16 @@ class Search:
         return -1 if best.w <= low + margin and not any(bad.w < low + margin for bad in self._failed) else 0
 
     def _unseen(
-        self, fine: Surface, fit: Surface, low: float, high: float, near: float, is_verified: bool
+        self, fine: Surface, fit: Surface, low: float, high: float, near: float, is_verified: bool, count: int
     ) -> tuple[Place, float] | None:
-        """The place to look at next with what the fit says there: the optimum, unless a point lies there already. Then,
-        until a prediction has come true, the lowest place that no point is near."""
+        """The place to look at next with what the fit says there: the optimum, unless a point lies there already that
+        is as low within the noise. Then, until a prediction has come true, the lowest place that no point is near."""
+        noise = self._report_noise(fine, count)
         best = fine.places[fine.best]
-        if self._distance(best, low, high) > near:
-            return best, float(fine.values[fine.best])
+        predicted = float(fine.values[fine.best])
+        lowest = min(self._value(p, count) for p in self._points(count))
+        if self._distance(best, low, high) > (near if predicted > lowest - noise else NEAREST):
+            return best, predicted
         if is_verified:
             return None
         order = fit.values.argsort().tolist()
@@ -229,7 +237,9 @@ class Search:
         return points[: 8 if self.plan.is_plane else 4]
 
     def _report_noise(self, fine: Surface, count: int) -> float:
-        return fine.noise * math.sqrt(count / self.plan.report_images)
+        """Two standard errors of the difference that the search might still make, on the report's images: the verdict
+        calls less than that noise."""
+        return 2 * fine.gain_error * math.sqrt(count / self.plan.report_images)
 
     def _found(self, fit: Surface, final: Surface, reason: Reason, count: int) -> Found:
         place, cfgs = final.places[final.best], self.plan.cfg_scale
@@ -274,7 +284,7 @@ def first_places(plan: Plan) -> list[Place]:
 
 def _is_flat(fit: Surface, noise: float) -> Literal["no", "so far", "certainly"]:
     """Whether at the best guidance no two places over w are three standard errors apart; certainly, where that is less
-    than the report's noise."""
+    than `noise`, the standard error of the report's value."""
     scale = fit.places[fit.best].cfg_scale
     own = [i for i, place in enumerate(fit.places) if place.cfg_scale == scale]
     difference, error = fit.difference(max(own, key=lambda i: float(fit.values[i])), fit.best)

@@ -87,6 +87,14 @@ class Surface:
         """How much lower than at the best place the distance is expected to be where it truly is lowest."""
         return float((self.draws[:, self.best] - self.draws.min(dim=1).values).mean())
 
+    @property
+    def gain_error(self) -> float:
+        """Standard error with which as many other images would show that gain: of the difference between the best place
+        and where the distance truly is lowest, on the same images."""
+        lowest, counts = self.draws.argmin(dim=1).unique(return_counts=True)
+        errors = (self.draws[:, self.best, None] - self.draws[:, lowest]).std(dim=0)
+        return float((errors * counts).sum() / counts.sum())
+
     def difference(self, i: int, j: int) -> tuple[float, float]:
         """values[i] - values[j] and its standard error: the same images at both, so far sharper than the values."""
         return float(self.values[i] - self.values[j]), float((self.draws[:, i] - self.draws[:, j]).std())
@@ -126,6 +134,16 @@ def surface(
     values = torch.tensor(rows, dtype=torch.float64)
     corrected = values[:, 0] - values[:, 1]
     return Surface(places, corrected, corrected + _multiplied(influence, num_classes), values[:, 1])
+
+
+def joined(parts: Sequence[Surface]) -> Surface:
+    """Surfaces of the same images as one."""
+    return Surface(
+        [place for part in parts for place in part.places],
+        torch.cat([part.values for part in parts]),
+        torch.cat([part.draws for part in parts], dim=1),
+        torch.cat([part.bias for part in parts]),
+    )
 
 
 def _moments(features: Tensor) -> tuple[Tensor, Tensor]:

@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 from fid.frechet import Gaussian  # noqa: E402
 from neon import reverse_merge  # noqa: E402
 from neon.search.strategy import Plan, Search  # noqa: E402
-from neon.search.surface import Place, Surface, surface  # noqa: E402
+from neon.search.surface import Place, Surface, joined, surface  # noqa: E402
 from neon.toy.autoregressive import Autoregressive  # noqa: E402
 from neon.toy.diffusion import Diffusion  # noqa: E402
 from neon.toy.experiment import Model, evaluation_noise, self_train, train_base  # noqa: E402
@@ -111,16 +111,6 @@ def toy_case(name: str, model: Model, base: Weights, tuned: Weights, seed: int) 
 
 def exact_surface(place: Place, points: Tensor, reference: Gaussian) -> Surface:
     return surface([place], points[None], reference, [place])
-
-
-def joined(parts: Sequence[Surface]) -> Surface:
-    """Places measured one by one on the same images, as one surface."""
-    return Surface(
-        [place for part in parts for place in part.places],
-        torch.cat([part.values for part in parts]),
-        torch.cat([part.draws for part in parts], dim=1),
-        torch.cat([part.bias for part in parts]),
-    )
 
 
 def toy() -> list[dict[str, object]]:
