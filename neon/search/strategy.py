@@ -43,6 +43,8 @@ class Plan:
     budget_images: int
     report_images: int
     """What the choice is reported with: a gain that so many images could not show is not searched for."""
+    decisive_images: int = 0
+    """Of every point that the choice rests on: with fewer, the bias of few images decides (choose.PER_FEATURE)."""
     num_classes: int = 1
     """Period of the labels: image i has the label i % num_classes. 1: labels are drawn, or there are none."""
 
@@ -119,9 +121,9 @@ class Search:
                 wanted = [Place(low if side < 0 else high, best.cfg_scale)]
             elif (unseen := self._unseen(fine, fit, low, high, near, is_verified, count)) is not None:
                 wanted, predicted, is_verified = [unseen[0]], unseen[1], False
-            elif fine.expected_gain > noise and count == self.plan.most_images:
+            elif (is_open := fine.expected_gain > noise) and count == self.plan.most_images:
                 return self._found(fit, fine, "images", count)
-            elif fine.expected_gain > noise:
+            elif is_open or count < min(self.plan.decisive_images, self.plan.most_images):
                 next_count, wanted = min(2 * count, self.plan.most_images), self._best_points(count)
             else:
                 return self._found(fit, fine, "edge" if side else "gain", count)

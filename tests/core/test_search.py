@@ -197,6 +197,14 @@ def test_the_budget_is_hard_and_named():
     assert costly.num_images > 200
 
 
+def test_a_choice_rests_on_enough_images_for_its_features():
+    """One that 200 images decide within the noise goes on to the images without which the bias would decide."""
+    assert searched(plan(), model(1.3), unit_noise(20_000)).run().num_images == 200
+    found = searched(plan(decisive_images=500), model(1.3), unit_noise(20_000)).run()
+    assert (found.reason, found.num_images) == ("gain", 800)
+    assert searched(plan(decisive_images=500, most_images=300), model(1.3), unit_noise(300)).run().num_images == 300
+
+
 def test_a_selection_block_that_is_used_up_is_said():
     found = searched(plan(report_images=10_000_000, most_images=300), model(1.3), unit_noise(20_000)).run()
     assert (found.reason, found.num_images) == ("images", 300)
