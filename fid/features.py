@@ -122,7 +122,8 @@ def open_extractor(
     module_name, _, attribute = target.partition(":")
     if not attribute:
         raise ValueError(
-            f"no extractor {name!r}; shipped: {', '.join(SHIPPED)}; one of your own is named 'module:attribute'"
+            f"no extractor {name!r}; shipped: {', '.join(SHIPPED)}; one of your own is named 'module:attribute' "
+            "(docs/evaluator.md), in Python score={'module:attribute': FILE}"
         )
     try:
         module = importlib.import_module(module_name)
@@ -133,6 +134,11 @@ def open_extractor(
     opener: Opener | None = getattr(module, attribute, None)
     if opener is None:
         raise ValueError(f"extractor {name!r}: module {module_name!r} has no attribute {attribute!r}")
+    if isinstance(opener, type):
+        raise ValueError(
+            f"extractor {name!r} is a class; name a function (*, path, device, allow_unknown_weights) that returns one "
+            "(docs/evaluator.md)"
+        )
     extractor = opener(path=path, device=device, allow_unknown_weights=allow_unknown_weights)
     if not isinstance(extractor, Extractor):
         raise ValueError(

@@ -45,7 +45,8 @@ class PixelPCA(Extractor):
         pixels = images.flatten(1).float() / 255
         if pixels.shape[1] != len(self._mean):
             raise ValueError(
-                f"{self.name} was made for images of {len(self._mean)} pixels, got shape {tuple(images.shape)}"
+                f"{self.name} was made for images of {len(self._mean)} pixels, got shape {tuple(images.shape)}; for "
+                "other sizes: efficientnet-lite0 or one of your own, module:attribute (docs/evaluator.md)"
             )
         return Features((pixels - self._mean) @ self._basis, None)
 

@@ -41,9 +41,12 @@ def read_reference(path: Path | str) -> Reference:
     if (instead := not_what_it_is_called(path)) is not None:
         raise ValueError(f"{path}: {instead}")
     try:
-        with np.load(path, allow_pickle=False) as file:
-            keys = file.files if isinstance(file, np.lib.npyio.NpzFile) else []
-            arrays = {key: file[key] for key in ("mu", "sigma", "count", "provenance") if key in keys}
+        file = np.load(path, allow_pickle=False)
+        keys, arrays = [], {}
+        if isinstance(file, np.lib.npyio.NpzFile):  # else the one array of an .npy
+            with file:
+                keys = file.files
+                arrays = {key: file[key] for key in ("mu", "sigma", "count", "provenance") if key in keys}
     except UNREADABLE as error:
         raise ValueError(
             f"{path}: not an .npz of plain arrays ({error}). Pickled statistics are never opened: {_ADVICE}"

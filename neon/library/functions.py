@@ -19,6 +19,7 @@ from fid.metrics import metric_name
 from fid.store import FeatureStore
 from neon.evaluation.evaluate import Yardstick
 from neon.family import Draws, Family
+from neon.first_batch import lies_in_unit_interval
 from neon.quantize import Rule, to_uint8
 from neon.seeds import ImageRng, Rng, SharedRng
 
@@ -30,6 +31,8 @@ Loss = Callable[[nn.Module, Tensor, Tensor | None, torch.Generator], Tensor]
 number comes from the generator, which lives on the CPU."""
 Score = Callable[[Tensor], float]
 """images (N, ...), as `sample` made them, on the CPU -> a number; smaller is better."""
+FAR_OUTSIDE = 10.0
+"""What no sampler of images in [-1, 1] reaches, but bytes as floats do."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +133,18 @@ def check_per_image(sample: Sample, model: nn.Module, seeds: Sequence[int]) -> T
             "neon.ImageRng(seeds, device).normal(shape)"
         )
     return together
+
+
+def check_range(images: Tensor) -> None:
+    """Float images for an extractor lie in [-1, 1]; ValueError for what looks like [0, 1] or like bytes."""
+    if not images.is_floating_point():
+        return
+    low, high = images.min().item(), images.max().item()
+    wanted = f"sample: float images must lie in [-1, 1] to be compared with a reference; these reach from {low:.3g} to"
+    if lies_in_unit_interval(images):
+        raise ValueError(f"{wanted} {high:.3g}: return 2 * x - 1")
+    if max(-low, high) > FAR_OUTSIDE:
+        raise ValueError(f"{wanted} {high:.3g}: return x / 127.5 - 1 if these are bytes, or uint8")
 
 
 class Whole(Extractor):

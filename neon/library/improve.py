@@ -14,7 +14,16 @@ from torch import Tensor, nn
 
 from neon.checkpoints import checkpoint
 from neon.library.evaluate import references
-from neon.library.functions import Functions, Loss, Sample, Score, check_per_image, fingerprint, function_score
+from neon.library.functions import (
+    Functions,
+    Loss,
+    Sample,
+    Score,
+    check_per_image,
+    check_range,
+    fingerprint,
+    function_score,
+)
 from neon.pipeline.experiment import parse
 from neon.pipeline.run import Run
 from neon.quantize import Rule
@@ -84,12 +93,14 @@ def improve(
         interrupted. None: a temporary folder.
 
     Raises ValueError, before anything is computed, for arguments that do not fit together, a `sample` whose images
-    depend on their batch, or a folder that was begun with another model, function or setting.
+    depend on their batch or (with a reference file) are floats outside of [-1, 1], or a folder that was begun with another model, function or setting.
     """
     device = next(model.parameters(), torch.empty(0)).device
     check_names(model)
     example = check_per_image(sample, model, [synth_seed, synth_seed + 1])
     is_function = callable(score)
+    if isinstance(score, (str, Path, Mapping)):
+        check_range(example)
     if is_function and strategy == "search":
         raise ValueError(
             "strategy = 'search' judges noise by features: it needs a reference file as score, no function"

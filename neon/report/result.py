@@ -18,6 +18,8 @@ from neon.search.strategy import Found, Plan
 from neon.search.surface import Place, surface
 
 Kind = Literal["helps", "base", "edge", "flat", "noise", "worse", "failed"]
+MUCH = 0.25
+"""Share of the gain above which a random direction's own gain is told."""
 FORMULA = "theta_neon = theta_base - w (theta_syn - theta_base)"
 
 
@@ -225,9 +227,24 @@ def verdict(choice: Choice, rows: Mapping[str, Score], metric: str, difference: 
         return Verdict("noise", f"within noise: {numbers} is less than two standard errors")
     if difference.value < 0:
         return Verdict("worse", f"worse on held-out noise: {numbers}, although it was best on the selection seeds")
+    numbers += _share_of_any_step(rows, metric, difference)
     if ended == "edge" or (ended is None and _at_edge(choice)):
         return Verdict("edge", f"{numbers}, and w lies at the edge of what was tried: widen select.w for more")
     return Verdict("helps", f"Neon helps: {numbers}")
+
+
+def _share_of_any_step(rows: Mapping[str, Score], metric: str, difference: Difference) -> str:
+    """What must be said if a random direction of the same length gains as well: then not all is the direction's."""
+    control = rows.get("random direction")
+    if control is None or control.failed is not None or difference.value <= 0:
+        return ""
+    gain = rows["base"].metrics[metric] - control.metrics[metric]
+    if gain < max(MUCH * difference.value, 2 * (difference.error or 0.0)):
+        return ""
+    return (
+        f"; but a random direction of the same length gains too ({rows['base'].metrics[metric]:.4g} -> "
+        f"{control.metrics[metric]:.4g}): {100 * gain / difference.value:.0f} % of the gain comes with any such step"
+    )
 
 
 def _at_edge(choice: Choice) -> bool:

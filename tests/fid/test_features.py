@@ -1,5 +1,6 @@
 """Extractors: names, weights, what they take, and that numbers do not depend on batches or on global settings."""
 
+import re
 import sys
 import types
 
@@ -13,6 +14,7 @@ from fid.features import SHIPPED, Extractor, Features, open_extractor, to_rgb
 from fid.inception import WEIGHTS, InceptionV3
 from fid.pixel_pca import PixelPCA, principal_components
 from fid.resize import resize_tf1
+from tests.commands import ROOT
 
 
 def images(n: int = 6, channels: int = 1, size: int = 28) -> torch.Tensor:
@@ -44,7 +46,7 @@ def open_probe(*, path, device, allow_unknown_weights):
 @pytest.fixture
 def own_module(monkeypatch):
     module = types.ModuleType("my_extractors")
-    module.probe, module.wrong = open_probe, lambda **_: nn.Identity()
+    module.probe, module.wrong, module.Probe = open_probe, lambda **_: nn.Identity(), Probe
     monkeypatch.setitem(sys.modules, "my_extractors", module)
 
 
@@ -54,10 +56,22 @@ def test_an_extractor_of_ones_own(own_module):
         open_extractor("my_extractors:wrong")
     with pytest.raises(ValueError, match="has no attribute 'absent'"):
         open_extractor("my_extractors:absent")
+    with pytest.raises(ValueError, match=r"'my_extractors:Probe' is a class; name a function"):
+        open_extractor("my_extractors:Probe")
     with pytest.raises(ValueError, match="no module 'no_such_module'"):
         open_extractor("no_such_module:probe")
     with pytest.raises(ValueError, match="no extractor 'inception'; shipped: inception-2015-12-05"):
         open_extractor("inception")
+
+
+def test_the_extractor_of_the_docs_works_as_printed(tmp_path, monkeypatch):
+    """Its features are the means of the tiles, which are known for an image of 8 x 8 constant ones."""
+    (block,) = re.findall(r"```python\n(# my_features\.py.*?)```", (ROOT / "docs/evaluator.md").read_text(), re.S)
+    (tmp_path / "my_features.py").write_text(block)
+    monkeypatch.syspath_prepend(tmp_path)
+    tiles = torch.arange(16, dtype=torch.uint8).view(1, 1, 4, 4)
+    found = open_extractor("my_features:open_tiles")(tiles.repeat_interleave(8, 2).repeat_interleave(8, 3))
+    assert torch.equal(found.pool, torch.arange(16.0).repeat(3)[None])
 
 
 @pytest.fixture

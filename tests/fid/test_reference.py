@@ -67,6 +67,9 @@ def test_errors_say_what_was_found(tmp_path):
     np.savez(tmp_path / "images.npz", arr_0=np.zeros((2, 4, 4, 3), np.uint8))
     with pytest.raises(ValueError, match=r"found arr_0\..*neon fid ref"):
         read_reference(tmp_path / "images.npz")
+    np.save(tmp_path / "images.npy", np.zeros((2, 4, 4, 3), np.uint8))
+    with pytest.raises(ValueError, match=r"images\.npy: .*found a bare array.*neon fid ref"):
+        read_reference(tmp_path / "images.npy")
     np.savez(tmp_path / "many.zip", **{f"{i}.png": MU for i in range(100)})
     with pytest.raises(ValueError, match=r"found 0\.png, .* 7\.png, \.\.\. \(100 names\)\..*neon fid ref") as error:
         read_reference(tmp_path / "many.zip.npz")

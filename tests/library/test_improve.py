@@ -212,6 +212,22 @@ def test_what_would_not_be_neon_is_refused_in_one_line(toy, changes, message):
         improve_toy(toy, **changes)
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "message"),
+    [(0.1, 0.9, r"reach from 0\.1 to 0\.9: return 2 \* x - 1"), (-3, 255, r"from -3 to 255: return x / 127\.5 - 1")],
+)
+def test_floats_in_another_range_are_no_images_for_an_extractor(toy, low, high, message):
+    """Of a function of one's own nothing is asked; a reference file's extractor takes [-1, 1]."""
+    picture = torch.linspace(low, high, 28 * 28).view(1, 1, 28, 28)
+
+    def wrong(model, seeds):
+        return torch.cat([picture.roll(seed, dims=-1) for seed in seeds])
+
+    with pytest.raises(ValueError, match=message):
+        neon.improve(toy, sample=wrong, loss=loss, score=str(ROOT / "demo/reference_fashion-cnn.npz"), num_synth=8,
+                     updates=1, lr=1e-4)  # fmt: skip
+
+
 def test_a_wrapped_or_frozen_model_is_refused(toy):
     with pytest.raises(ValueError, match=r"the model is wrapped .* give the inner one, model\.module"):
         improve_toy(nn.DataParallel(toy))
