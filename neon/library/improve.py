@@ -93,7 +93,8 @@ def improve(
         interrupted. None: a temporary folder.
 
     Raises ValueError, before anything is computed, for arguments that do not fit together, a `sample` whose images
-    depend on their batch or (with a reference file) are floats outside of [-1, 1], or a folder that was begun with another model, function or setting.
+    depend on their batch or (with a reference file) are floats outside of [-1, 1], or a folder that was begun with
+    another model, function or setting.
     """
     device = next(model.parameters(), torch.empty(0)).device
     check_names(model)
