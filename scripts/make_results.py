@@ -126,15 +126,15 @@ def main_section(found: Mapping, out: Path) -> str:
         [label, f"{row['w']:g}", number(row["cfg_scale"]), *(number(row["metrics"][n]) for n in names)]
         for label, row in rows
     ]
-    lines = curves(found)
-    write(out / "results" / f"{job}_w.svg", plot(lines, x="w", y=main["select"]["metric"], marked=0.0))
+    lines, what = curves(found), of_what(found)
+    write(out / "results" / f"{job}_w.svg", plot(lines, x="w", y=what, marked=0.0))
     step = main["step"]["relative_step"]
     seconds = ", ".join(f"{name} {value:.0f} s" for name, value in found["seconds"].items())
     return f"""{verdict(found)}
 
 {table(["held-out noise", "w", "guidance", *names], body)}
 
-![distance against w](results/{job}_w.svg)
+![{what}, against w](results/{job}_w.svg)
 
 The fine-tune moves the weights by {100 * step:.2f} % of their norm. {recognised(found)}
 Time on {found["device"]}, {at_commit(found)}: {seconds}.
@@ -160,7 +160,8 @@ def missing(found: Mapping) -> str:
 
 def curves(found: Mapping) -> list[Line]:
     """Distance against w on the selection noise: the main run at its guidance, and every other that was measured."""
-    lines = [Line("Neon", main_curve(found["main"]))]
+    points, errors = main_curve(found["main"])
+    lines = [Line("Neon", points, errors)]
     labels = {"seed1": "second S", "seed2": "third S", "real_data": "real images", "synth_1000": "|S| = 1,000"}
     labels |= {key: key for key in found if key.startswith("sampler ")} | {"synth_of_flow": "S of flow"}
     for key, label in labels.items():
@@ -169,21 +170,36 @@ def curves(found: Mapping) -> list[Line]:
     return lines
 
 
-def main_curve(main: Mapping) -> list[tuple[float, float]]:
-    """(w, distance) on the selection noise at the chosen guidance: the grid's points, or what the search fitted."""
+def of_what(found: Mapping) -> str:
+    """What the lines of `curves` are: the search's fit and the other runs' grids are of different numbers of images."""
+    select = found["main"]["select"]
+    parts = [part for part in found.values() if is_measured(part) and "curve" in part]
+    names = sorted({metric(p["metrics"], "fd", FIRST)[0] for part in parts for p in part["curve"]})
+    if select.get("strategy") != "search":
+        return ", ".join(sorted({select["metric"], *names}))
+    sizes = sorted({m["num_images"] for m in select["measured"]})
+    images = "-".join(f"{n}" for n in sorted({sizes[0], sizes[-1]}))
+    others = f"; others: {', '.join(names)}" if names else f", {FIRST}"
+    return f"Neon: fitted, {images} images a point, bias taken off, +- one error{others}"
+
+
+def main_curve(main: Mapping) -> tuple[list[tuple[float, float]], list[float]]:
+    """(w, distance) on the selection noise at the chosen guidance, and their errors: the grid's points (which have
+    none), or what the search fitted."""
     select, cfg_scale = main["select"], main["cfg_scale"]
     if select.get("strategy") != "search":
         at = [p for p in select["points"] if p["direction"] == "synth" and p["cfg_scale"] == cfg_scale]
-        return sorted((p["w"], p["metrics"][select["metric"]]) for p in at)
+        return sorted((p["w"], p["metrics"][select["metric"]]) for p in at), []
     scales = {p["cfg_scale"] for p in select["fitted"]}
     nearest = None if None in scales else min(scales, key=lambda scale: abs(scale - cfg_scale))
-    return sorted((p["w"], p["value"]) for p in select["fitted"] if p["cfg_scale"] == nearest)
+    fitted = sorted((p["w"], p["value"], p["error"]) for p in select["fitted"] if p["cfg_scale"] == nearest)
+    return [(w, value) for w, value, _ in fitted], [error for *_, error in fitted]
 
 
 def laws(found: Mapping) -> str:
     """What the paper says, as measured in this family."""
     main, parts = found["main"], []
-    curve = main_curve(main)
+    curve, _ = main_curve(main)
     values = [value for _, value in curve]
     lowest = values.index(min(values))
     falls = all(a >= b for a, b in pairwise(values[: lowest + 1]))

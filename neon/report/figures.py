@@ -55,7 +55,8 @@ def summary_figure(result: Result) -> Figure:
     """The curve beside the same noise through base, self-trained model and Neon: one picture that says what
     happened."""
     names = [name for name in ("self-trained", "base", "neon") if name in result.pictures]
-    figure = _blank(15, 3.9, dpi=120)
+    figure = _blank(15, 4.1, dpi=120)
+    figure.set_layout_engine("constrained", rect=(0, 0, 1, 0.95))  # the titles' upper lines
     axes = np.atleast_1d(figure.subplots(1, 1 + len(names), width_ratios=[1.25, *(1 for _ in names)]))
     if result.choice.plan is not None and result.choice.plan.is_plane:
         draw_map(axes[0], result, LIGHT)
@@ -64,7 +65,7 @@ def summary_figure(result: Result) -> Figure:
     for axis, name in zip(axes[1:], names, strict=True):
         axis.imshow(tile(result.pictures[name]), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
         value = result.rows[name].metrics.get(result.metric, math.nan)
-        axis.set_title(f"{caption(name, result)}: {result.metric} {value:.4g}", color=LIGHT.of(name), fontsize=10)
+        axis.set_title(f"{caption(name, result)}\n{result.metric} {value:.4g}", color=LIGHT.of(name), fontsize=8.5)
         axis.axis("off")
     return figure
 
@@ -146,22 +147,33 @@ def draw_map(axes: Axes, result: Result, ink: Ink) -> None:
     filled = axes.contourf(ws, scales, values, levels=np.linspace(low, max(high, low + 1e-9), 14), cmap="viridis_r",
                            extend="max")  # fmt: skip
     bar = axes.figure.colorbar(filled, ax=axes)
-    bar.set_label(_axis_label(choice), color=ink.text, fontsize=8)
+    bar.set_label(_axis_label(choice).replace(", ", ",\n"), color=ink.text, fontsize=8)
     bar.ax.tick_params(colors=ink.text, labelsize=8)
+    sizes = {m.num_images for m in choice.measured}
     for m in choice.measured:
-        axes.plot(
-            [m.point.w], [m.point.cfg_scale or 0.0], "o" if not math.isnan(m.value) else "x", color="white", mec="black"
+        place = m.point.w, m.point.cfg_scale or 0.0
+        axes.plot(*place, "o" if not math.isnan(m.value) else "x", color="white", mec="black")
+        is_right, is_top = place[0] > (ws[0] + ws[-1]) / 2, place[1] > (scales[0] + scales[-1]) / 2
+        axes.annotate(
+            _short(m, sizes),
+            place,
+            xytext=(-5 if is_right else 5, -6 if is_top else 6),
+            textcoords="offset points",
+            ha="right" if is_right else "left",
+            va="top" if is_top else "bottom",
+            fontsize=7,
+            color="black",
+            bbox={"boxstyle": "round,pad=0.15", "fc": "#ffffffb0", "lw": 0},
         )
-        axes.annotate(_short(m), (m.point.w, m.point.cfg_scale or 0.0), xytext=(5, 4), textcoords="offset points",
-                      fontsize=7, color="white")  # fmt: skip
     base, point = choice.found.base, choice.point
-    axes.plot([0], [base.cfg_scale], "s", ms=9, mfc="none", mec="white", mew=1.5, label="base, best guidance")
+    axes.plot([0], [base.cfg_scale], "s", ms=9, mfc="white", mec=ink.base, mew=1.5, label="base, best guidance")
     axes.plot([point.w], [point.cfg_scale or 0.0], "*", ms=16, color=ink.neon, mec="white", label="chosen")
     axes.set_xlabel("w    (negative: towards the synthetic data;  positive: Neon)")
     axes.set_ylabel("guidance (cfg_scale)")
     _finish(axes, ink)
-    axes.margins(0.03)
-    axes.legend(fontsize=8, loc="upper right")
+    axes.use_sticky_edges = False  # points on the edge are drawn whole
+    axes.margins(0.04)
+    axes.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, labelcolor=ink.text, frameon=False)
 
 
 def _axis_label(choice: Choice) -> str:
@@ -169,8 +181,11 @@ def _axis_label(choice: Choice) -> str:
     return f"{choice.metric}{where}, bias of few images taken off"
 
 
-def _short(m: Measured) -> str:
-    return "no numbers" if math.isnan(m.value) else f"{m.value:.3g} +- {m.error:.2g}, N = {m.num_images}"
+def _short(m: Measured, sizes: set[int]) -> str:
+    """A point's label; the number of its images where the points differ in it, else the axis says it."""
+    if math.isnan(m.value):
+        return "no numbers"
+    return f"{m.value:.3g}\n+- {m.error:.2g}" + (f"\nN = {m.num_images}" if len(sizes) > 1 else "")
 
 
 def tile(images: Tensor, columns: int | None = None) -> np.ndarray:

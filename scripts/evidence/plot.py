@@ -15,6 +15,8 @@ COLOURS = ("#c2185b", "#1565c0", "#2e7d32", "#b08900", "#6b7280", "#7b1fa2", "#0
 class Line:
     name: str
     points: Sequence[tuple[float, float]]
+    errors: Sequence[float] = ()
+    """Of every point, for a band around the line."""
 
 
 def ticks(low: float, high: float) -> list[float]:
@@ -28,7 +30,7 @@ def ticks(low: float, high: float) -> list[float]:
 def plot(lines: Sequence[Line], *, x: str, y: str, marked: float | None = None) -> str:
     """An SVG picture of the lines, y from 0. marked: a vertical line there."""
     xs = [point[0] for line in lines for point in line.points]
-    top = max(point[1] for line in lines for point in line.points) * 1.05
+    top = max(y + error for line in lines for y, error in _with_errors(line)) * 1.05
     low, high = min(xs), max(xs)
 
     def at(px: float, py: float) -> str:
@@ -55,6 +57,10 @@ def plot(lines: Sequence[Line], *, x: str, y: str, marked: float | None = None) 
         parts.append(f'<path d="M{at(marked, 0)}L{at(marked, top)}" stroke="#bbbbbb" stroke-dasharray="4"/>')
     for i, line in enumerate(lines):
         colour = COLOURS[i % len(COLOURS)]
+        if line.errors:
+            upper = [at(x, y + error) for (x, y), error in zip(line.points, line.errors, strict=True)]
+            lower = [at(x, max(0.0, y - error)) for (x, y), error in zip(line.points, line.errors, strict=True)]
+            parts.append(f'<polygon points="{" ".join(upper + lower[::-1])}" fill="{colour}" fill-opacity="0.15"/>')
         path = " ".join(at(*point) for point in line.points)
         parts.append(
             f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="{2.5 if i == 0 else 1.3}"/>'
@@ -62,3 +68,7 @@ def plot(lines: Sequence[Line], *, x: str, y: str, marked: float | None = None) 
         parts.append(text(WIDTH - RIGHT + 10, TOP + 14 + 16 * i, line.name, "start", colour))
     parts += [text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 8, x), text(LEFT, TOP - 1, y, "start"), "</svg>"]
     return "\n".join(parts) + "\n"
+
+
+def _with_errors(line: Line) -> list[tuple[float, float]]:
+    return [(y, error) for (_, y), error in zip(line.points, line.errors or [0.0] * len(line.points), strict=True)]

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from PIL import Image
 from neon.pipeline.experiment import load
 from neon.pipeline.run import Run
 from neon.report import page
-from neon.report.figures import LIGHT, _blank, draw_curve
+from neon.report.figures import LIGHT, _blank, curve_figure, draw_curve, summary_figure
 from neon.report.result import Result
 from neon.runtime.distributed import World
 
@@ -102,6 +103,24 @@ def test_every_guidance_of_a_grid_is_drawn_and_the_axis_fits_the_data(line_confi
     assert high - low < 1.5 * (max(values) - min(values))
     rows = [name for name in result.rows if name != "random direction"]
     assert [frame["label"][:4] for frame in frames_of(text)] == ["self", "base", "Neon"][: len(rows)]
+
+
+@pytest.mark.parametrize("overrides", [SEARCH, ()], ids=["map", "grid"])
+def test_every_word_of_the_figures_is_on_the_picture_and_no_title_on_another(
+    line_config, tmp_path, monkeypatch, overrides
+):
+    """Numbers beside points on the edge of the map were cut off or white on white; long metrics ran into each other."""
+    result, _ = finished(line_config, tmp_path / "run", monkeypatch, *overrides)
+    for figure in (curve_figure(result), summary_figure(result)):
+        figure.draw_without_rendering()
+        for axes in figure.axes:
+            legend = axes.get_legend()
+            words = [axes.title, axes.xaxis.label, axes.yaxis.label, *axes.texts, *(legend.texts if legend else ())]
+            for box in [text.get_window_extent() for text in words if text.get_text()]:
+                assert figure.bbox.padded(1).contains(*box.min)
+                assert figure.bbox.padded(1).contains(*box.max)
+        titles = [axes.title.get_window_extent() for axes in figure.axes if axes.get_title()]
+        assert not any(a.overlaps(b) for a, b in combinations(titles, 2))
 
 
 def test_pictures_are_the_pixels(line_config, tmp_path, monkeypatch):

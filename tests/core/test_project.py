@@ -114,6 +114,9 @@ def test_the_papers_are_cited_and_thanked():
     """Neon's and those of the five families, in the citation file and in the README; every family names its paper."""
     citation, readme = (ROOT / "CITATION.cff").read_text(), (ROOT / "README.md").read_text()
     thanks = readme.split("## Acknowledgements")[1]
+    for author in ("Alemohammad", "Wang", "Baraniuk"):
+        assert f"family-names: {author}" in citation
+        assert author in thanks
     for paper in PAPERS:
         assert f"https://arxiv.org/abs/{paper}" in citation
         assert f"https://arxiv.org/abs/{paper}" in thanks
