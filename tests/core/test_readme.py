@@ -76,6 +76,59 @@ def test_the_published_numbers_are_those_of_the_reproductions():
     assert {name: (base, neon) for base, neon, name in rows} == said
 
 
+FAMILIES = {
+    "edm": "EDM", "edm-again": "EDM, everything seeded anew", "flow": "flow matching", "var": "VAR", "xar": "xAR",
+    "imm": "IMM",
+}  # fmt: skip
+
+
+def number(value: float) -> str:
+    return f"{value:.2f}" if value < 9.995 else f"{value:.1f}"
+
+
+def test_the_table_of_the_families_is_their_measurements():
+    text = README.split("## Every family, on real images")[1].split("## ")[0]
+    said = re.findall(r"^\| (?!family|---).*", text, re.M)
+    made, best_on_real, fd = [], {}, "fd5k[fashion-cnn]"
+    for job, label in FAMILIES.items():
+        found = result(f"small/{job}.json")
+        rows = {name: row["metrics"] for name, row in found["main"]["rows"].items()}
+        others = [found[seed]["rows"]["neon"]["metrics"] for seed in ("seed1", "seed2") if seed in found]
+        values = [row[fd] for row in (rows["neon"], *others)]
+        neon = ", ".join(map(number, values))
+        is_clear = rows["base"][fd] - max(values) > max(values) - min(values)
+        neon = f"**{neon}**" if is_clear else neon
+        neon += "" if others else " (one set S)"
+        before, after = (rows[name]["recall5k[fashion-cnn,k=5]"] for name in ("base", "neon"))
+        cells = [label, *(number(rows[name][fd]) for name in ("base", "self-trained", "random direction")), neon]
+        made.append(f"| {' | '.join(cells)} | {before:.2f} -> {after:.2f} |")
+        if "real_data" in found:
+            best_on_real[job] = found["real_data"]["w"]
+    assert said == made
+    assert best_on_real == {"edm": 0, "flow": 0, "var": 0, "imm": -0.5}
+    assert "its best w is 0 for EDM, flow and VAR, and -0.5 for IMM" in text
+    edm, xar = result("small/edm.json"), result("small/xar.json")
+    base, neon = (edm["main"]["rows"][name]["metrics"]["fd5k[pixel-pca64]"] for name in ("base", "neon"))
+    assert base < neon < 1.1 * base, "slightly worse"
+    assert f"recognised in {100 * xar['base']['recognised']:.0f} % of the images" in text
+
+
+def test_the_table_of_the_card_is_its_measurement():
+    found = result("bench/gpu_h200.json")
+    rows = found["rows"]
+    table = README.split("On one NVIDIA H200")[1].split("## ")[0]
+    for job, label in {"imm_xl": "IMM DiT-XL/2, one guided step, tf32", "var_d16": "VAR-d16, guided, fp16"}.items():
+        plain, exact, compiled, fast = (
+            f"{rows[f'{job}/{mode}']['images_per_s']['median']:.0f}" for mode in ("plain", "exact", "compiled", "fast")
+        )
+        cost = f"{100 * rows[f'{job}/fast']['error']:.1f} %" if job == "imm_xl" else "other tokens"
+        assert rows[f"{job}/exact"]["equals_plain"]
+        assert f"| {label} | {plain} | {exact}, equal bit for bit | {compiled} | {fast}, {cost} |" in table
+        assert not found["goals"][job]["2x_at_published_precision"]
+    shared = result("bench/gpu_h200_shared.json")["rows"]
+    assert all(row["equals_plain"] for name, row in shared.items() if name.endswith("/exact"))
+
+
 def share(value: float) -> str:
     return f"{100 * value:.0f} %"
 
