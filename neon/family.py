@@ -6,17 +6,18 @@ Nothing in a family knows about ranks, files, w or metrics; nothing outside a fa
 from __future__ import annotations
 
 import importlib
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from fid.files import sha256_of
+from neon import contract, own_code
+from neon.own_code import shipped
 from neon.seeds import Rng
 
 if TYPE_CHECKING:
@@ -202,7 +203,8 @@ ADAPTERS = {"diffusers": "neon.adapters.diffusers_family"}
 def resolve(name: str) -> Family:
     """The family called `name`: NAME stands for `NAME.family:FAMILY`; a family of your own is named "module:attribute".
 
-    Raises ValueError if there is no such module or attribute, or if it is not a Family class.
+    Raises ValueError if there is no such module or attribute, if a module of your own cannot be imported, or if the
+    class is no whole family.
     """
     module_name, colon, attribute = name.partition(":")
     if not all(part.isidentifier() for part in [*module_name.split("."), attribute if colon else "_"]):
@@ -210,35 +212,37 @@ def resolve(name: str) -> Family:
     target = (module_name, attribute) if attribute else (ADAPTERS.get(name, f"{name}.family"), "FAMILY")
     try:
         module = importlib.import_module(target[0])
-    except ModuleNotFoundError as error:
-        if error.name is None or not target[0].startswith(error.name):
+    except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and f"{target[0]}.".startswith(f"{error.name}."):
+            raise ValueError(f"no family {name!r}: {_where_to_look(*target, is_own=bool(colon))}") from error
+        if not colon:
             raise  # the family exists, something that it imports does not
-        raise ValueError(
-            f"no family {name!r}: there is no module {target[0]!r}. Use one of the shipped names "
-            f"({', '.join([*shipped(), *ADAPTERS])}) or 'module:ClassName' of your own, in a file beside the config "
-            "or on PYTHONPATH"
-        ) from error
+        raise ValueError(f"family {name!r}: {own_code.told(error)}") from error
     found = getattr(module, target[1], None)
     if not (isinstance(found, type) and issubclass(found, Family)):
-        raise ValueError(
-            f"family {name!r}: {target[0]}.{target[1]} is {found!r}, expected a subclass of neon.family.Family"
-        )
-    return found()
+        raise ValueError(f"family {name!r}: {_no_family(module, target[1])}")
+    return contract.instance_of(found, Family, f"{target[0]}:{target[1]}" if colon else name)
 
 
-def source_sha256(kind: type) -> str | None:
-    """SHA-256 of the file in which a family or extractor of one's own is written: an edit there may change every value.
-    None for what this project ships (its version is recorded) and for a class that lies in no file."""
-    if kind.__module__.partition(".")[0] in {"neon", "fid", *shipped()}:
-        return None
-    try:
-        file = inspect.getsourcefile(kind)
-    except TypeError:  # a class of an interactive session
-        return None
-    return None if file is None or not Path(file).is_file() else sha256_of(Path(file))
+def _where_to_look(module: str, attribute: str, *, is_own: bool) -> str:
+    if is_own and module.endswith(".py"):
+        return f"a module is named without .py: family = '{module.removesuffix('.py')}:{attribute}'"
+    absent = f"there is no module {module!r}. " if is_own else ""
+    return (
+        f"{absent}Use one of the shipped names ({', '.join([*shipped(), *ADAPTERS])}) or 'module:ClassName' of your "
+        "own, in a file beside the config or on PYTHONPATH"
+    )
 
 
-def shipped() -> list[str]:
-    """Names of the families that lie beside this package: folders whose family.py names its FAMILY."""
-    files = Path(__file__).resolve().parents[1].glob("*/family.py")
-    return sorted(file.parent.name for file in files if "\nFAMILY = " in file.read_text(encoding="utf-8"))
+def _no_family(module: ModuleType, attribute: str) -> str:
+    """What stands in the place of a Family class, and which ones the module has."""
+    there = [
+        f"{module.__name__}:{key}"
+        for key, value in vars(module).items()
+        if isinstance(value, type) and issubclass(value, Family) and value.__module__ == module.__name__
+    ]
+    near = f"; did you mean {' or '.join(there)}?" if there else "; it has no subclass of neon.family.Family"
+    if not hasattr(module, attribute):
+        return f"{module.__name__} has no {attribute}{near}"
+    found = getattr(module, attribute)
+    return f"{module.__name__}.{attribute} is {found!r}, expected a subclass of neon.family.Family{near}"

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from neon.config_table import build
-from neon.family import resolve, shipped
+from neon.family import resolve
+from neon.own_code import shipped
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOOR_PLAN = ("README", "family", "options", "sampler", "loss", "load", "presets", "calculate_fid")

@@ -15,7 +15,7 @@ from fid.evaluator import Collector, measure
 from fid.metrics import frechet_kind, metric_name
 from fid.reference import Reference
 from neon.evaluation.collect import Wanted, collect
-from neon.family import source_sha256
+from neon.own_code import source_sha256
 from neon.runtime.distributed import World
 from neon.sampling.generate import Source, generate, to_images
 

@@ -17,8 +17,9 @@ from neon.checkpoints import checkpoint, folders
 from neon.checkpoints.checkpoint import Checkpoint
 from neon.checkpoints.lazy import Entry, StoredTensors
 from neon.checkpoints.limits import first_of, shown
-from neon.family import resolve, shipped
+from neon.family import resolve
 from neon.merge import OnMismatch
+from neon.own_code import shipped
 
 log = logging.getLogger(__name__)
 

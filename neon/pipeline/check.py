@@ -20,8 +20,9 @@ import neon
 from neon import first_batch
 from neon.checkpoints import checkpoint
 from neon.evaluation.yardsticks import open_yardsticks
-from neon.family import Family, source_sha256
+from neon.family import Family
 from neon.images.formats import open_images
+from neon.own_code import source_sha256
 from neon.pipeline.experiment import Data, Experiment
 from neon.pipeline.needs import Part, missing
 from neon.pipeline.probe import Probe

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Annotated
@@ -13,7 +13,7 @@ from typing import Annotated
 from neon.checkpoints.checkpoint import Checkpoint
 from neon.config_table import Count, Range, Section, build, table_of, with_family_options
 from neon.evaluation.options import Report
-from neon.family import Family, resolve
+from neon.family import Family, NoOptions, resolve
 from neon.sampling.options import Sampling, Synth
 from neon.search.options import Select
 from neon.seeds import overlap
@@ -171,7 +171,7 @@ def parse(table: Mapping[str, object], family: Family | None = None) -> Experime
             sections[key] = value
         elif key == "sampling":
             _refuse_guidance(value, family, key)
-            sections[key] = with_family_options(Sampling, value, key, "options", family.sampling)
+            sections[key] = _sampling(value, family, key)
         elif key in ("train", "finetune"):
             sections[key] = _training(value, family.objective, key)
         elif key == "autoencoder":
@@ -183,13 +183,23 @@ def parse(table: Mapping[str, object], family: Family | None = None) -> Experime
                 **table_of(table.get("sampling", {}), "sampling"),
                 **table_of(value["sampling"], "synth.sampling"),
             }
-            sampling = with_family_options(Sampling, changed, "synth.sampling", "options", family.sampling)
+            sampling = _sampling(changed, family, "synth.sampling")
             sections[key] = replace(build(Synth, own, key), sampling=sampling)
         else:
             sections[key] = build(known[key], value, key)
     result = Experiment(family_name=name, **sections)  # type: ignore[arg-type]  # each was built as its class above
     _check_together(result, family)
     return result
+
+
+def _sampling(table: Mapping[str, object], family: Family, where: str) -> Sampling:
+    try:
+        return with_family_options(Sampling, table, where, "options", family.sampling)
+    except ValueError as error:
+        if family.sampling is NoOptions and not set(table) <= {field.name for field in fields(Sampling)}:
+            lacking = f"the class {type(family).__name__} has no `sampling = Sampling`, the dataclass of its own keys"
+            raise ValueError(f"{error}; {lacking}") from error
+        raise
 
 
 def _refuse_guidance(table: Mapping[str, object], family: Family, where: str) -> None:

@@ -18,7 +18,8 @@ from neon.config_table import to_plain
 from neon.evaluation.evaluate import Yardstick
 from neon.evaluation.options import Report
 from neon.evaluation.yardsticks import open_yardsticks
-from neon.family import Family, source_sha256
+from neon.family import Family
+from neon.own_code import source_sha256
 from neon.pipeline.check import check_first_images
 from neon.pipeline.experiment import Base, Experiment
 from neon.pipeline.judging import Judge, calls_per_image, timed

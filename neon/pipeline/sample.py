@@ -13,8 +13,9 @@ from torch import Tensor
 from neon import quantize
 from neon.checkpoints import checkpoint
 from neon.config_table import build
-from neon.family import Family, resolve, shipped
+from neon.family import Family, resolve
 from neon.images.formats import write_folder, write_zip
+from neon.own_code import shipped
 from neon.runtime.distributed import World
 from neon.runtime.progress import progress
 from neon.sampling.generate import Source, generate, to_images

@@ -9,9 +9,9 @@ import torch
 
 from neon.checkpoints import checkpoint
 from neon.config_table import to_plain
-from neon.family import source_sha256
 from neon.images.formats import open_images
 from neon.images.image_set import ImageSet
+from neon.own_code import source_sha256
 from neon.pipeline.experiment import Data, Experiment
 from neon.runtime.distributed import World
 from neon.runtime.progress import say

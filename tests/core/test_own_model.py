@@ -1,15 +1,19 @@
 """The example of docs/own_model.md, run as it stands there: train a base, then the whole of Neon."""
 
+import hashlib
+import importlib
 import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from neon.checkpoints import checkpoint
 from neon.cli.main import main
+from neon.own_code import source_sha256
 from tests.commands import invoke, last_object
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -98,3 +102,134 @@ def test_an_extractor_of_ones_own_lies_in_the_working_folder(tmp_path, monkeypat
     done = invoke(main, "fid", "ref", *arguments, "--out", "ref.npz")
     assert done.exit_code == 0, done.output
     assert last_object(done.stdout)["extractor"] == "tiles_of_mine:open_tiles"
+
+
+MINE = (ROOT / "neon/example/mine.py").read_text()
+CONFIG = """
+family = "{module}:Mine"
+[model]
+width = 8
+[base]
+checkpoint = "base.pth"
+weights = "raw"
+[sampling]
+num_steps = 2
+uint8 = "round"
+[synth]
+num_images = 8
+[finetune]
+images = 16
+batch = 8
+lr = 1e-4
+"""
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch, request):
+    """Writes the example under a module name that no other test has, changed in places; returns the config."""
+    monkeypatch.chdir(tmp_path)
+    module = re.sub(r"\W", "_", request.node.name)[-80:]
+
+    def written(*changes: tuple[str, str], config: tuple[tuple[str, str], ...] = ()) -> Path:
+        code, table = MINE, CONFIG.format(module=module)
+        for old, new in changes:
+            assert old in code
+            code = code.replace(old, new)
+        for old, new in config:
+            assert old in table
+            table = table.replace(old, new)
+        (tmp_path / f"{module}.py").write_text(code)
+        (tmp_path / "mine.toml").write_text(table)
+        return tmp_path / "mine.toml"
+
+    yield written
+    sys.modules.pop(module, None)
+
+
+WRONG_CLASSES = {
+    "a method that is absent": (
+        ("def draw(", "def drew("),
+        r":Mine lacks draw\(self, rng, codes, labels, how\): Every random number of one training step.*docs/own_model",
+    ),
+    "a syntax error": (("def sample(self", "def sample(self self"), r"SyntaxError: invalid syntax \(.*\.py:23\)"),
+    "a module that is not there": (
+        ("import torch\n", "import torch\nimport blobnett\n"),
+        r"ModuleNotFoundError: No module named 'blobnett' \(.*\.py:3\)",
+    ),
+    "an error in the body": (('name = "mine"', "name = nameless"), r"NameError: name 'nameless'.* \(.*\.py:19\)"),
+    "options that are no dataclass": (
+        ("@dataclass(frozen=True, kw_only=True)\n", ""),
+        r"Mine\.sampling must be a dataclass: put @dataclass\(frozen=True, kw_only=True\) above Sampling",
+    ),
+    "options that are not named": (
+        ("    sampling = Sampling\n", ""),
+        r"\[sampling\] has no key 'num_steps'.*the class Mine has no `sampling = Sampling`",
+    ),
+    "an argument too few": (
+        ("rng, labels, how):            # noise", "rng, how):  # noise"),
+        r"expected Mine\.sample\(self, model, rng, labels, how\), it is Mine\.sample\(self, model, rng, how\)",
+    ),
+    "no name": (('    name = "mine"\n', ""), r':Mine lacks its name: put name = "mine" into the class'),
+    "arguments to make it": (
+        ("    sampling = Sampling\n", "    sampling = Sampling\n    def __init__(self, size):\n        pass\n"),
+        r":Mine cannot be made without arguments.*'size'",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "said"), WRONG_CLASSES.values(), ids=WRONG_CLASSES.keys())
+def test_a_class_that_is_no_whole_family_is_one_sentence(mine, change, said):
+    done = invoke(main, "check", mine(change))
+    assert done.exit_code == 1
+    assert isinstance(done.exception, SystemExit), "one line, no traceback"
+    assert re.search(said, done.stderr), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("named", "said"),
+    [
+        ("{}:Main", r"has no Main; did you mean \w+:Mine\?"),
+        ("{}:Net", r"expected a subclass of neon\.family\.Family; did you mean \w+:Mine\?"),
+        ("{}.py:Mine", r"a module is named without \.py: family = '\w+:Mine'"),
+        ("Mine", r"no family 'Mine': Use one of the shipped names"),
+    ],
+)
+def test_a_family_that_is_named_wrongly_is_named_rightly(mine, named, said):
+    path = mine()
+    text = path.read_text()
+    module = re.search(r'"(\w+):Mine"', text)[1]
+    path.write_text(text.replace(f'"{module}:Mine"', f'"{named.format(module)}"'))
+    done = invoke(main, "check", path)
+    assert done.exit_code == 1
+    assert re.search(said, done.stderr), done.stderr
+
+
+def test_an_edit_of_any_module_beside_the_family_is_an_edit_of_its_source(tmp_path, monkeypatch):
+    """Also of one that is imported late, and of what that one imports; not of what is not imported."""
+    monkeypatch.syspath_prepend(tmp_path)
+    files = {
+        "hashed_family.py": "from hashed_net import WIDTH\nclass Kind:\n    def f(self):\n        import hashed.late\n",
+        "hashed_net.py": "import os, torch\nWIDTH = 8\n",
+        "hashed/__init__.py": "",
+        "hashed/late.py": "from . import deep\nfrom ... import beyond\n",
+        "hashed/deep.py": "DEEP = 1\n",
+        "stranger.py": "",
+    }
+    (tmp_path / "hashed").mkdir()
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    kind = importlib.import_module("hashed_family").Kind
+    seen = {source_sha256(kind)}
+    for name in files:
+        (tmp_path / name).write_text(files[name] + "# edited\n")
+        changed = source_sha256(kind)
+        assert (changed in seen) == (name == "stranger.py"), name
+        seen.add(changed)
+
+
+def test_the_source_of_a_family_in_one_file_is_that_file(tmp_path, monkeypatch):
+    """As it was before modules beside it counted: runs that have been begun go on."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "alone_family.py").write_text("import torch\nclass Kind: ...\n")
+    kind = importlib.import_module("alone_family").Kind
+    assert source_sha256(kind) == hashlib.sha256((tmp_path / "alone_family.py").read_bytes()).hexdigest()

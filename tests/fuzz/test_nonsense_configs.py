@@ -14,7 +14,8 @@ import pytest
 
 from neon.config_table import LARGEST, Range, to_plain
 from neon.evaluation.options import Report
-from neon.family import resolve, shipped
+from neon.family import resolve
+from neon.own_code import shipped
 from neon.pipeline.experiment import Base, Data, parse
 from neon.sampling.options import Sampling, Synth
 from neon.search.options import Select
