@@ -27,6 +27,10 @@ UNREADABLE = (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error, LZM
 """What zipfile and numpy raise for a file that is damaged, encrypted or packed in a way that they do not know."""
 
 
+UTF_8 = 0x800
+"""The flag of a zip member that says how its name is encoded."""
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A binary file that takes the place of `path` when the block ends without an error; until then `path` is
@@ -161,13 +165,16 @@ class Seekable(Protocol):
 def member_offset(file: Seekable, member: zipfile.ZipInfo) -> int:
     """Where the bytes of a member of a zip file begin: its local header's extra field may differ from the directory's.
 
-    Raises ValueError if the header lies outside of the file.
+    Raises ValueError if the header lies outside of the file, or is that of another member.
     """
-    file.seek(max(member.header_offset, 0) + 26)
-    lengths = file.read(4)
-    if member.header_offset < 0 or len(lengths) < 4:
+    file.seek(max(member.header_offset, 0))
+    header = file.read(30)
+    if member.header_offset < 0 or len(header) < 30:
         raise ValueError(f"{member.filename[:100]!r} lies outside of the file: truncated or damaged")
-    name_length, extra_length = int.from_bytes(lengths[:2], "little"), int.from_bytes(lengths[2:], "little")
+    name_length, extra_length = int.from_bytes(header[26:28], "little"), int.from_bytes(header[28:], "little")
+    name = member.orig_filename.encode("utf-8" if member.flag_bits & UTF_8 else "cp437")
+    if header[:4] != b"PK\x03\x04" or file.read(name_length) != name:
+        raise ValueError(f"{member.filename[:100]!r} is not where the directory of the zip file says: damaged")
     return member.header_offset + 30 + name_length + extra_length
 
 

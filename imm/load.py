@@ -11,6 +11,7 @@ from imm.encoders import StabilityEncoder
 from imm.precond import IMMPrecond
 from imm.presets import SD_VAE
 from neon.checkpoints import checkpoint
+from neon.checkpoints.limits import shown
 from neon.config_table import construct
 from neon.networks.autoencoder import ConvArch, KLAutoencoder
 
@@ -22,7 +23,9 @@ def precond(arch: Mapping[str, object]) -> IMMPrecond:
     ValueError if they do not fit."""
     class_name = arch.get("class_name", "IMMPrecond")
     if class_name != "IMMPrecond":
-        raise ValueError(f"arch.class_name: the imm family builds IMMPrecond, the checkpoint holds a {class_name}")
+        raise ValueError(
+            f"arch.class_name: the imm family builds IMMPrecond, the checkpoint holds a {shown(class_name)}"
+        )
     return construct(IMMPrecond, {name: value for name, value in arch.items() if name != "class_name"}, "arch")
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from neon import contract, own_code
+from neon.checkpoints.building import bounded
 from neon.own_code import shipped
 from neon.seeds import Rng
 
@@ -140,7 +141,8 @@ class Family(Trainable[Model, Objective], Generic[Model, Objective, Sampling]):
 
     def load(self, checkpoint: Checkpoint) -> Model:
         """The network with a checkpoint's weights, strictly: a missing, extra or misshapen entry is an error."""
-        model = self.build(self.arch_of(checkpoint))
+        with bounded(len(checkpoint.specs)):
+            model = self.build(self.arch_of(checkpoint))
         checkpoint.load_into(model)
         return model
 

@@ -21,6 +21,8 @@ from var.attention import Attend, Attention, BlockCausal, Memory
 from var.derived import keep_published_entries, scale_levels
 
 NORM_EPS = 1e-6
+MAX_SIDE = 256
+"""Of a token map; the largest published one is 32."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,9 +55,9 @@ class VARArch:
                 f"embed_dim must be a multiple of heads, and depth >= 1; got {self.embed_dim}, {self.heads}, "
                 f"{self.depth}"
             )
-        if len(self.patch_nums) < 2 or any(side < 1 for side in self.patch_nums):
+        if len(self.patch_nums) < 2 or any(not 1 <= side <= MAX_SIDE for side in self.patch_nums):
             raise ValueError(
-                f"patch_nums must be at least two positive sides, coarse to fine; got {list(self.patch_nums)}"
+                f"patch_nums must be at least two sides of 1 to {MAX_SIDE}, coarse to fine; got {list(self.patch_nums)}"
             )
         if not 0 <= self.drop_path < 1:
             raise ValueError(f"drop_path must be in [0, 1), got {self.drop_path}")

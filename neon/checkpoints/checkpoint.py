@@ -21,12 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from neon.checkpoints import weight_sets
+from neon.checkpoints.building import building
 from neon.checkpoints.folders import only_entry
 from neon.checkpoints.lazy import Source, StoredTensors
 from neon.checkpoints.limits import clean, first_of, shown
 from neon.checkpoints.safetensors_format import aliases_of, metas, write_safetensors
 from neon.checkpoints.weight_sets import KNOWN, UNNAMED, Contents, WeightSet
-from neon.store import files, hub
+from neon.store import files, hub, records
 
 log = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=nn.Module)
@@ -108,9 +109,10 @@ class Checkpoint:
     def filled(self, build: Callable[[Arch], Model], arch: Arch) -> Model:
         """The network build(arch) with these weights; its own initial values cost neither time nor memory.
 
-        For networks whose every tensor is in the state dict: they are built on the meta device.
+        For networks whose every tensor is in the state dict: they are built on the meta device. Raises ValueError,
+        naming the file, if `arch` makes no network or one that has other tensors.
         """
-        with torch.device("meta"):
+        with torch.device("meta"), building(self.path, arch, len(self.specs)):
             model = build(arch)
         self.load_into(model)
         return model
@@ -224,8 +226,9 @@ def write_streaming(
 
 
 def file_metadata(metadata: Mapping[str, object], texts: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The texts in a safetensors file: ours as JSON under `neon`; without "format" transformers refuses a file."""
-    return {"format": "pt", **(texts or {}), "neon": json.dumps({**metadata, "format": 1})}
+    """The texts in a safetensors file: ours as JSON under `neon`, sealed, because the format itself has no checksum;
+    without "format" transformers refuses a file."""
+    return {"format": "pt", **(texts or {}), "neon": json.dumps(records.sealed({**metadata, "format": 1}))}
 
 
 def about(checkpoint: Checkpoint) -> dict[str, object]:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from neon.checkpoints.bounded import Bounded, Span
-from neon.checkpoints.limits import MAX_TEXT_BYTES, Budget, shown
+from neon.checkpoints.limits import MAX_MEMORY, MAX_TEXT_BYTES, Budget, shown
 
 WHOLE_MODULE = (
     ". A module that was pickled whole needs its class; if you trust the file, make a state dict of it where the class "
@@ -67,9 +67,12 @@ class Record:
 
 
 Rebuilder = Callable[..., object]
-MAX_OPCODES = 30_000_000  # a file of 300,000 tensors has 13 million
-MAX_COPIED = 50_000_000  # entries and letters that calls are given; every list(...) of a list copies it
+MAX_OPCODES = 15_000_000  # a file of 300,000 tensors has 10 million
+MAX_STACK = 500_000  # values that wait to be put somewhere; pickle itself puts away every 1,000
+MAX_MARKS = 10_000
+MAX_COPIED = 20_000_000  # entries and letters that calls are given; every list(...) of a list copies it
 MAX_NUMBER_BYTES = 256
+ENTRY_BYTES = 104  # of a dict or set, at most
 MAX_KEY_PARTS = 16
 
 
@@ -98,10 +101,11 @@ class Machine:
         self.outer: list[list] = []  # the stacks below the open marks
         self.memo: dict[int, object] = {}
         self.copied = Budget(MAX_COPIED, "copied entries")
+        self.memory = Budget(MAX_MEMORY, "bytes")
 
     def load(self) -> object:
         """The pickled value. Raises ValueError if the pickle is damaged or refers to a name that is not allowed."""
-        read, handlers = self.file.read, HANDLERS
+        read, handlers, memory = self.file.read, HANDLERS, self.memory
         try:
             for _ in range(MAX_OPCODES):
                 code = read(1)
@@ -109,7 +113,10 @@ class Machine:
                     return self.stack.pop()
                 if code not in handlers:
                     raise ValueError(f"opcode {code!r} has no place in a checkpoint: refused")
+                memory.spend(WEIGHTS.get(code, 16))
                 handlers[code](self)
+                if len(self.stack) > MAX_STACK:
+                    raise ValueError(f"it leaves {MAX_STACK:,} values unused: refused as hostile")
         except (IndexError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise ValueError(
                 f"damaged pickle near byte {self.file.tell()} ({type(error).__name__}: {shown(str(error))})"
@@ -131,17 +138,25 @@ class Machine:
 
     def push_text(self, length_bytes: int, encoding: str) -> None:
         content = self.file.read(self.length(length_bytes, MAX_TEXT_BYTES))
-        self.stack.append(str(content, encoding, "surrogatepass" if encoding == "utf-8" else "strict"))
+        self.push_sized(str(content, encoding, "surrogatepass" if encoding == "utf-8" else "strict"))
+
+    def push_sized(self, value: object) -> None:
+        """Push a text or number, whose memory depends on its content."""
+        self.memory.spend(sys.getsizeof(value))
+        self.stack.append(value)
 
     def push_long(self, length_bytes: int) -> None:
         content = self.file.read(self.length(length_bytes, MAX_NUMBER_BYTES))
-        self.stack.append(int.from_bytes(content, "little", signed=True))
+        self.push_sized(int.from_bytes(content, "little", signed=True))
 
     def push_global(self) -> None:
         module, name = (self.file.readline()[:-1].decode() for _ in range(2))
+        self.memory.spend(len(module) + len(name))
         self.stack.append(self.resolve(f"{module}.{name}"))
 
     def mark(self) -> None:
+        if len(self.outer) > MAX_MARKS:
+            raise ValueError(f"it is nested deeper than {MAX_MARKS:,}: refused as hostile")
         self.outer.append(self.stack)
         self.stack = []
 
@@ -206,6 +221,7 @@ class Machine:
         if not isinstance(items, dict):
             raise ValueError(f"it sets items of a {type(target).__name__}: refused")
         checked_keys(values[::2])
+        self.memory.spend(ENTRY_BYTES * (len(values) // 2))
         items.update(zip(values[::2], values[1::2], strict=True))
 
     def extend(self, values: list) -> None:
@@ -213,6 +229,7 @@ class Machine:
         if isinstance(target, list):
             target.extend(values)
         elif isinstance(target, set):
+            self.memory.spend(ENTRY_BYTES * len(values))
             target.update(set_of(values))
         else:
             raise ValueError(f"it appends to a {type(target).__name__}: refused")
@@ -243,7 +260,7 @@ def number(format: str) -> Handler:
 
 
 def line(read: Callable[..., object]) -> Handler:
-    return lambda m: m.stack.append(read(m.file))
+    return lambda m: m.push_sized(read(m.file))
 
 
 def index(size: int) -> Callable[[Machine], int]:
@@ -286,3 +303,12 @@ HANDLERS: dict[bytes, Handler] = {
     b"b": Machine.build, b"Q": Machine.refer,
 }  # fmt: skip
 """opcode -> what it does. Those of persistent text ids, extensions, instances and out-of-band buffers are refused."""
+WEIGHTS = {
+    **dict.fromkeys((b"K", b"N", b")", b"h", b"j", b"g", b"2", b"\x88", b"\x89", b"0", b"Q", b"b", b"a", b"e"), 8),
+    **dict.fromkeys((b"M", b"J", b"G"), 40),
+    **dict.fromkeys((b"(", b"]", b"l", b"}", b"d", b"t", b"\x85", b"\x86", b"\x87"), 88),
+    **dict.fromkeys((b"p", b"q", b"r", b"\x94"), 104),
+    **dict.fromkeys((b"\x8f", b"\x91", b"C", b"B", b"\x8e", b"c", b"\x93"), 240),
+    **dict.fromkeys((b"R", b"\x81", b"\x92"), 350),
+}  # fmt: skip
+"""opcode -> the bytes that it takes in memory at most (16 by default), beside texts and entries of dicts."""

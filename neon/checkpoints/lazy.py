@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import math
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -84,13 +85,34 @@ def window(file: Readable, start: int, size: int) -> io.BufferedReader:
 
 
 @dataclass(eq=False)
+class Checksum:
+    """What a zip archive says of one of its records: CRC-32 of `num_bytes` bytes. Compared once."""
+
+    name: str
+    num_bytes: int
+    crc32: int
+    is_right: bool = False
+
+    def compare(self, found: int, where: object) -> None:
+        if found != self.crc32:
+            raise ValueError(
+                f"{where}: the checksum of {shown(self.name)} is wrong: damaged, copy or download it again"
+            )
+        self.is_right = True
+
+
+@dataclass(eq=False)
 class Storage:
-    """A flat run of `num_elements` elements, `offset` bytes into a file (or into bytes that were embedded as text)."""
+    """A flat run of `num_elements` elements, `offset` bytes into a file (or into bytes that were embedded as text).
+
+    checksum: of the bytes from `offset` on; only zip archives have one.
+    """
 
     source: Source | bytes
     dtype: torch.dtype
     num_elements: int
     offset: int = 0
+    checksum: Checksum | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -98,6 +120,17 @@ class Storage:
 
     def open(self) -> Readable:
         return io.BytesIO(self.source) if isinstance(self.source, bytes) else self.source.open()
+
+    def check(self) -> None:
+        """Read all bytes that the checksum is of, unless that was done. Raises ValueError naming the file."""
+        if self.checksum is None or self.checksum.is_right:
+            return
+        crc32, left = 0, self.checksum.num_bytes
+        with self.open() as file:
+            file.seek(self.offset)
+            while left and (content := file.read(min(left, 1 << 20))):
+                crc32, left = zlib.crc32(content, crc32), left - len(content)
+        self.checksum.compare(crc32, self)
 
     def __str__(self) -> str:
         return "embedded bytes" if isinstance(self.source, bytes) else str(self.source.path)
@@ -147,12 +180,21 @@ class StoredTensor:
         return plain
 
     @property
+    def is_whole_record(self) -> bool:
+        """Whether reading it reads exactly what the checksum of its storage is of."""
+        checksum = self.storage.checksum
+        num_bytes = self.extent * self.storage.dtype.itemsize
+        return checksum is not None and self.offset == 0 and num_bytes == checksum.num_bytes
+
+    @property
     def meta(self) -> Tensor:
         """Shape and dtype, without content."""
         return torch.empty(self.shape, dtype=self.storage.dtype, device="meta")
 
     def read(self) -> Tensor:
-        """The content, in memory of its own."""
+        """The content, in memory of its own. Raises ValueError naming the file if its checksum (if any) is wrong."""
+        if not self.is_whole_record:
+            self.storage.check()
         flat = torch.empty(self.extent, dtype=self.storage.dtype)
         if self.extent:
             buffer = flat.view(torch.uint8).numpy().data
@@ -160,6 +202,8 @@ class StoredTensor:
                 file.seek(self.storage.offset + self.offset * flat.itemsize)
                 if file.readinto(buffer) != len(buffer):
                     raise ValueError(f"{self.storage} ends inside a tensor of shape {self.shape}: it is truncated")
+            if self.is_whole_record and self.storage.checksum and not self.storage.checksum.is_right:
+                self.storage.checksum.compare(zlib.crc32(buffer), self.storage)
         tensor = flat.as_strided(self.shape, self.stride)
         if self.is_conj:
             tensor = tensor.conj().resolve_conj()

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 MAX_INTEGER = 2**63  # torch's sizes and offsets are signed 64-bit
 MAX_DIMENSIONS = 64
 MAX_JSON_BYTES = 100_000_000  # the limit of the safetensors library for a header
+MAX_MEMORY = 800 << 20  # bytes that a pickle may unfold to, counted generously
+MAX_JSON_VALUES = 4_000_000  # commas and brackets; a header of 300,000 tensors has 2.7 million
 MAX_TEXT_BYTES = 16 << 20  # the longest text of a published file is a module's source of 100 kB
 
 

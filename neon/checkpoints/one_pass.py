@@ -11,6 +11,7 @@ import hashlib
 import io
 import math
 import os
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -119,6 +120,7 @@ class Reader:
         self.has_hashes = has_hashes
         self.files: dict[Path, io.BufferedReader] = {}
         self.hashes: dict[Path, RunningHash] = {}
+        self.crc32: dict[str, int] = {}  # of what was read of the tensor of each role
         self.whole: dict[str, Tensor] = {}  # the last tensor of each role that cannot be read in pieces
 
     def open(self, source: Source) -> io.BufferedReader:
@@ -148,7 +150,19 @@ class Reader:
             done += got
         if self.has_hashes:
             self.hashes[source.path].passed(offset, view)
+        self.check(entry, start, view, role)
         return content.view(dtype)
+
+    def check(self, entry: StoredTensor, start: int, view: memoryview, role: str) -> None:
+        """Compare a tensor of a zip archive with its checksum once its last piece was read."""
+        checksum = entry.storage.checksum
+        if checksum is None or checksum.is_right:
+            return
+        if not entry.is_whole_record:
+            return entry.storage.check()
+        self.crc32[role] = zlib.crc32(view, self.crc32[role] if start else 0)
+        if start * entry.storage.dtype.itemsize + len(view) == checksum.num_bytes:
+            checksum.compare(self.crc32[role], entry.storage)
 
     def sha256(self, path: Path) -> str:
         """The hash of a file, all of it; what was not read yet is read now."""

@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
-from itertools import pairwise
 from pathlib import Path
 
 import safetensors
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor
 
 from neon.checkpoints.lazy import Source, Storage, StoredTensor, StoredTensors
-from neon.checkpoints.limits import MAX_JSON_BYTES, clean, first_of, natural, shape_of, shown
+from neon.checkpoints.limits import MAX_JSON_BYTES, MAX_JSON_VALUES, clean, first_of, natural, shape_of, shown
 from neon.store import files
 
 DTYPES = {
@@ -42,8 +41,11 @@ def read_safetensors(source: Source) -> tuple[dict[str, StoredTensor], dict[str,
         raise ValueError("its metadata is not a mapping of texts")
     entries = {name: locate(source, start, name, entry) for name, entry in header.items()}
     spans = sorted((entry.storage.offset, entry.storage.num_bytes) for entry in entries.values())
-    if any(begin + length > following for (begin, length), (following, _) in pairwise(spans)):
-        raise ValueError("its tensors overlap")
+    ends = [start, *(begin + length for begin, length in spans)]
+    for end, begin in zip(ends, [*(begin for begin, _ in spans), source.size], strict=True):
+        if end != begin:
+            what = "its tensors overlap" if begin < end else "bytes of it belong to no tensor"
+            raise ValueError(f"{what} (at {min(begin, end)}): damaged, or its header belongs to another file")
     for alias, kept in metadata.items():
         if kept in entries and alias not in entries:
             entries[alias] = entries[kept]
@@ -66,7 +68,7 @@ def read_header(source: Source) -> tuple[dict, int]:
 
 
 def read_json(text: bytes, what: str) -> dict:
-    """A JSON object. Raises ValueError if it is none, or names a thing twice."""
+    """A JSON object. Raises ValueError if it is none, holds too much, or names a thing twice."""
 
     def unique(pairs: list[tuple[str, object]]) -> dict:
         entries = dict(pairs)
@@ -74,6 +76,8 @@ def read_json(text: bytes, what: str) -> dict:
             raise ValueError("a name comes twice")
         return entries
 
+    if sum(map(text.count, (b",", b"[", b"{"))) > MAX_JSON_VALUES:
+        raise ValueError(f"{what} holds more than {MAX_JSON_VALUES:,} values: refused as hostile")
     try:
         value = json.loads(text, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:

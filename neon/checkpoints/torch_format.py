@@ -12,6 +12,7 @@ from __future__ import annotations
 import io
 import re
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import cast
 
@@ -21,13 +22,13 @@ import torch
 from fid.files import member_offset
 from neon.checkpoints.bounded import Bounded, Span
 from neon.checkpoints.inert_pickle import Global, Machine, Rebuilder, Record, checked_keys, set_of
-from neon.checkpoints.lazy import Readable, Source, Storage, StoredTensor, window
+from neon.checkpoints.lazy import Checksum, Readable, Source, Storage, StoredTensor, window
 from neon.checkpoints.limits import Budget, clean, first_of, natural, shape_of, shown
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 MAX_DEPTH = 100
 MAX_MODULES = 1_000_000
-MAX_PICKLE_BYTES = 512 << 20  # of the table of contents in an archive: 300,000 tensors have 40 MB
+MAX_PICKLE_BYTES = 128 << 20  # of the table of contents in an archive: 300,000 tensors have 40 MB
 MAX_PLAIN_NODES = 100_000  # of constructor arguments and options, as they unfold
 
 STORAGE_DTYPES = {
@@ -66,12 +67,14 @@ def read_zip(source: Source, start: int = 0, size: int | None = None) -> object:
         def storage(identity: object) -> Storage:
             dtype, key, num_elements = storage_type(identity)
             if key not in storages:
-                offset, num_bytes = locate_record(file, members[f"data/{key}"])
+                info = members[f"data/{key}"]
+                offset, num_bytes = locate_record(file, info)
                 if num_elements * dtype.itemsize > min(num_bytes, source.size - start - offset):
                     raise ValueError(
                         f"storage {shown(key)} claims {num_elements * dtype.itemsize} bytes, its record has {num_bytes}"
                     )
-                storages[key] = Storage(source, dtype, num_elements, start + offset)
+                checksum = Checksum(info.filename, num_bytes, info.CRC) if info.CRC else None
+                storages[key] = Storage(source, dtype, num_elements, start + offset, checksum)
             return storages[key]
 
         content = Bounded(io.BytesIO(read_record(file, members["data.pkl"], MAX_PICKLE_BYTES)))
@@ -86,11 +89,14 @@ def read_record(file: Readable, info: zipfile.ZipInfo, limit: int) -> bytes:
         )
     bounded = Bounded(file)
     bounded.seek(offset)
-    return bounded.read(num_bytes)
+    content = bounded.read(num_bytes)
+    if info.CRC:
+        Checksum(info.filename, num_bytes, info.CRC).compare(zlib.crc32(content), "the archive")
+    return content
 
 
 def locate_record(file: Readable, info: zipfile.ZipInfo) -> tuple[int, int]:
-    """(offset, size) of a record's bytes."""
+    """(offset, size) of a record's bytes. A CRC-32 of 0 is none: torch.serialization.set_crc32_options(False)."""
     if info.compress_type != zipfile.ZIP_STORED:
         raise ValueError(f"{shown(info.filename)} is compressed; torch.save stores its records as they are")
     return member_offset(file, info), info.file_size
@@ -228,7 +234,7 @@ def rebuild_untyped(
     wanted = getattr(torch, dtype.name.removeprefix("torch."), None) if isinstance(dtype, Global) else None
     if not isinstance(wanted, torch.dtype) or not isinstance(storage, Storage):
         raise ValueError(f"a tensor of unknown dtype {shown(dtype)}")
-    typed = Storage(storage.source, wanted, storage.num_elements // wanted.itemsize, storage.offset)
+    typed = Storage(storage.source, wanted, storage.num_elements // wanted.itemsize, storage.offset, storage.checksum)
     return rebuild_tensor(typed, offset, shape, stride, grad, hooks, *_)
 
 

@@ -14,6 +14,7 @@ from neon.checkpoints.lazy import Source, StoredTensor
 from neon.checkpoints.limits import MAX_JSON_BYTES, Budget, first_of, shown
 from neon.checkpoints.safetensors_format import is_safetensors, read_json, read_safetensors
 from neon.checkpoints.torch_format import plain, read_pickle, read_zip, state_dict_of
+from neon.store import records
 
 UNNAMED = "unnamed"
 """Label of the only set of a file that does not say whether it is an average."""
@@ -115,6 +116,7 @@ def safetensors(source: Source) -> Contents:
     entries, texts = read_safetensors(source)
     texts = {key: text for key, text in texts.items() if key not in entries}  # the rest names tied tensors
     own = read_json(texts.pop("neon").encode("utf-8", "surrogatepass"), "our metadata") if "neon" in texts else {}
+    own = records.unsealed(own, "our metadata")
     if own.get("format", 1) != 1:
         raise ValueError(f"expected format 1 of our metadata, found {shown(own['format'])}; a newer neon may read it")
     for key, kind in (("family", str), ("weights", str), ("arch", dict)):

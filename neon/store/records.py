@@ -52,7 +52,7 @@ def sealed(value: Mapping[str, object]) -> dict[str, object]:
     return {**plain, SEAL: key_of(plain)}
 
 
-def _unsealed(value: dict, where: str) -> dict:
+def unsealed(value: dict, where: str) -> dict:
     """The record without its seal, if it is intact. Records of earlier versions have none."""
     seal = value.pop(SEAL, None)
     if seal is not None and seal != key_of(value):
@@ -87,7 +87,7 @@ def read_lines(path: Path) -> list[dict]:
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
         where = f"{path}, line {number}"
         try:
-            found.append(_unsealed(_parsed(line, where), where))
+            found.append(unsealed(_parsed(line, where), where))
         except DamagedError as error:
             raise DamagedError(
                 f"{error}. Delete this line and run the same command again: what it says is computed again, the "
@@ -218,7 +218,7 @@ def read_manifest(folder: Path) -> dict:
     """What `claim_folder` wrote. Raises DamagedError naming the file if it is damaged."""
     path = folder / "manifest.json"
     try:
-        return _unsealed(read_json(path), str(path))
+        return unsealed(read_json(path), str(path))
     except DamagedError as error:
         raise DamagedError(
             f"{error}. If the config has not changed since {folder} was begun, delete this file and run the same "

@@ -1,15 +1,21 @@
 """Files that once hung the reader, filled memory, ended in a traceback, or were refused though they are valid."""
 
 import json
+import struct
 import sys
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
+from click.testing import CliRunner
 
-from neon.checkpoints import checkpoint
+from neon.checkpoints import checkpoint, inert_pickle
 from neon.checkpoints.describe import describe
+from neon.cli.main import main
+from neon.family import resolve
 from tests.core import pickles
 
 
@@ -91,7 +97,8 @@ HEADERS = {
 @pytest.mark.parametrize("kind", HEADERS)
 def test_odd_headers_are_one_short_line(tmp_path, kind):
     header, message = HEADERS[kind]
-    path = header_file(tmp_path / "a.safetensors", header)
+    data = 0 if isinstance(header, dict) and "__metadata__" in header else 4
+    path = header_file(tmp_path / "a.safetensors", header, data)
     with pytest.raises(ValueError, match=message.replace("\\\\\\\\", "\\\\")) as error:
         describe(path)
     assert str(error.value).isprintable()
@@ -134,3 +141,123 @@ def test_an_index_larger_than_any_is_not_read(tmp_path):
         file.truncate(200_000_000)
     with pytest.raises(ValueError, match="an index of shards has at most"):
         checkpoint.read(path)
+
+
+FLOODS = {
+    "lists": b"]" * 600_000,
+    "sets": b"\x8f" * 600_000,
+    "tuples": b"N\x85" * 600_000,
+    "floats": (b"G" + bytes(8)) * 600_000,
+    "marks": b"(" * 20_000,
+    "memo": b"\x94" * 120_000,
+    "texts": (b"X\xff\xff\x00\x00" + b"x" * 0xFFFF) * 200,
+    "wide texts": (b"X\x03\xff\x00\x00" + "\U0001f600".encode() + b"x" * 0xFEFF) * 60,
+    "lines": (b"V" + b"x" * 60_000 + b"\n") * 200,
+    "entries": b"}" + b"".join(b"(" + b"".join(b"J%cxxxN" % i for i in range(97, 123)) + b"u" for _ in range(5000)),
+}
+
+
+@pytest.mark.parametrize("kind", FLOODS)
+def test_a_pickle_has_a_bound_of_memory(tmp_path, monkeypatch, kind):
+    """Many small things are refused as a few large ones are. The bound is lowered here so that files stay small."""
+    monkeypatch.setattr(inert_pickle, "MAX_MEMORY", 10 << 20)
+    path = tmp_path / "a.pkl"
+    path.write_bytes(b"\x80\x02N" + FLOODS[kind] + b".")
+    with pytest.raises(ValueError, match=r"a\.pkl: it (unfolds into more than 10,485,760 bytes|leaves|is nested)"):
+        checkpoint.read(path)
+
+
+def test_a_header_of_too_many_values_is_not_parsed(tmp_path):
+    path = header_file(tmp_path / "a.safetensors", b'{"a":[' + b"[]," * 2_000_000 + b"1]}")
+    with pytest.raises(ValueError, match="its header holds more than 4,000,000 values"):
+        checkpoint.read(path)
+
+
+@pytest.mark.parametrize("offsets", [[4, 8], [0, 4]])
+def test_a_header_that_leaves_bytes_to_nobody_is_refused(tmp_path, offsets):
+    """As the safetensors library does: a header whose offsets were damaged must not read other numbers."""
+    path = header_file(tmp_path / "a.safetensors", {"w": {"dtype": "F32", "shape": [1], "data_offsets": offsets}}, 8)
+    with pytest.raises(safetensors.SafetensorError):
+        safetensors.torch.load_file(path)
+    with pytest.raises(ValueError, match=r"a\.safetensors: bytes of it belong to no tensor"):
+        checkpoint.read(path)
+
+
+def test_our_metadata_is_sealed(tmp_path):
+    path = tmp_path / "a.safetensors"
+    checkpoint.write(path, {"w": torch.ones(2)}, metadata={"family": "edm", "arch": {"sigma_data": 0.5}})
+    assert checkpoint.read(path).arch == {"sigma_data": 0.5}
+    path.write_bytes(path.read_bytes().replace(b"0.5", b"0.7"))
+    with pytest.raises(ValueError, match=r"a\.safetensors: our metadata: damaged, its content is not what was written"):
+        checkpoint.read(path)
+
+
+def archive_with(path, change):
+    """What torch.save wrote, with some of its bytes changed."""
+    torch.save({"a": torch.arange(100.0), "view": torch.arange(50.0)[10:], "b": torch.ones(100)}, path)
+    content = bytearray(path.read_bytes())
+    change(content)
+    path.write_bytes(content)
+    return path
+
+
+def flipped_data(content):
+    content[content.index(struct.pack("<f", 41.0))] ^= 1  # of "a" and, first, of nothing else
+
+
+def flipped_view(content):
+    content[content.rindex(struct.pack("<f", 41.0))] ^= 1
+
+
+def renamed(content):
+    """The directory calls the first record as the third one and the other way round."""
+    names = [content.rindex(b"data/0"), content.rindex(b"data/2")]
+    content[names[0] + 5], content[names[1] + 5] = b"20"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (flipped_data, "the checksum of archive/data/0 is wrong"),
+        (flipped_view, "the checksum of archive/data/1 is wrong"),
+        (renamed, "is not where the directory of the zip file says"),
+    ],
+)
+def test_damaged_bytes_of_an_archive_are_found(tmp_path, change, message):
+    path = archive_with(tmp_path / "archive.pth", change)
+    with pytest.raises(ValueError, match=message):
+        dict(checkpoint.read(path).tensors)
+    checkpoint.write(
+        tmp_path / "base.safetensors", torch.load(archive_with(tmp_path / "b.pth", lambda _: None)), metadata={}
+    )
+    result = CliRunner().invoke(
+        main, ["merge", f"{tmp_path}/base.safetensors", str(path), "--w", "1", "--out", f"{tmp_path}/out.safetensors"]
+    )
+    assert result.exit_code == 1
+    assert message in result.output
+    assert str(path) in result.output
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_an_archive_without_checksums_is_read(tmp_path):
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"a": torch.ones(3)}, tmp_path / "a.pth")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert checkpoint.read(tmp_path / "a.pth").tensors["a"].tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("num_blocks", 10**7), ("num_blocks", 10**400), ("num_blocks", 5000), ("channel_mult", [0, 2]),
+     ("channel_mult", [1] * 10**5), ("model_channels", 0), ("model_channels", -1), ("img_channels", 2**63),
+     ("class_name", [1] * 10**5)],
+)  # fmt: skip
+def test_absurd_arguments_of_a_network_are_refused_at_once(key, value):
+    found = checkpoint.read(Path(__file__).parents[2] / "demo/base.safetensors")
+    began = time.process_time()
+    with pytest.raises(ValueError, match=r"base\.safetensors: its arguments \(arch\) make no network") as error:
+        resolve("edm").load(replace(found, arch={**found.arch, key: value}))
+    assert len(str(error.value)) < 1000
+    assert time.process_time() - began < 2

@@ -249,7 +249,7 @@ def claim_in_pickle(path, monkeypatch):
     path.write_bytes(content.replace(shape, b"\x8a\x07" + BIG.to_bytes(7, "little") + shape[2:]))
 
 
-def claim_in_zip(path, monkeypatch):
+def claim_in_zip(path, monkeypatch, claimed=BIG):
     torch.save({"w": torch.zeros(1234)}, path)
     content = path.read_bytes()
     number = b"M" + struct.pack("<H", 1234)  # BININT2, the storage's and the tensor's number of elements
@@ -260,14 +260,16 @@ def claim_in_zip(path, monkeypatch):
         for name, data in members.items():
             archive.writestr(
                 name,
-                data.replace(number, b"\x8a\x07" + BIG.to_bytes(7, "little")) if name.endswith("data.pkl") else data,
+                data.replace(number, b"\x8a\x07" + claimed.to_bytes(7, "little"))
+                if name.endswith("data.pkl")
+                else data,
             )
 
 
 def claim_in_zip_directory(path, monkeypatch):
     """The archive's directory claims 4 GB too; the file has 1 kB."""
-    claim_in_zip(path, monkeypatch)
-    content = path.read_bytes().replace(BIG.to_bytes(7, "little"), (10**9).to_bytes(7, "little"))
+    claim_in_zip(path, monkeypatch, 10**9)
+    content = path.read_bytes()
     start = content.rindex(b"PK\x01\x02", 0, content.rindex(b"/data/0"))
     sizes = struct.pack("<II", 4 * 10**9, 4 * 10**9)
     path.write_bytes(content[: start + 20] + sizes + content[start + 28 :])
