@@ -126,8 +126,9 @@ class Family(Trainable[Model, Objective], Generic[Model, Objective, Sampling]):
             raise ValueError(f"[base] prompts: the family {self.name!r} takes no prompts")
         return checkpoint.read(path, weights=weights)
 
-    def export(self, weights: Mapping[str, Tensor], folder: Path) -> Path | None:
-        """Write the improved weights into a run's folder in the family's own form too, if it has one; says where."""
+    def export(self, weights: Mapping[str, Tensor], folder: Path, how: Objective) -> Path | None:
+        """Write the improved weights into a run's folder in the family's own form too, if it has one; says where.
+        how: what the fine-tune was made with."""
         return None
 
     def arch_of(self, checkpoint: Checkpoint) -> Mapping[str, object]:

@@ -26,7 +26,7 @@ try:
 except ImportError as error:
     raise ImportError("family diffusers needs an extra: pip install 'neon-generative[diffusers]'") from error
 
-from neon.adapters.lora import add_lora, folded
+from neon.adapters.lora import add_lora, folded, write_adapter
 from neon.adapters.objective import Forward, forward_of
 from neon.adapters.pipeline_folder import PipelineFolder, class_of_diffusers
 from neon.checkpoints.checkpoint import Checkpoint
@@ -266,10 +266,15 @@ class Diffusers(Family[nn.Module, Objective, Sampling]):
     def plain(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         return state if self._lora_scale is None else folded(state, self._lora_scale)
 
-    def export(self, weights: Mapping[str, Tensor], folder: Path) -> Path:
-        """`folder`/pipeline: the base's pipeline with these weights, for DiffusionPipeline.from_pretrained."""
+    def export(self, weights: Mapping[str, Tensor], folder: Path, how: Objective) -> Path:
+        """`folder`/pipeline: the base's pipeline with these weights, for DiffusionPipeline.from_pretrained. Of a
+        low-rank fine-tune also `folder`/adapter: the small file that makes them of the base."""
         assert self._folder is not None
         self._folder.write_with(weights, folder / "pipeline")
+        if how.lora_rank:
+            kind = getattr(diffusers, str(self._folder.index["_class_name"]))
+            part = self._denoiser if hasattr(kind, "load_lora_weights") else None
+            write_adapter(folder / "adapter", self._folder.read_model().state_dict(), weights, how.lora_rank, part)
         return folder / "pipeline"
 
     def img_size(self, model: nn.Module) -> int:

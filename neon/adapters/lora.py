@@ -1,11 +1,18 @@
-"""Low-rank fine-tuning by peft: matrices added to a model, and folded into its weights again."""
+"""Low-rank fine-tuning by peft: matrices added to a model, folded into its weights, and taken out of them again."""
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+from neon.checkpoints import checkpoint
+from neon.checkpoints.lora import CONFIG, PEFT_PREFIX
+from neon.store import files
 
 ADAPTER = "neon"
 
@@ -38,3 +45,50 @@ def folded(state: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
             value = value + scale * update.view_as(value)
         plain[name.replace(".base_layer.", ".")] = value
     return plain
+
+
+def write_adapter(
+    folder: Path, base: Mapping[str, Tensor], weights: Mapping[str, Tensor], rank: int, part: str | None
+) -> None:
+    """The low-rank update from `base` to `weights`, as a file of its own in a new `folder`.
+
+    part: the network's name in a pipeline that loads LoRA files (pipeline.load_lora_weights(folder)); None: PEFT's
+    layout (PeftModel.from_pretrained(network, folder)). Its scale is 1 in both.
+    Raises ValueError if an update is not of this rank.
+    """
+    tensors: dict[str, Tensor] = {}
+    modules = []
+    for name, value in weights.items():
+        if torch.equal(value, base[name]):
+            continue
+        module = name.removesuffix(".weight")
+        down, up = factors(name, base[name], value, rank)
+        prefix = PEFT_PREFIX if part is None else f"{part}."
+        tensors |= {f"{prefix}{module}.lora_A.weight": down, f"{prefix}{module}.lora_B.weight": up}
+        modules.append(module)
+    shutil.rmtree(folder, ignore_errors=True)
+    if not modules:
+        return
+    folder.mkdir()
+    if part is not None:
+        checkpoint.write(folder / "pytorch_lora_weights.safetensors", tensors, metadata={"kind": "lora"})
+        return
+    checkpoint.write(folder / "adapter_model.safetensors", tensors, metadata={"kind": "lora"})
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": modules, "inference_mode": True}
+    files.write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
+
+
+def factors(name: str, base: Tensor, value: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """A (rank, inputs, ...), B (outputs, rank, ...) with base + B A = value but for float32's rounding of the two."""
+    update = (value.double() - base.double()).flatten(1)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # of the subspace it begins with
+        u, s, v = torch.svd_lowrank(update, q=min(rank, *update.shape), niter=4)
+    lost = (update - u * s @ v.T).abs().max()
+    if lost > 32 * torch.finfo(torch.float32).eps * max(base.abs().max(), value.abs().max()):
+        raise ValueError(f"the update of {name} is not of rank {rank}: {lost:.2g} of it would be lost")
+    missing = rank - len(s)  # where a layer is narrower than the rank
+    down = nn.functional.pad((v * s.sqrt()).T, (0, 0, 0, missing))
+    up = nn.functional.pad(u * s.sqrt(), (0, missing))
+    ones = [1] * (base.ndim - 2)
+    return down.reshape(rank, *base.shape[1:]).float(), up.reshape(-1, rank, *ones).float()

@@ -224,7 +224,7 @@ class Run:
             merged = merge.reverse_merge(self.base_tensors, synth.tensors, point.w, parameters=parameters)
             metadata = {**self._metadata(self.base.weights), "w": point.w, "synth_sha256": synth.sha256, "note": note}
             checkpoint.write(path, merged, metadata=metadata | {"is_base": point.w == 0})
-            self.family.export(merged, self.folder)
+            self.family.export(merged, self.folder, self.config.need("finetune", Training).objective)
         self.world.barrier()
         return path
 

@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 
+from neon.adapters.lora import write_adapter
 from neon.checkpoints import checkpoint
 from neon.images.formats import open_images
 from neon.pipeline.experiment import load
 from neon.pipeline.run import Run
 from neon.quantize import to_uint8
 from neon.runtime.distributed import World
+from neon.search.points import Point
 from neon.seeds import ImageRng
 from tests.adapters.pipelines import PROMPTS, diffusers, flow_scheduler, saved
 from tests.commands import ROOT, started
@@ -115,6 +117,54 @@ def test_a_whole_run_ends_with_a_pipeline_that_diffusers_loads(kind, objective, 
     ]
     difference = to_uint8(images * 2 - 1, "round").int() - torch.from_numpy(shown).int()
     assert difference.abs().max() <= 1
+
+
+@pytest.mark.parametrize("kind", ["unconditional", "class", "text"])
+def test_the_small_adapter_on_the_base_is_the_improved_pipeline(kind, tmp_path):
+    """Applied by diffusers (text) or peft itself, to weights and to images."""
+    peft = pytest.importorskip("peft")
+    run = Run(load(config(tmp_path, kind, objective="lora_rank = 3\nlora_alpha = 4.0")), tmp_path / "run", World())
+    (snapshot,) = run.finetune()
+    run.write_merged(Point(w=1.5, snapshot=snapshot.stem.removeprefix("snapshot-")), "")
+    name, base = base_of(tmp_path, kind)
+    adapter = tmp_path / "run/adapter"
+    assert sum(file.stat().st_size for file in adapter.iterdir()) < 0.5 * sum(4 * v.numel() for v in base.values())
+
+    improved = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "run/pipeline")
+    small = diffusers.DiffusionPipeline.from_pretrained(tmp_path / kind)
+    if kind == "text":
+        small.load_lora_weights(adapter)
+        small.fuse_lora()
+        small.unload_lora_weights()
+    else:
+        network = peft.PeftModel.from_pretrained(getattr(small, name), adapter)
+        small.register_modules(**{name: network.merge_and_unload()})
+    found, expected = getattr(small, name).state_dict(), getattr(improved, name).state_dict()
+    assert found.keys() == expected.keys()
+    moved = [key for key, value in base.items() if not torch.equal(value, expected[key])]
+    assert moved
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=0, atol=2e-7)
+    asked = {"unconditional": {"batch_size": 2}, "class": {"class_labels": [0, 1]}, "text": {"prompt": PROMPTS[:2]}}
+    pictures = [
+        pipe(
+            **asked[kind], generator=ImageRng(range(2)).generators, num_inference_steps=3, output_type="pt"
+        ).images.float()
+        for pipe in (small, improved, diffusers.DiffusionPipeline.from_pretrained(tmp_path / kind))
+    ]
+    torch.testing.assert_close(pictures[0], pictures[1], rtol=0, atol=2e-5)
+    assert (pictures[1] - pictures[2]).abs().max() > 5e-4  # the base's own
+
+
+def test_an_update_of_a_higher_rank_is_refused(tmp_path):
+    torch.manual_seed(0)
+    base = {"a.weight": torch.randn(6, 5), "b.weight": torch.randn(4)}
+    weights = {**base, "a.weight": base["a.weight"] + 1e-3 * torch.randn(6, 2) @ torch.randn(2, 5)}
+    write_adapter(tmp_path / "two", base, weights, 2, None)
+    with pytest.raises(ValueError, match=r"the update of a\.weight is not of rank 1"):
+        write_adapter(tmp_path / "one", base, weights, 1, None)
+    write_adapter(tmp_path / "two", base, base, 1, None)
+    assert not (tmp_path / "two").exists()  # there is nothing to apply
 
 
 def test_flow_matching_runs_and_the_base_evaluates_as_its_own_pipeline(tmp_path):
