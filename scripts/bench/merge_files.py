@@ -2,54 +2,77 @@
 
     python scripts/bench/merge_files.py --gigabytes 4 --folder /tmp/merge --out results/bench/merge_files_cpu.json
 
-Every round copies the base (cp, then fsync of every file), merges without and with SHA-256 of both inputs and the
-output, and takes the share of cp's speed; the best of all rounds is printed, with the peak memory above what was
-resident once torch was imported. With --mergekit PYTHON (an environment that has it) its task_arithmetic does the same
-merge, and the results are compared in units of the last place. About 15 s per gigabyte and round.
+BASE is a LlamaForCausalLM of Llama 7B's width and as many layers as fit, saved by transformers in shards of 1 GB;
+SYNTH is BASE plus noise. Every round copies the base (cp, then fsync of every file) and merges without and with SHA-256
+of both inputs and the output; the best of all rounds counts. `peak_mib_above_imports` is resident memory above what it
+was once torch was imported. With --mergekit PYTHON (an environment that has it) its task_arithmetic then does the same
+merge once in float32, as we do, and once in bfloat16, its faster and coarser way. About 10 s per gigabyte and round.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import resource
 import shutil
 import subprocess
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 import click
 import safetensors.torch
 import torch
-from measuring import about, publish
+from measuring import about, peak_mib, publish, reset_peak
 
 from neon.checkpoints import checkpoint
 from neon.merge_files.merging import merge
 from neon.merge_files.pairing import Request
 
-SHARDS = 4
-SIDE = 4096
+LLAMA = {"hidden_size": 4096, "intermediate_size": 11008, "vocab_size": 32000, "num_attention_heads": 32}
 
 
-def model(folder: Path, gigabytes: float, step: float) -> Path:
-    """A folder of `SHARDS` shards of square bfloat16 layers and an index, as transformers saves it."""
-    if folder.is_dir():
-        return folder
-    folder.mkdir(parents=True)
-    per_shard = max(1, round(gigabytes * 1e9 / (2 * SIDE * SIDE * SHARDS)))
-    weight_map = {}
-    layer = torch.randn(SIDE, SIDE, generator=torch.Generator().manual_seed(0))
-    move = step * torch.randn(SIDE, SIDE, generator=torch.Generator().manual_seed(1))
-    for shard in range(SHARDS):
-        name = f"model-{shard + 1:05d}-of-{SHARDS:05d}.safetensors"
-        numbers = range(shard * per_shard, (shard + 1) * per_shard)
-        tensors = {f"model.layers.{i}.mlp.up_proj.weight": (layer * (1 + i / 100) + move).bfloat16() for i in numbers}
-        safetensors.torch.save_file(tensors, folder / name, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, name)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    (folder / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"], "model_type": "llama"}))
-    return folder
+def save_base(folder: Path, gigabytes: float) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    def config(layers: int) -> LlamaConfig:
+        return LlamaConfig(**LLAMA, num_hidden_layers=layers, dtype="bfloat16")
+
+    with torch.device("meta"):
+        bare, one = (LlamaForCausalLM(config(layers)).num_parameters() for layers in (0, 1))
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    layers = max(1, round((gigabytes * 1e9 / 2 - bare) / (one - bare)))
+    LlamaForCausalLM(config(layers)).save_pretrained(folder, max_shard_size="1GB")
+
+
+def save_synth(folder: Path, base: Path) -> None:
+    """The base with every number moved by noise of a fiftieth of its initial deviation (0.02)."""
+    folder.mkdir()
+    g = torch.Generator().manual_seed(1)
+    for path in sorted(base.iterdir()):
+        if path.suffix == ".safetensors":
+            tensors = safetensors.torch.load_file(path)
+            for tensor in tensors.values():
+                for piece in tensor.flatten().split(1 << 24):
+                    piece.copy_(piece.float() + 4e-4 * torch.randn(piece.shape, generator=g, dtype=torch.float32))
+            safetensors.torch.save_file(tensors, folder / path.name, metadata={"format": "pt"})
+        else:
+            shutil.copy(path, folder)
+
+
+def in_a_process(action: Callable[[], object]) -> None:
+    """The models that are made must not count as memory of the merge."""
+    child = os.fork()
+    if child == 0:
+        try:
+            action()
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    if status:
+        raise SystemExit("the models could not be made")
 
 
 def copied(source: Path, target: Path) -> None:
@@ -67,26 +90,33 @@ def timed(action: Callable[[], object], target: Path) -> float:
     return time.perf_counter() - start
 
 
-def largest_difference(a: Path, b: Path) -> int:
-    """Of two folders of bfloat16 tensors, in units of the last place (their bits as ordered integers)."""
+def differences(base: Path, ours: Path, theirs: Path) -> dict[str, float]:
+    """Between two merges in bfloat16: the share of numbers that differ, and the largest difference in units of the last
+    place, of the result or of the base where that is larger (where the two terms cancel, what is left has none)."""
+    b, one, two = (checkpoint.read(folder, weights="auto").tensors for folder in (base, ours, theirs))
+    count, differing, largest = 0, 0, 0.0
+    for name in one:
+        pieces = (tensors[name].flatten().split(1 << 22) for tensors in (b, one, two))
+        for start, x, y in zip(*pieces, strict=True):
+            size = torch.maximum(start.float().abs(), torch.maximum(x.float().abs(), y.float().abs()))
+            _, exponent = torch.frexp(size)
+            units = torch.ldexp((x.float() - y.float()).abs(), 8 - exponent)  # 8 bits of significand
+            count, differing = count + x.numel(), differing + int((x != y).sum())
+            largest = max(largest, units.max().item())
+    return {"share_of_numbers": differing / count, "largest_in_last_places": largest}
 
-    def ordered(value: torch.Tensor) -> torch.Tensor:
-        bits = value.view(torch.int16).int()
-        return torch.where(bits < 0, -(bits & 0x7FFF), bits)
 
-    one, two = (checkpoint.read(folder, weights="auto").tensors for folder in (a, b))
-    return max(int((ordered(one[name]) - ordered(two[name])).abs().max()) for name in one)
-
-
-def task_arithmetic(python: str, base: Path, synth: Path, out: Path, w: float) -> None:
+def task_arithmetic(python: str, dtype: str, base: Path, synth: Path, out: Path, w: float) -> None:
     """mergekit's way to base - w (synth - base): a task vector of weight -w."""
     config = out.with_name("task.yaml")
     config.write_text(
         f"merge_method: task_arithmetic\nbase_model: {base}\nmodels:\n  - model: {synth}\n    parameters:\n"
-        f"      weight: {-w}\nparameters:\n  normalize: false\ndtype: bfloat16\n"
+        f"      weight: {-w}\nparameters:\n  normalize: false\ndtype: {dtype}\nout_dtype: bfloat16\n"
     )
     command = [python, "-m", "mergekit.scripts.run_yaml", str(config), str(out), "--no-copy-tokenizer"]
-    subprocess.run(command, check=True, capture_output=True)
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""})
+    if done.returncode:
+        raise click.ClickException(f"mergekit: {done.stderr[-2000:]}")
 
 
 @click.command(help=__doc__)
@@ -96,46 +126,45 @@ def task_arithmetic(python: str, base: Path, synth: Path, out: Path, w: float) -
 @click.option("--mergekit", help="A Python that has mergekit.")
 @click.option("--out", type=click.Path(path_type=Path))
 def main(gigabytes: float, rounds: int, folder: Path, mergekit: str | None, out: Path | None) -> None:
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    result = about(torch.device("cpu"))
+    cpu = torch.device("cpu")
+    result = about(cpu)
     w = 1.2
 
-    def make(name: str, step: float) -> Path:
-        """In a process of its own: the models must not count as memory of the merge."""
-        if not (folder / name).is_dir() and os.fork() == 0:
-            model(folder / name, gigabytes, step)
-            os._exit(0)
-        return folder / name
-
-    base, synth = make("base", 0.0), make("synth", 0.01)
-    while True:
-        try:
-            os.wait()
-        except ChildProcessError:
-            break
-    target, copy = folder / "merged", folder / "copy"
-    seconds: dict[str, list[float]] = {"cp": [], "merge": [], "merge_with_hashes": []}
+    base, synth = folder / "base", folder / "synth"
+    folder.mkdir(parents=True, exist_ok=True)
+    if not base.is_dir():
+        in_a_process(lambda: save_base(base, gigabytes))
+    if not synth.is_dir():
+        in_a_process(lambda: save_synth(synth, base))
+    target, copy, other = (folder / name for name in ("merged", "copy", "mergekit"))
+    ways: dict[str, tuple[Callable[[], object], Path]] = {
+        "cp": (lambda: copied(base, copy), copy),
+        "merge": (lambda: merge(base, synth, target, Request(w=(w,), has_hashes=False)), target),
+        "merge_with_hashes": (lambda: merge(base, synth, target, Request(w=(w,))), target),
+    }
+    reset_peak(cpu)
+    resident = peak_mib(cpu)
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds):
-        seconds["cp"].append(timed(lambda: copied(base, copy), copy))
-        request = Request(w=(w,), has_hashes=False)
-        seconds["merge"].append(timed(lambda request=request: merge(base, synth, target, request), target))
-        request = Request(w=(w,))
-        seconds["merge_with_hashes"].append(timed(lambda request=request: merge(base, synth, target, request), target))
+        for name, (way, written) in ways.items():
+            seconds[name].append(timed(way, written))
+            if written == copy:
+                shutil.rmtree(copy)
+    peak = peak_mib(cpu)
     best = {name: min(values) for name, values in seconds.items()}
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     result |= {
         "bytes": sum(path.stat().st_size for path in base.iterdir()),
         "seconds": seconds,
         "share_of_cp": {name: best["cp"] / best[name] for name in ("merge", "merge_with_hashes")},
         "peak_mib_above_imports": peak - resident,
     }
-    if mergekit is not None:
-        other = folder / "mergekit"
-        taken = timed(lambda: task_arithmetic(mergekit, base, synth, other, w), other)
-        result["mergekit"] = {
+    for dtype in ("float32", "bfloat16") if mergekit else ():
+        taken = timed(lambda dtype=dtype: task_arithmetic(mergekit, dtype, base, synth, other, w), other)
+        result[f"mergekit_in_{dtype}"] = {
             "seconds": taken,
-            "times_slower": taken / best["merge_with_hashes"],
-            "largest_difference_ulp": largest_difference(target, other),
+            "merge_is_times_as_fast": taken / best["merge"],
+            "merge_with_hashes_is_times_as_fast": taken / best["merge_with_hashes"],
+            "difference": differences(base, target, other),
         }
     publish(result, out)
 
