@@ -96,6 +96,7 @@ class Diffusers(Family[nn.Module, Objective, Sampling]):
     def read_base(self, path: Path, *, weights: str, prompts: Path | None) -> Checkpoint:
         """path: the pipeline's folder. The hash of the base is that of the whole pipeline and of its prompts."""
         folder = PipelineFolder.open(path)
+        check_served(folder)
         self._folder, sha256 = folder, folder.sha256
         if (self.kind == "prompt") != (prompts is not None):
             need = "needs prompts, a text file with one prompt per line" if prompts is None else "takes no prompts"
@@ -104,7 +105,6 @@ class Diffusers(Family[nn.Module, Objective, Sampling]):
             self._prompts = read_prompts(prompts)
             sha256 = hashlib.sha256(f"{sha256}\n{files.sha256_of(prompts)}".encode()).hexdigest()
         model = folder.read_model()
-        check_served(path, model)
         arch = json.loads(json.dumps({k: v for k, v in model.config.items() if k != "_name_or_path"}))
         found = Checkpoint(dict(model.state_dict()), arch, self.name, "unnamed", path)
         found.sha256 = sha256
@@ -292,14 +292,17 @@ class Diffusers(Family[nn.Module, Objective, Sampling]):
 SERVED = ("UNet2DModel", "UNet2DConditionModel", "DiTTransformer2DModel")
 
 
-def check_served(path: Path, model: diffusers.ModelMixin) -> None:
+def check_served(folder: PipelineFolder) -> None:
     """Raise ValueError for a network that is told more than noise, time, and one class or one prompt embedding."""
-    name = type(model).__name__
-    more = [key for key in ("addition_embed_type", "class_embed_type", "num_class_embeds") if model.config.get(key)]
-    if name not in SERVED or more:
+    library, name = folder.parts[folder.denoiser]
+    config = folder.denoiser_config
+    more = [key for key in ("addition_embed_type", "class_embed_type", "num_class_embeds") if config.get(key)]
+    if library != "diffusers" or name not in SERVED or more:
         what = f" with {', '.join(more)}" if more else ""
         raise ValueError(
-            f"{path}: a {name}{what} is not served yet; served are {', '.join(SERVED)} without such inputs"
+            f"{folder.path}: `neon run` does not serve a {name}{what} yet (served: {', '.join(SERVED)} without such "
+            "inputs). Fine-tune it, or a LoRA of it, on its own images with a script of diffusers; `neon merge` makes "
+            "Neon's weights or a small LoRA file of the result (docs/merging.md)"
         )
 
 

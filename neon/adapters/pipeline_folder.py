@@ -21,6 +21,8 @@ from neon.store import files
 
 DENOISERS = ("unet", "transformer")
 """The component that Neon trains and moves, by its name in model_index.json."""
+UNUSED = "safety_checker"
+"""The component that is copied and never loaded: S are the network's own images, none of them blacked out."""
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.ckpt", "*.msgpack", "*.h5")
 
 
@@ -40,16 +42,14 @@ class PipelineFolder:
                 f"{path}: expected a diffusers pipeline folder, but there is no model_index.json in it. Save one with "
                 "pipeline.save_pretrained(FOLDER)"
             )
-        try:
-            index = json.loads(file.read_text())
-        except ValueError as error:
-            raise ValueError(f"{file}: not valid JSON: {error}") from error
-        name = index.get("_class_name") if isinstance(index, dict) else None
-        if not isinstance(name, str) or not isinstance(getattr(diffusers, name, None), type):
+        index = read_table(file)
+        name = index.get("_class_name")
+        found = getattr(diffusers, name, None) if isinstance(name, str) else None
+        if not (isinstance(found, type) and issubclass(found, diffusers.DiffusionPipeline)):
             raise ValueError(f"{file}: _class_name is {name!r}, expected a pipeline class of diffusers")
         folder = cls(path, index)
         for part, (library, class_name) in folder.parts.items():
-            if library not in ("diffusers", "transformers"):
+            if library not in ("diffusers", "transformers") and part != UNUSED:
                 raise ValueError(
                     f"{file}: {part} is {class_name!r} of {library!r}; only classes of diffusers and transformers are "
                     "loaded, code beside the weights is never run"
@@ -73,6 +73,11 @@ class PipelineFolder:
                 f"among {', '.join(self.parts)}"
             )
         return found[0]
+
+    @property
+    def denoiser_config(self) -> Mapping[str, object]:
+        """The constructor arguments of the denoiser."""
+        return read_table(self.path / self.denoiser / "config.json")
 
     @cached_property
     def sha256(self) -> str:
@@ -125,12 +130,13 @@ class PipelineFolder:
 
     def open_pipeline(self, model: nn.Module, device: torch.device) -> diffusers.DiffusionPipeline:
         """The pipeline with `model` as its denoiser, in float32."""
+        without = {UNUSED: None, "requires_safety_checker": False} if UNUSED in self.parts else {}
         pipeline = diffusers.DiffusionPipeline.from_pretrained(
             self.path,
             dtype=torch.float32,
             variant=self.variant,
             local_files_only=True,
-            **{self.denoiser: model},
+            **{self.denoiser: model, **without},
         )
         pipeline.set_progress_bar_config(disable=True)
         return pipeline.to(device)
@@ -159,6 +165,17 @@ class PipelineFolder:
             os.replace(beside, target)
         finally:
             shutil.rmtree(beside, ignore_errors=True)
+
+
+def read_table(file: Path) -> Mapping[str, object]:
+    """A JSON object. Raises FileNotFoundError, or ValueError for anything else."""
+    try:
+        table = json.loads(file.read_text())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: not valid JSON: {error}") from error
+    if not isinstance(table, dict):
+        raise ValueError(f"{file}: expected a JSON object, found {type(table).__name__}")
+    return table
 
 
 def class_of_diffusers(name: object, kind: type, where: str) -> diffusers.ConfigMixin:

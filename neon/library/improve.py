@@ -84,7 +84,9 @@ def improve(
         distance to it; or several, {extractor: file}, the first of which chooses.
     lr: constant; a tenth of the last rate of training is a beginning. batch: images per update.
     w: the steps to try; w = 0 (the base), w = -1 (the self-trained model) and a random direction are always there.
-    strategy: "search" takes w as the range to begin with and needs a reference file (neon/search/options.py).
+    strategy: "grid" scores every w on all images. "search" takes w as the range to begin with and stops when a better
+        place could not be seen (neon/search/options.py); it tells gain from noise by the images' features, so it needs
+        a reference file: a function of yours gives one number per set of images, and there is nothing to tell it by.
     num_select, num_report: images that every w, and the final rows, are scored on; None: as many as num_synth.
     synth_seed, select_seed, report_seed: first seed of each block; they must not overlap.
     uint8: how float images in [-1, 1] are rounded for a reference file's extractor (neon/quantize.py). Bytes stay.

@@ -18,9 +18,9 @@ PAGES = ("report.html", "report.png")
 def publish(run: Path, out: Path) -> dict[str, object]:
     """Write the folder `out`; it appears whole or not at all, and takes the place of an earlier one that this made.
 
-    For a diffusers run it is the pipeline folder itself, so that DiffusionPipeline.from_pretrained(OWNER/NAME) works;
-    else model.safetensors with its config.json. Beside them README.md (the card), neon.json (protocol and numbers), and
-    the run's page with its pictures.
+    For a diffusers run it is the pipeline folder itself, so that DiffusionPipeline.from_pretrained(OWNER/NAME) works,
+    with the low-rank fine-tune's small `adapter`; else model.safetensors with its config.json. Beside them README.md
+    (the card), neon.json (protocol and numbers), and the run's page with its pictures.
     Raises FileNotFoundError if the run is not finished, ValueError if its weights are not those of its result, or if
     `out` is something else.
     """
@@ -33,6 +33,8 @@ def publish(run: Path, out: Path) -> dict[str, object]:
         pipeline = run / "pipeline"
         if pipeline.is_dir():
             shutil.copytree(pipeline, beside)
+            if (run / "adapter").is_dir():
+                shutil.copytree(run / "adapter", beside / "adapter")
         else:
             beside.mkdir(parents=True)
             shutil.copy2(run / "neon.safetensors", beside / "model.safetensors")
@@ -41,7 +43,10 @@ def publish(run: Path, out: Path) -> dict[str, object]:
             if (run / page).is_file():
                 shutil.copy2(run / page, beside)
         records.write_json(result, beside / "neon.json")
-        files.write_text(beside / "README.md", model_card(result, is_pipeline=pipeline.is_dir()))
+        files.write_text(
+            beside / "README.md",
+            model_card(result, is_pipeline=pipeline.is_dir(), has_adapter=(beside / "adapter").is_dir()),
+        )
         shutil.rmtree(out, ignore_errors=True)
         os.replace(beside, out)
     finally:

@@ -21,8 +21,9 @@ ROWS = {
 }
 
 
-def model_card(result: Mapping, *, is_pipeline: bool) -> str:
-    """README.md in the Hub's form, from a run's result.json. is_pipeline: the folder is one of diffusers."""
+def model_card(result: Mapping, *, is_pipeline: bool, has_adapter: bool = False) -> str:
+    """README.md in the Hub's form, from a run's result.json. is_pipeline: the folder is one of diffusers.
+    has_adapter: there is a low-rank adapter in it."""
     config = result["config"]
     base = config["base"]["checkpoint"]
     found = hub.REMOTE.match(base)
@@ -63,6 +64,7 @@ Every value, hash and version: `neon.json`; the page of the run: `report.html`.
 ## Use
 
 {_use(result, is_pipeline)}
+{_use_of_adapter(result) if has_adapter else ""}
 
 ## Citation
 
@@ -116,4 +118,21 @@ model.load_state_dict(load_file("model.safetensors"))    # the network that neon
 ```"""
     return """```
 neon eval CONFIG --checkpoint hf://OWNER/NAME/model.safetensors --weights any
+```"""
+
+
+def _use_of_adapter(result: Mapping) -> str:
+    base = result["config"]["base"]
+    found = hub.REMOTE.match(base["checkpoint"])
+    name = found["repo"] if found else "BASE"
+    if base.get("prompts"):
+        apply = 'pipeline.load_lora_weights("OWNER/NAME", subfolder="adapter")'
+    else:
+        apply = 'pipeline.unet = peft.PeftModel.from_pretrained(pipeline.unet, "OWNER/NAME", subfolder="adapter")'
+    return f"""
+Or the base with the small file in `adapter/`, which is all that was changed:
+
+```python
+pipeline = DiffusionPipeline.from_pretrained("{name}")
+{apply}
 ```"""

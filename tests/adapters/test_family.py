@@ -206,21 +206,51 @@ def rename(path):
     save_file({name.replace("conv_in.bias", "other"): value for name, value in weights.items()}, file)
 
 
+class Payload:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def pickled(path):
+    """Weights as a pickle that makes a file."""
+    (path / "unet/diffusion_pytorch_model.safetensors").unlink()
+    torch.save({"conv_in.bias": Payload(path.parent / "ran")}, path / "unet/diffusion_pytorch_model.bin")
+
+
+def shards_elsewhere(path):
+    """An index whose shard lies outside of the folder."""
+    (path / "unet/diffusion_pytorch_model.safetensors").rename(path.parent / "elsewhere.safetensors")
+    names = load_file(path.parent / "elsewhere.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, "../../elsewhere.safetensors")}
+    (path / "unet/diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+
+
 @pytest.mark.parametrize(
     ("break_it", "error", "message"),
     [
         (lambda p: (p / "model_index.json").unlink(), FileNotFoundError, "expected a diffusers pipeline folder"),
         (lambda p: (p / "model_index.json").write_text("{"), ValueError, "not valid JSON"),
-        (lambda p: (p / "model_index.json").write_text("[]"), ValueError, "_class_name is None"),
+        (lambda p: (p / "model_index.json").write_text("[]"), ValueError, "expected a JSON object, found list"),
+        (lambda p: (p / "model_index.json").write_text('{"a":' + "[" * 100_000), ValueError, "not valid JSON"),
+        (lambda p: edit(p, _class_name=7), ValueError, "_class_name is 7, expected a pipeline class"),
+        (lambda p: edit(p, _class_name="UNet2DModel"), ValueError, "'UNet2DModel', expected a pipeline class"),
+        (lambda p: edit(p, _class_name="../mine"), ValueError, "'../mine', expected a pipeline class"),
+        (lambda p: edit(p, _class_name="utils.os"), ValueError, "'utils.os', expected a pipeline class"),
+        (lambda p: edit(p, scheduler=["os", "system"]), ValueError, "scheduler is 'system' of 'os'; only classes"),
+        (lambda p: (p / "unet/config.json").write_text("{"), ValueError, "config.json: not valid JSON"),
+        (lambda p: (p / "unet/config.json").write_text("[]"), ValueError, "config.json: expected a JSON object"),
+        (lambda p: (p / "unet/config.json").unlink(), FileNotFoundError, "config.json"),
         (lambda p: edit(p, _class_name="Evil"), ValueError, "_class_name is 'Evil', expected a pipeline class"),
         (lambda p: edit(p, _class_name=["mine", "Evil"]), ValueError, "expected a pipeline class of diffusers"),
         (lambda p: edit(p, unet=["mine", "Net"]), ValueError, "unet is 'Net' of 'mine'; only classes of diffusers"),
-        (lambda p: edit(p, unet=["diffusers", "Nothing"]), ValueError, "'Nothing' is no ModelMixin class"),
-        (
-            lambda p: edit(p, unet=["diffusers", "DDIMScheduler"]),
-            ValueError,
-            "'DDIMScheduler' is no ModelMixin class",
-        ),
+        (lambda p: edit(p, unet=["diffusers", "Nothing"]), ValueError, "does not serve a Nothing yet"),
+        (lambda p: edit(p, unet=["diffusers", "DDIMScheduler"]), ValueError, "does not serve a DDIMScheduler yet"),
+        (lambda p: edit(p, unet=["transformers", "UNet2DModel"]), ValueError, "does not serve a UNet2DModel"),
+        (shards_elsewhere, ValueError, "must be plain filenames"),
+        (pickled, OSError, "Unable to load weights"),
         (lambda p: edit(p, unet=None), ValueError, "expected one denoiser .*found none"),
         (lambda p: edit(p, transformer=["diffusers", "UNet2DModel"]), ValueError, "found unet, transformer"),
         (lambda p: (p / "unet/diffusion_pytorch_model.safetensors").unlink(), FileNotFoundError, "no weights in it"),
@@ -257,13 +287,28 @@ def test_prompts_belong_to_text_models_alone(tmp_path):
         read_prompts(tmp_path / "empty.txt")
 
 
-def test_networks_that_are_told_more_are_refused_before_anything_is_made(tmp_path):
-    path = saved("unconditional", tmp_path)
-    config = path / "unet/config.json"
-    with_classes = {**json.loads(config.read_text()), "num_class_embeds": 10}
-    diffusers.UNet2DModel.from_config(with_classes).save_pretrained(path / "unet")
-    with pytest.raises(ValueError, match="a UNet2DModel with num_class_embeds is not served yet"):
-        Diffusers().read_base(path, weights="ema", prompts=None)
+@pytest.mark.parametrize(
+    ("pipeline", "part", "network", "config", "message"),
+    [
+        ("DDIMPipeline", "unet", "UNet2DModel", {"num_class_embeds": 10}, "UNet2DModel with num_class_embeds"),
+        (
+            "StableDiffusionXLPipeline", "unet", "UNet2DConditionModel", {"addition_embed_type": "text_time"},
+            "UNet2DConditionModel with addition_embed_type",
+        ),
+        ("StableDiffusion3Pipeline", "transformer", "SD3Transformer2DModel", {}, "SD3Transformer2DModel"),
+        ("FluxPipeline", "transformer", "FluxTransformer2DModel", {}, "FluxTransformer2DModel"),
+    ],
+)  # fmt: skip
+def test_networks_that_are_told_more_are_refused_before_anything_is_read(
+    tmp_path, pipeline, part, network, config, message
+):
+    """With the way that is open: there are no weights in these folders."""
+    (tmp_path / part).mkdir()
+    index = {"_class_name": pipeline, part: ["diffusers", network]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    (tmp_path / part / "config.json").write_text(json.dumps({"_class_name": network, **config}))
+    with pytest.raises(ValueError, match=rf"does not serve a {message} yet .*`neon merge` makes Neon's weights"):
+        Diffusers().read_base(tmp_path, weights="ema", prompts=None)
 
 
 def test_the_hash_is_of_the_whole_pipeline_and_of_the_prompts(tmp_path):

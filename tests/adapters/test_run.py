@@ -13,6 +13,7 @@ from neon.adapters.lora import write_adapter
 from neon.checkpoints import checkpoint
 from neon.images.formats import open_images
 from neon.pipeline.experiment import load
+from neon.pipeline.publish import publish
 from neon.pipeline.run import Run
 from neon.quantize import to_uint8
 from neon.runtime.distributed import World
@@ -97,6 +98,10 @@ def test_a_whole_run_ends_with_a_pipeline_that_diffusers_loads(kind, objective, 
     for key, value in base.items():  # the paper's line
         torch.testing.assert_close(merged[key], value - w * (synth[key] - value), rtol=0, atol=1e-6)
 
+    published = publish(tmp_path / "run", tmp_path / "published")["files"]
+    assert "model_index.json" in published
+    assert any(file.startswith("adapter/") for file in published) == bool(objective and w)
+
     pipeline = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "run/pipeline")
     pipeline.set_progress_bar_config(disable=True)
     generators = ImageRng(range(2000, 2004)).generators
@@ -154,6 +159,21 @@ def test_the_small_adapter_on_the_base_is_the_improved_pipeline(kind, tmp_path):
     ]
     torch.testing.assert_close(pictures[0], pictures[1], rtol=0, atol=2e-5)
     assert (pictures[1] - pictures[2]).abs().max() > 5e-4  # the base's own
+
+
+def test_the_safety_checker_of_a_base_is_kept_and_not_asked(tmp_path):
+    """As every Stable Diffusion 1 has one: a class of diffusers' own pipelines, beside the networks."""
+    file = config(tmp_path, "text")
+    index = json.loads((tmp_path / "text/model_index.json").read_text())
+    index |= {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"], "requires_safety_checker": True}
+    (tmp_path / "text/model_index.json").write_text(json.dumps(index))
+    (tmp_path / "text/safety_checker").mkdir()
+    (tmp_path / "text/safety_checker/model.safetensors").write_bytes(b"never read")
+    run = Run(load(file), tmp_path / "run", World())
+    (snapshot,) = run.finetune()
+    run.write_merged(Point(w=1.5, snapshot=snapshot.stem.removeprefix("snapshot-")), "")
+    assert (tmp_path / "run/pipeline/safety_checker/model.safetensors").read_bytes() == b"never read"
+    assert json.loads((tmp_path / "run/pipeline/model_index.json").read_text()) == index
 
 
 def test_an_update_of_a_higher_rank_is_refused(tmp_path):

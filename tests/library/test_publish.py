@@ -85,6 +85,9 @@ def test_the_card_of_a_pipeline_names_its_base_and_how_to_load_it(finished):
     front = card.split("---")[1].splitlines()
     assert {"library_name: diffusers", "base_model: owner/base", "pipeline_tag: text-to-image"} <= set(front)
     assert "DiffusionPipeline.from_pretrained" in card
+    assert "load_lora_weights" not in card
+    card = model_card(result, is_pipeline=True, has_adapter=True)
+    assert 'pipeline = DiffusionPipeline.from_pretrained("owner/base")\npipeline.load_lora_weights("OWNER/NAME"' in card
 
 
 def test_runs_that_cannot_be_published_are_refused(finished, tmp_path):
