@@ -11,13 +11,17 @@ import numpy as np
 from fid.files import read_array_header
 from neon.checkpoints import weight_sets
 from neon.checkpoints.checkpoint import content_hash, open_checked
+from neon.checkpoints.folders import only_entry
 from neon.checkpoints.lazy import Source, StoredTensors
 from neon.store import files
 
 
 def describe(path: str | Path) -> dict[str, object]:
-    """What a file is, for people: a checkpoint's format, weight sets, arch and size, or the arrays of an .npz."""
+    """What a file (or a folder with one network) is, for people: a checkpoint's format, weight sets, arch and size, or
+    the arrays of an .npz."""
     path = Path(path)
+    if path.is_dir():
+        path = only_entry(path)
     source = Source.of(path)
     about: dict[str, object] = {"path": str(path), "bytes": source.size}
     if is_npz(path):

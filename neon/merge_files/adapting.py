@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from neon.checkpoints import checkpoint, folders, lora
@@ -38,7 +39,10 @@ def merge_adapter(base: Path, synth: Checkpoint, out: Path, request: Request) ->
     inputs = [*synth.files, *(other.files if other else [])]
     for target in targets:
         if is_folder and target.suffix == ".safetensors":
-            raise ValueError(f"{target}: a PEFT adapter is a folder (its config says how it is applied); name a folder")
+            raise ValueError(
+                f"{target}: a PEFT adapter is a folder (its config says how it is applied); name a folder, or write "
+                "the whole network with --lora full"
+            )
         folders.check_new(target) if is_folder else checkpoint.check_target(target, inputs)
     for target, w in zip(targets, request.w, strict=True):
         if other is not None:
@@ -50,6 +54,8 @@ def merge_adapter(base: Path, synth: Checkpoint, out: Path, request: Request) ->
         if other is not None:
             metadata["base_sha256"] = other.sha256
         write_adapter(made, target, metadata)
+        if request.check:
+            check_adapter(made, target)
     done = [{"out": str(target), "w": w, "formula": FORMULA} for target, w in zip(targets, request.w, strict=True)]
     about: dict[str, object] = {"kind": "lora", "modules": len(adapter.factors)}
     return {**done[0], **about} if len(done) == 1 else {"merged": done, **about}
@@ -77,6 +83,14 @@ def write_adapter(made: lora.Adapter, target: Path, metadata: Mapping[str, objec
         path = place / "adapter_model.safetensors"
         checkpoint.write_streaming(path, made.tensors, made.tensors.items(), metadata=metadata, texts=made.texts)
         files.write_text(place / lora.CONFIG, lora.config_text(made.config))
+
+
+def check_adapter(made: lora.Adapter, target: Path) -> None:
+    """Read what was written again. Raises ValueError if it is not what was meant."""
+    found = checkpoint.read(target, weights="any").tensors
+    wrong = [name for name, value in made.tensors.items() if name not in found or not torch.equal(found[name], value)]
+    if wrong:
+        raise ValueError(f"{target}: {first_of(wrong)} read differently from what was written: check the disk")
 
 
 def adapted_pairs(base: Path, synth: Checkpoint, request: Request) -> list[Pair]:

@@ -167,6 +167,21 @@ def test_kohyas_layout(tmp_path: Path, dtype: torch.dtype) -> None:
         assert file.metadata()["ss_network_dim"] == "2"
 
 
+def test_check_reads_an_adapter_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    safetensors.torch.save_file({"blocks.0.to_q.weight": torch.ones(6, 5)}, tmp_path / "base.safetensors")
+    kohya(tmp_path / "lora.safetensors")
+    given = tmp_path / "base.safetensors", tmp_path / "lora.safetensors"
+    merge(*given, tmp_path / "neon.safetensors", Request(w=(1.2,), check=True))
+    write = checkpoint.write_streaming
+
+    def damaging(path: Path, specs: dict[str, Tensor], values: object, **more: object) -> None:
+        write(path, specs, {name: torch.zeros_like(value) for name, value in specs.items()}.items(), **more)
+
+    monkeypatch.setattr(checkpoint, "write_streaming", damaging)
+    with pytest.raises(ValueError, match=r"lora_unet_blocks_0_.* read differently from what was written"):
+        merge(*given, tmp_path / "neon.safetensors", Request(w=(1.2,), check=True))
+
+
 def test_what_is_no_plain_lora_is_refused(tmp_path: Path) -> None:
     one = torch.ones(2, 2)
     base = tmp_path / "base.safetensors"
