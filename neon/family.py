@@ -133,10 +133,13 @@ class Family(Trainable[Model, Objective], Generic[Model, Objective, Sampling]):
 
     def arch_of(self, checkpoint: Checkpoint) -> Mapping[str, object]:
         """Constructor arguments of a checkpoint's network. A family whose published files do not hold them derives
-        them from the shapes."""
+        them from the shapes. Where it raises ValueError, [model] of the config becomes `checkpoint.arch`."""
         if checkpoint.arch is None:
+            kind = type(self).__name__
             raise ValueError(
-                f"{checkpoint.path} does not say how its network is built, and {self.name} cannot tell from the weights"
+                f"{checkpoint.path} does not say how its network is built, and {self.name} cannot tell from the "
+                f"weights. Put the arguments of {kind}.build into the config, for example\n  [model]\n  width = 16\n"
+                f"([model] alone if there are none), or let {kind}.arch_of(checkpoint) return them"
             )
         return checkpoint.arch
 

@@ -45,6 +45,7 @@ class Checkpoint:
     meta: our own metadata, or what else the file says about itself.
     shards: the files that an index names.
     texts: metadata of a safetensors file that is not ours ({"format": "pt"} in every Hugging Face file).
+    is_arch_given: arch is the caller's, not the file's.
     """
 
     tensors: Mapping[str, Tensor]
@@ -55,6 +56,7 @@ class Checkpoint:
     meta: dict = field(default_factory=dict)
     shards: tuple[str, ...] = ()
     texts: Mapping[str, str] = field(default_factory=dict)
+    is_arch_given: bool = False
 
     @cached_property
     def sha256(self) -> str:

@@ -13,6 +13,7 @@ from neon import first_batch
 from neon.checkpoints import checkpoint
 from neon.family import Draws, Family
 from neon.images.formats import open_images
+from neon.pipeline.base_model import read_base
 from neon.pipeline.experiment import Data, Experiment
 from neon.sampling.generate import Batch, Source, generate, to_images
 from neon.sampling.options import Sampling
@@ -40,8 +41,7 @@ class Probe:
 
     @cached_property
     def base(self) -> checkpoint.Checkpoint | None:
-        base = self.config.base
-        return base.read(self.family) if base is not None and self.is_trained else None
+        return read_base(self.config, self.family) if self.is_trained else None
 
     @property
     def arch(self) -> Mapping[str, object]:
@@ -49,9 +49,11 @@ class Probe:
         if self.base is not None:
             return self.family.arch_of(self.base)
         if self.config.model is None:
+            named = (
+                "the config has no [base]" if self.config.base is None else f"there is no {self.config.base.checkpoint}"
+            )
             raise ValueError(
-                "there is no model to try: base.checkpoint does not name a file that is there, and the config has no "
-                "[model]"
+                f"there is no model to try: {named}, and the config has no [model] to build a fresh one from"
             )
         return self.config.model
 

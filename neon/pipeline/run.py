@@ -20,6 +20,7 @@ from neon.evaluation.options import Report
 from neon.evaluation.yardsticks import open_yardsticks
 from neon.family import Family
 from neon.own_code import source_sha256
+from neon.pipeline.base_model import read_base
 from neon.pipeline.check import check_first_images
 from neon.pipeline.experiment import Base, Experiment
 from neon.pipeline.judging import Judge, calls_per_image, timed
@@ -66,7 +67,7 @@ class Run:
 
     @cached_property
     def base(self) -> checkpoint.Checkpoint:
-        return self.base_config.read(self.family)
+        return read_base(self.config, self.family)
 
     @cached_property
     def base_tensors(self) -> dict[str, Tensor]:
@@ -88,6 +89,7 @@ class Run:
             "weights": self.base.weights,
             "autoencoder_sha256": None if autoencoder is None else files.sha256_of(autoencoder),
             "sampling": to_plain(self.sampling),
+            **({"model": to_plain(self.base.arch)} if self.base.is_arch_given else {}),
         } | self._family_source
 
     @property

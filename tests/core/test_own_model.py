@@ -233,3 +233,74 @@ def test_the_source_of_a_family_in_one_file_is_that_file(tmp_path, monkeypatch):
     (tmp_path / "alone_family.py").write_text("import torch\nclass Kind: ...\n")
     kind = importlib.import_module("alone_family").Kind
     assert source_sha256(kind) == hashlib.sha256((tmp_path / "alone_family.py").read_bytes()).hexdigest()
+
+
+def plain_weights(width: int) -> Path:
+    """A state dict of the example's network, as torch.save writes it; in the working folder."""
+    sizes = ((width, 785), (width,), (width, width), (width,), (784, width), (784,))
+    names = (f"layers.{layer}.{kind}" for layer in (0, 2, 4) for kind in ("weight", "bias"))
+    generator = torch.Generator().manual_seed(0)
+    weights = {name: 0.1 * torch.randn(size, generator=generator) for name, size in zip(names, sizes, strict=True)}
+    torch.save(weights, "base.pth")
+    return Path("base.pth")
+
+
+TELLS = ("    def sample(", "    def arch_of(self, found):\n        return {'width': 8}\n    def sample(")
+
+
+def test_plain_weights_are_built_as_model_says(mine):
+    config = mine()
+    plain_weights(8)
+    done = invoke(main, "synth", config, "--out", "run", "--device", "cpu")
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(Path("run/synth/manifest.json").read_text())["model"] == {"width": 8}
+
+
+def test_what_model_said_is_part_of_what_a_run_depends_on(mine):
+    """The same weights in a network of other options give other images."""
+    config = mine(
+        ("def __init__(self, width):", "def __init__(self, width, gain=1.0):"),
+        ("super().__init__()\n        layers", "super().__init__()\n        self.gain = gain\n        layers"),
+        ("return self.layers(torch", "return self.gain * self.layers(torch"),
+    )
+    plain_weights(8)
+    options = ["synth", config, "--out", "run", "--device", "cpu"]
+    assert invoke(main, *options).exit_code == 0
+    done = invoke(main, *options, "--set", "model.gain=2.0")
+    assert done.exit_code == 1
+    assert "begun with another setting: model" in done.stderr
+
+
+@pytest.mark.parametrize("width", ['"8"', "9"])
+def test_a_model_that_contradicts_the_checkpoint_is_refused(mine, width):
+    config = mine(TELLS, config=(("width = 8", f"width = {width}"),))
+    plain_weights(8)
+    value = width.replace('"', "'")
+    said = f"[model] width = {value}, but Mine.arch_of(base.pth) says width = 8"
+    for command in (["check", config], ["synth", config, "--out", "run"]):
+        done = invoke(main, *command, "--device", "cpu")
+        assert done.exit_code == 1
+        assert said in done.stderr
+
+
+def test_a_file_that_says_how_it_is_built_is_held_against_model(mine):
+    config = mine(config=(("base.pth", "base.safetensors"), ("width = 8", "width = 9")))
+    weights = torch.load(plain_weights(8), weights_only=True)
+    checkpoint.write("base.safetensors", weights, metadata={"arch": {"width": 8}, "weights": "raw"})
+    done = invoke(main, "check", config, "--device", "cpu")
+    assert "[model] width = 9, but base.safetensors says width = 8" in done.stderr
+    done = invoke(main, "check", config, "--device", "cpu", "--set", "model.width=8", "--set", "model.depth=3")
+    assert "[model] depth = 3, but base.safetensors has no 'depth'" in done.stderr
+    done = invoke(
+        main, "check", config, "--device", "cpu", "--set", "train={images=8, batch=8, lr=1.0, arch={width=8}}"
+    )
+    assert "ok    network" in done.stderr, "[train.arch] is what the base was trained with"
+
+
+def test_where_nothing_says_how_it_is_built_the_line_is_shown(mine):
+    config = mine(config=(("[model]\nwidth = 8\n", ""),))
+    plain_weights(8)
+    done = invoke(main, "check", config, "--device", "cpu")
+    assert done.exit_code == 1
+    assert "base.pth does not say how its network is built" in done.stderr
+    assert "\n  [model]\n  width = 16\n" in done.stderr
