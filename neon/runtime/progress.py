@@ -94,7 +94,7 @@ def say(world: World, text: str) -> None:
     """One line for the person who waits, on stderr, from rank 0."""
     if world.is_main and sys.stderr is not None:  # None where it was closed before the start; tqdm would take stdout
         with contextlib.suppress(OSError, ValueError):
-            tqdm.write(text, file=sys.stderr)
+            tqdm.write(f"{text}\n", file=sys.stderr, end="")  # in one piece: Ctrl-C may come between two
 
 
 def _is_terminal() -> bool:

@@ -1,5 +1,6 @@
 """What a waiting person sees, and what happens when that person closes the terminal or presses Ctrl-C."""
 
+import io
 import json
 import os
 import signal
@@ -42,6 +43,15 @@ def test_other_ranks_are_silent(monkeypatch, capsys):
     monkeypatch.setattr(module, "LINE_EVERY_S", 0.0)
     progress(total=10, desc="synth", unit="img", world=World(rank=1, size=2)).update(3)
     assert capsys.readouterr().err == ""
+
+
+def test_a_line_is_written_in_one_piece(monkeypatch):
+    """Ctrl-C between a line and its end glued the last words to it: "(0 s)stopped. What was made is kept"."""
+    pieces: list[str] = []
+    monkeypatch.setattr(module.sys, "stderr", io.StringIO())
+    monkeypatch.setattr(module.sys.stderr, "write", pieces.append)
+    module.say(World(), "synth: found 50 of 50 images")
+    assert [piece for piece in pieces if piece] == ["synth: found 50 of 50 images\n"]
 
 
 def test_a_grid_says_which_point_it_is_at_and_how_long_the_rest_takes(line_config, tmp_path, capsys):

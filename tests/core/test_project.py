@@ -88,6 +88,17 @@ def test_help_of_a_reproduction_is_help(script, tmp_path):
     assert f"usage: {script} [number of GPUs" in done.stdout
 
 
+@pytest.mark.parametrize("script", sorted((ROOT / "scripts/reproduce/small").glob("[!_]*.sh")), ids=lambda p: p.stem)
+def test_help_of_a_small_reproduction_is_help(script, tmp_path):
+    (tmp_path / "python").write_text("#!/bin/sh\nexit 99\n")  # making the data would fail
+    (tmp_path / "python").chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    for words, code in ((["--help"], 0), (["nothing"], 2)):
+        done = subprocess.run(["bash", script, *words], env=environment, capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == code
+        assert "[run | base | measure" in done.stdout + done.stderr
+
+
 def test_the_skeleton_fetches_the_inception():
     (line,) = re.findall(r"^fetch\(\).*", (ROOT / "scripts/reproduce/_row.sh").read_text(), re.M)
     assert f"bash download_models.sh {WEIGHTS.files[0]} " in line

@@ -8,10 +8,14 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
 family="$(basename "$0" .sh)" what="${1:-run}" seconds="${2:-21600}"
+case "$what" in
+    run | base | measure) ;;
+    -h | --help) sed -n 's/^# \{0,1\}//p' scripts/reproduce/small/_family.sh; exit ;;
+    *) echo "usage: $0 [run | base | measure] [seconds]" >&2; exit 2 ;;
+esac
 [[ -f data/fashion_train.npz ]] || python scripts/make_small_data.py
 case "$what" in
     run) python -m neon run "configs/small/$family.toml" --out "runs/small-$family" ;;
     base) python scripts/evidence/train.py --jobs "$family" --folder runs/small --seconds "$seconds" ;;
     measure) python scripts/evidence/measure.py "$family" --seconds "$seconds" ;;
-    *) echo "usage: $0 [run | base | measure] [seconds]" >&2; exit 2 ;;
 esac
