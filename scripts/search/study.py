@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import click
@@ -132,14 +132,20 @@ def exact_surface(place: Place, points: Tensor, reference: Gaussian) -> Surface:
     return surface([place], points[None], reference, [place])
 
 
-def toy() -> list[dict[str, object]]:
-    found = []
+def toy_replicas() -> Iterator[tuple[str, Model, float, int, Weights, Weights]]:
+    """(name, model, knob of the sampler of S, seed, base, tuned): five of each setting."""
     for name, model, knob, steps, num_points, lr in TOY_SETTINGS:
         base = train_base(model, real_points(5, num_points, seed=1), steps=steps, lr=1e-3, seed=0)
         tuned = self_train(model, base, [knob], num_synthetic=5_000, budgets=[50], lr=lr, seed=3)[50][knob]
         for seed, (b, t) in enumerate(zip(split(base, 5), split(tuned, 5), strict=True)):
-            found += toy_cases(name, model, b, t, seed)
-            click.echo(json.dumps(found[-2:]), err=True)
+            yield name, model, knob, seed, b, t
+
+
+def toy() -> list[dict[str, object]]:
+    found = []
+    for name, model, _, seed, base, tuned in toy_replicas():
+        found += toy_cases(name, model, base, tuned, seed)
+        click.echo(json.dumps(found[-2:]), err=True)
     return found
 
 

@@ -8,9 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from neon import reverse_merge
 from neon.toy.autoregressive import Autoregressive
-from neon.toy.experiment import train_base
+from neon.toy.diffusion import Diffusion
+from neon.toy.experiment import Model, evaluation_noise, score, self_train, train_base
 from neon.toy.gradients import gradient
+from neon.toy.stack import Weights
 from neon.toy.target import real_points
 from neon.training.alignment import Alignment, Gradients, align
 from tests.commands import start, started
@@ -77,16 +80,46 @@ def test_the_toy_says_the_sign_of_w(tau, sign):
     noise = torch.randn(1, 8_000, 2, generator=torch.Generator().manual_seed(5))
     synth = model.sample(base, noise, tau)
 
-    def of(points: Tensor) -> Gradients:
+    assert toy_alignment(model, base, real, synth).sign == sign
+
+
+def toy_alignment(model: Model, base: Weights, real: Tensor, synth: Tensor) -> Alignment:
+    """From 32 batches of each, with draws of their own."""
+
+    def of(points: Tensor, first_seed: int) -> Gradients:
         batches = points.chunk(32, dim=1)
 
         def at(k: int, offset: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
             weights = base if offset is None else {name: base[name] + offset[name] for name in base}
-            return gradient(model, weights, batches[k], seed=k)
+            return gradient(model, weights, batches[k], seed=first_seed + k)
 
         return at
 
-    assert align(of(real), of(synth), 32, alpha=lambda direction: 1e-3).sign == sign
+    return align(of(real, 0), of(synth, 1_000), 32, alpha=lambda direction: 1e-3)
+
+
+@pytest.fixture(scope="module")
+def diffusion() -> dict[float, Weights]:
+    """Two models: points too near to each other, and too far; learned from shrunken and from stretched ones."""
+    return {
+        scale: train_base(Diffusion(), scale * real_points(1, 4_000, seed=0), steps=600, lr=2e-3, seed=1)
+        for scale in (0.8, 1.25)
+    }
+
+
+@pytest.mark.parametrize(("scale", "zeta", "sign"), [(0.8, 1.1, 1), (0.8, 0.8, -1), (1.25, 1.1, -1), (1.25, 0.9, 1)])
+def test_the_diffusion_toy_says_the_sign_of_w_and_the_distance_agrees(diffusion, scale, zeta, sign):
+    """A mode-seeking sampler (zeta > 1) makes S narrower: w > 0 for a model that is too narrow, w < 0 for one that is
+    too broad; a diversity-seeking one the other way. A small step of that sign lowers the distance, one of the other
+    sign raises it."""
+    model, base = Diffusion(), diffusion[scale]
+    noise = torch.randn(1, 8_000, 2, generator=torch.Generator().manual_seed(5))
+    found = toy_alignment(model, base, real_points(1, 8_000, seed=7), model.sample(base, noise, zeta))
+    assert found.sign == sign
+    tuned = self_train(model, base, [zeta], num_synthetic=2_000, budgets=[50], lr=2e-6, seed=3)[50][zeta]
+    steps = [reverse_merge(base, tuned, w * sign) for w in (-0.25, 0.0, 0.25)]
+    other, here, this = (float(score(model, weights, evaluation_noise(4_000, seed=11))) for weights in steps)
+    assert this < here < other
 
 
 def test_the_command_says_a_sentence_and_needs_real_images(line_config, tmp_path):
