@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +24,7 @@ from neon.pipeline.run import Run
 from neon.runtime.distributed import World
 from neon.search import choose
 from neon.seeds import Rng
-from neon.store.files import folder_lock
-from tests.commands import start, started
+from tests.commands import ROOT, start, started
 from tests.core.line_family import Line, Sampling
 
 SEARCH = (
@@ -113,13 +116,49 @@ def test_a_budget_below_the_first_points_is_refused_before_any_is_made(line_conf
     assert not (tmp_path / "run/ledger.jsonl").exists()
 
 
-def test_a_second_process_on_the_folder_is_refused(line_config, tmp_path):
-    folder = tmp_path / "run"
-    with folder_lock(folder):
-        done = start("-m", "neon", "search", line_config, "--out", folder, "--device", "cpu")
-    assert done.returncode == 1
-    assert "is in use by process" in done.stderr
-    assert "Traceback" not in done.stderr
+class Slow(Line):
+    """Its sampler takes its time: a process can be met at work."""
+
+    name = "slow"
+
+    def sample(self, model: nn.Module, rng: Rng, labels: Tensor | None, how: Sampling) -> tuple[Tensor, Tensor]:
+        time.sleep(0.05)
+        return super().sample(model, rng, labels, how)
+
+
+def test_a_search_that_is_killed_at_work_goes_on_to_the_same_bits(line_config, tmp_path):
+    """A real process, stopped between two points: a second one is refused while it lives. SIGKILL, then a third makes
+    the unbroken search's choice, with its lines and features."""
+    line_config.write_text(line_config.read_text().replace("tests.core.line_family:Line", f"{__name__}:Slow"))
+    settings = [word for setting in SEARCH for word in ("--set", setting)]
+    for name in ("unbroken", "killed"):
+        Run(load(line_config, SEARCH), tmp_path / name, World()).finetune()
+
+    def command(name: str) -> list[object]:
+        return ["-m", "neon", "search", line_config, "--out", tmp_path / name, "--device", "cpu", *settings]
+
+    unbroken = started(*command("unbroken"))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    call = [sys.executable, *map(str, command("killed"))]
+    process = subprocess.Popen(call, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    lines = tmp_path / "killed/ledger.jsonl"
+    while process.poll() is None and not (lines.is_file() and lines.read_text().count("\n") >= 2):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGSTOP)
+    second = start(*command("killed"))
+    assert second.returncode == 1
+    assert f"is in use by process {process.pid}" in second.stderr
+    assert "Traceback" not in second.stderr
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL  # it was at work, not through
+    had = ledger(tmp_path / "killed")
+    assert 2 <= len(had) < len(ledger(tmp_path / "unbroken"))
+    assert without_times(started(*command("killed"))) == without_times(unbroken)
+    assert ledger(tmp_path / "killed")[: len(had)] == had
+    assert [x["key"] for x in ledger(tmp_path / "killed")] == [x["key"] for x in ledger(tmp_path / "unbroken")]
+    features = [{f.name: f.read_bytes() for f in (tmp_path / n / "features").iterdir()} for n in ("unbroken", "killed")]
+    assert features[0] == features[1]
 
 
 def test_the_command_says_what_it_chose_and_why(line_config, tmp_path):
