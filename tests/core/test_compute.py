@@ -128,6 +128,13 @@ def test_references_of_few_images_and_dark_images_are_said(tmp_path):
     ]
 
 
+def test_an_inception_score_of_few_images_is_refused_before_the_pass(monkeypatch):
+    monkeypatch.setattr("neon.evaluation.compute.pass_over", lambda *_: pytest.fail("images were read"))
+    clothes = open_images(ROOT / "demo/fashion_base.npz").subset(range(40))
+    with pytest.raises(ValueError, match="needs at least 50 images"):
+        compute(clothes, metrics=("is",), extractor="fashion-cnn", device="cpu")
+
+
 def test_the_inception_score_needs_no_reference():
     clothes = open_images(ROOT / "demo/fashion_base.npz").subset(range(50))
     found = compute(clothes, metrics=("is",), extractor="fashion-cnn", device="cpu")
