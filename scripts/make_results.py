@@ -136,6 +136,8 @@ def main_section(found: Mapping, out: Path) -> str:
 
 ![{what}, against w](results/{job}_w.svg)
 
+![the same noise through the base (upper half) and Neon (lower half)](../results/small/{job}_base_and_neon.png)
+
 The fine-tune moves the weights by {100 * step:.2f} % of their norm. {recognised(found)}
 Time on {found["device"]}, {at_commit(found)}: {seconds}.
 {missing(found)}"""
