@@ -167,6 +167,15 @@ def test_a_pickle_has_a_bound_of_memory(tmp_path, monkeypatch, kind):
         checkpoint.read(path)
 
 
+@pytest.mark.parametrize("place", [b"}N%bNs.", b"}X\x03\x00\x00\x00emaN%bs."])
+def test_a_tuple_150_000_deep_is_refused(tmp_path, place):
+    """As a key it ended the process: hashing it took all of the stack."""
+    path = tmp_path / "a.pkl"
+    path.write_bytes(b"\x80\x02" + place % (b"\x85" * 150_000))
+    with pytest.raises(ValueError, match=r"a\.pkl: (it uses a tuple of 1 as a key|no weights found)"):
+        checkpoint.read(path)
+
+
 def test_a_header_of_too_many_values_is_not_parsed(tmp_path):
     path = header_file(tmp_path / "a.safetensors", b'{"a":[' + b"[]," * 2_000_000 + b"1]}")
     with pytest.raises(ValueError, match="its header holds more than 4,000,000 values"):

@@ -111,7 +111,7 @@ class Grammar:
         return self.rng.choice([b"]q\xfeh\xfea", b"}q\xfe" + text("x") + b"h\xfes", b"]q\xfe(h\xfeh\xfeh\xfee"])
 
     def deep(self) -> bytes:
-        body = self.rng.choice([b"N" + b"\x85" * 150_000, b"]" * 2000 + b"a" * 1999, text("x") + b"\x85" * 30])
+        body = self.rng.choice([b"N" + b"\x85" * 20_000, b"]" * 2000 + b"a" * 1999, text("x") + b"\x85" * 30])
         return self.rng.choice([body, b"}" + body + b"Ns"])
 
     def module(self) -> bytes:

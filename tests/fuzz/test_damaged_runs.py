@@ -1,15 +1,12 @@
-"""Run folders with damaged files, seeded: the same numbers, or one line that names the file. Never other numbers.
-
-A case that was found is one line in `FOUND`: folder, file, kind and seed make it again.
-"""
+"""Run folders with damaged files, seeded: the same table and the same merged file, bit for bit, or one line that names
+the file. Never other numbers. Two seconds of work, a gigabyte, nothing of a file runs."""
 
 from __future__ import annotations
 
 import json
 import random
 import shutil
-import time
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -21,35 +18,18 @@ from neon.report import page
 from neon.runtime.distributed import World
 from neon.store import records
 from tests.core.test_run import without_times
+from tests.fuzz.damage import KINDS, damaged
+from tests.fuzz.guard import found, kept, watched
 
-SECONDS = 15.0
 SMALL = [
     "synth.num_images=12", "synth.shard_images=6", "finetune.images=32", "finetune.snapshot_images=16",
     "select.w=[0.5]", "select.num_images=8", "select.strategy=grid", "select.cfg_scale=[1.0]", "select.snapshots=last",
     "report.num_images=8", "report.num_shown=2", "report.cfg_scale=1.0",
 ]  # fmt: skip
-FOUND: list[tuple[str, str, str, int]] = []
-
-
-def flip(data: bytearray, rng: random.Random) -> bytearray:
-    if data:
-        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
-    return data
-
-
-def zero(data: bytearray, rng: random.Random) -> bytearray:
-    start = rng.randrange(len(data) + 1)
-    data[start : start + 64] = bytes(len(data[start : start + 64]))
-    return data
-
-
-KINDS: dict[str, Callable[[bytearray, random.Random], bytearray]] = {
-    "flip": flip,
-    "zero": zero,
-    "cut": lambda data, rng: data[: rng.randrange(len(data) + 1)],
-    "empty": lambda data, rng: bytearray(),
-    "garbage": lambda data, rng: bytearray(rng.randbytes(rng.randrange(1, 400))),
-}
+OWN_WORK = frozenset({"os.mkdir", "compile"})
+"""A run makes folders, and parses headers of arrays and the family's source without executing them."""
+QUICK = 24
+"""Cases of the quick test, of some 200."""
 
 
 def finish(config: Path, folder: Path) -> tuple[object, bytes]:
@@ -58,13 +38,22 @@ def finish(config: Path, folder: Path) -> tuple[object, bytes]:
     return json.loads(json.dumps(without_times(result))), (folder / "neon.safetensors").read_bytes()
 
 
+@dataclass(frozen=True)
+class Folders:
+    """whole: a finished run and two half-done ones by name; end: how all of them end."""
+
+    config: Path
+    whole: dict[str, Path]
+    end: tuple[object, bytes]
+
+
 @pytest.fixture
-def folders(line_config, tmp_path, monkeypatch) -> tuple[Path, dict[str, Path], tuple[object, bytes]]:
+def folders(line_config, tmp_path, monkeypatch) -> Folders:
     """A finished run, one killed in the middle of a point, one killed in the middle of S; and how all of them end."""
     monkeypatch.setattr(page, "write_page", lambda *_: None)  # drawn anew in any case
     monkeypatch.setattr(records.Saver, "is_due", property(lambda self: True))
-    found = {name: tmp_path / name for name in ("finished", "in a point", "in S")}
-    end = finish(line_config, found["finished"])
+    made = {name: tmp_path / name for name in ("finished", "in a point", "in S")}
+    end = finish(line_config, made["finished"])
     with monkeypatch.context() as patch:
         save, saved = records.save_state, []
 
@@ -76,12 +65,12 @@ def folders(line_config, tmp_path, monkeypatch) -> tuple[Path, dict[str, Path], 
 
         patch.setattr(records, "save_state", killed_in_a_point)
         with pytest.raises(KeyboardInterrupt):
-            finish(line_config, found["in a point"])
+            finish(line_config, made["in a point"])
     with monkeypatch.context() as patch:
         patch.setattr("neon.store.filling._assemble", killed)
         with pytest.raises(KeyboardInterrupt):
-            finish(line_config, found["in S"])
-    return line_config, found, end
+            finish(line_config, made["in S"])
+    return Folders(line_config, made, end)
 
 
 def killed(*_: object) -> None:
@@ -94,36 +83,48 @@ def files_of(folder: Path) -> list[str]:
     return sorted(name for name in names if name not in derived)
 
 
-def check(config: Path, whole: Path, copy: Path, end: tuple[object, bytes], case: tuple[str, str, int]) -> str:
-    name, kind, seed = case
-    shutil.rmtree(copy, ignore_errors=True)
-    shutil.copytree(whole, copy)
-    path = copy / name
-    path.write_bytes(bytes(KINDS[kind](bytearray(path.read_bytes()), random.Random(seed))))
-    try:
-        found = finish(config, copy)
-    except USER_ERRORS as error:
-        message = str(error)
-        assert path.name in message, f"{case}: does not name the file: {message}"
-        assert "\n" not in message, f"{case}: more than one line: {message}"
-        assert len(message) < 1000
-        return "named"
-    assert found == end, f"{case}: another result"
-    return "same"
-
-
-def test_no_damage_changes_a_number(folders, tmp_path):
-    config, wholes, end = folders
-    cases = [
-        (which, name, kind) for which, folder in wholes.items() for name in files_of(folder) for kind in sorted(KINDS)
+def cases_of(folders: Folders) -> list[tuple[str, str, str]]:
+    return [
+        (which, name, kind)
+        for which, whole in folders.whole.items()
+        for name in files_of(whole)
+        for kind in sorted(KINDS)
     ]
-    random.Random(0).shuffle(cases)
-    for which, name, kind, seed in FOUND:
-        check(config, wholes[which], tmp_path / "copy", end, (name, kind, seed))
-    outcomes = []
-    until = time.monotonic() + SECONDS
-    for seed, (which, name, kind) in enumerate(cases):
-        outcomes.append(check(config, wholes[which], tmp_path / "copy", end, (name, kind, seed)))
-        if time.monotonic() > until:
-            break
-    assert set(outcomes) == {"named", "same"}
+
+
+def check(folders: Folders, which: str, name: str, kind: str, seed: int) -> str:
+    copy = folders.config.with_name("copy")
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(folders.whole[which], copy)
+    path = copy / name
+    path.write_bytes(damaged(path.read_bytes(), kind, seed))
+    with kept("damaged run", which=which, name=name, kind=kind, seed=seed):
+        try:
+            with watched(OWN_WORK):
+                made = finish(folders.config, copy)
+        except USER_ERRORS as error:
+            message = str(error)
+            assert path.name in message, f"does not name the file: {message}"
+            assert "\n" not in message, f"more than one line: {message}"
+            assert len(message) < 1000
+            return "named"
+        assert made == folders.end, "another result"
+        return "same"
+
+
+def test_no_damage_changes_a_number(folders):
+    cases = cases_of(folders)
+    kinds = {Path(name).parts[0].partition("-")[0] for _, name, _ in cases}
+    assert kinds == {"synth", "finetune", "ledger.jsonl", "shown", "features", "partial", "seconds.json"}
+    for before in found("damaged run"):
+        check(folders, **before)
+    chosen = random.Random(0).sample(cases, QUICK)
+    outcomes = {check(folders, *case, seed) for seed, case in enumerate(chosen)}
+    assert outcomes == {"named", "same"}
+
+
+@pytest.mark.slow
+def test_no_damage_to_any_file_changes_a_number(folders):
+    """Every file of the three folders, every kind of damage, at three places each."""
+    for seed, case in enumerate(3 * cases_of(folders)):
+        check(folders, *case, seed)

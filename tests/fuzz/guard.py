@@ -1,0 +1,101 @@
+"""What every case must keep to: two seconds of work, a gigabyte of memory, nothing of a file runs. And where cases that
+were found are kept."""
+
+from __future__ import annotations
+
+import base64
+import codecs
+import json
+import re
+import resource
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+SECONDS = 2.0
+KIBIBYTES = 1 << 20
+RUNS = {"exec", "compile", "import", "os.system", "os.exec", "os.mkdir", "subprocess.Popen", "pickle.find_class"}
+"""Events of what a hostile file may try. Runs of our own make folders: see `watched`."""
+FOUND = Path(__file__).with_name("found.jsonl")
+"""A case a line. A test that finds one adds it; commit it with the mend."""
+seen: list[str] = []
+watching: set[str] = set()
+
+
+def watch(event: str, args: tuple) -> None:
+    if event in watching:
+        seen.append(f"{event} {args[0]}" if args else event)
+
+
+for codec in ("raw_unicode_escape", "unicode_escape", "latin-1", "cp437", "utf-16", "utf-32"):
+    for order in ("", "-le", "-be") if codec.startswith("utf") else ("",):
+        codecs.lookup(codec + order)  # imports it: what readers of text look up is there before anyone watches
+sys.addaudithook(watch)  # for the rest of the process, silent but inside `watched`
+
+
+@contextmanager
+def watched(allowed: frozenset[str] = frozenset()) -> Iterator[None]:
+    """Fails if the block computes for 2 s (waiting for a busy machine does not count), takes 1 GB more than there was,
+    or if anything but `allowed` is imported, compiled, executed or started in it."""
+
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"more than {SECONDS} s of work")
+
+    seen.clear()
+    resident = begin_peak()
+    before = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
+    watching.update(RUNS - allowed)
+    try:
+        yield
+    finally:
+        watching.clear()
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
+    assert not seen, f"it ran {seen[:5]}"
+    assert peak() - resident < KIBIBYTES, "more than 1 GB of memory"
+
+
+def begin_peak() -> int:
+    """The memory that this process holds, in KiB; `peak` counts from here on where the system can (Linux)."""
+    if sys.platform != "linux":
+        return peak()
+    Path("/proc/self/clear_refs").write_text("5")
+    return _status("VmRSS")
+
+
+def peak() -> int:
+    return _status("VmHWM") if sys.platform == "linux" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _status(key: str) -> int:
+    found = re.search(rf"{key}:\s+(\d+)", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1])
+
+
+def found(test: str) -> list[dict]:
+    """The cases of a test that were found before."""
+    lines = map(json.loads, FOUND.read_text().splitlines())
+    return [{key: value for key, value in line.items() if key != "test"} for line in lines if line["test"] == test]
+
+
+@contextmanager
+def kept(test: str, **case: object) -> Iterator[None]:
+    """Writes the case down if the block fails. Bytes are written as base64 (`content` gives them back)."""
+    try:
+        yield
+    except Exception as error:
+        plain = {key: base64.b64encode(v).decode() if isinstance(v, bytes) else v for key, v in case.items()}
+        line = json.dumps({"test": test, **plain}) + "\n"
+        if line not in FOUND.read_text().splitlines(keepends=True):
+            with FOUND.open("a") as file:
+                file.write(line)
+        shown = {key: str(value)[:100] for key, value in case.items()}
+        raise AssertionError(f"{test} {shown}: {type(error).__name__}: {str(error)[:400]}") from error
+
+
+def content(text: str) -> bytes:
+    return base64.b64decode(text)
