@@ -90,6 +90,12 @@ def timed(action: Callable[[], object], target: Path) -> float:
     return time.perf_counter() - start
 
 
+def processor_seconds() -> float:
+    """Of this process and the ones it started: what a busy machine changes less than the wall's."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
 def differences(base: Path, ours: Path, theirs: Path) -> dict[str, float]:
     """Between two merges in bfloat16: the share of numbers that differ, and the largest difference in units of the last
     place, of the result or of the base where that is larger (where the two terms cancel, what is left has none)."""
@@ -145,9 +151,12 @@ def main(gigabytes: float, rounds: int, folder: Path, mergekit: str | None, out:
     reset_peak(cpu)
     resident = peak_mib(cpu)
     seconds: dict[str, list[float]] = {name: [] for name in ways}
+    processor: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds):
         for name, (way, written) in ways.items():
+            before = processor_seconds()
             seconds[name].append(timed(way, written))
+            processor[name].append(processor_seconds() - before)
             if written == copy:
                 shutil.rmtree(copy)
     peak = peak_mib(cpu)
@@ -155,6 +164,7 @@ def main(gigabytes: float, rounds: int, folder: Path, mergekit: str | None, out:
     result |= {
         "bytes": sum(path.stat().st_size for path in base.iterdir()),
         "seconds": seconds,
+        "processor_seconds": processor,
         "share_of_cp": {name: best["cp"] / best[name] for name in ("merge", "merge_with_hashes")},
         "peak_mib_above_imports": peak - resident,
     }

@@ -46,6 +46,8 @@ def test_the_edm_example_and_the_parts(in_root):
     _, _, edm, parts = BLOCKS
     space: dict = {"torch": torch, "neon": neon}
     exec(edm, space)
+    own = [line for line in edm.splitlines() if line.strip() and not line.startswith("from ")]
+    assert len(own) <= 10
     assert "fd24[fashion-cnn]" in space["result"].details["rows"]["neon"]["metrics"]
     space["base"] = space["model"].state_dict()
     space["synth"] = {name: value + 1 for name, value in space["base"].items()}
