@@ -147,9 +147,9 @@ def improve(
         config = parse(table, family)
         keep_base(model, place / "base.safetensors")
         stack.enter_context(torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]))
-        run = Run(
-            config, place, World(device=device), family=family, yardsticks=None if yardstick is None else [yardstick]
-        )
+        yardsticks = None if yardstick is None else [yardstick]
+        world, is_kept = World(device=device), folder is not None
+        run = Run(config, place, world, family=family, yardsticks=yardsticks, is_kept=is_kept)
         details = run.all()
         merged = checkpoint.read(place / "neon.safetensors", weights="any").tensors
         weights = {name: value.clone() for name, value in merged.items()}

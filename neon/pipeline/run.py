@@ -48,6 +48,7 @@ class Run:
     or all.
 
     family, yardsticks: in place of those that the config names (neon/library/improve.py makes both from functions).
+    is_kept: whether the folder outlives the call, so that its page may be named.
     """
 
     def __init__(
@@ -58,10 +59,11 @@ class Run:
         *,
         family: Family | None = None,
         yardsticks: Sequence[Yardstick] | None = None,
+        is_kept: bool = True,
     ):
         self.config, self.folder, self.world = config, folder, world
         self.family = config.family() if family is None else family
-        self._yardsticks = yardsticks
+        self._yardsticks, self.is_kept = yardsticks, is_kept
         self.sampling = config.need("sampling", Sampling)
         self.base_config = config.need("base", Base)
 
@@ -251,7 +253,8 @@ class Run:
                     shutil.rmtree(partial)
         self.world.barrier()
         say(self.world, result.verdict.text)
-        say(self.world, f"done in {time.perf_counter() - started:.0f} s: {self.folder / 'report.html'}")
+        where = f": {self.folder / 'report.html'}" if self.is_kept else ""
+        say(self.world, f"done in {time.perf_counter() - started:.0f} s{where}")
         return result.as_json()
 
     def about(self, neon: Score, merged: Path) -> dict[str, object]:

@@ -182,7 +182,7 @@ def edge_free_reason(search: Found, plan: Plan, spent: str) -> str:
         "images": f"every point used the whole selection block of {plan.most_images:,} images; a better place could "
         f"gain about {search.gain:.3g}: make select.num_images larger",
         "flat": f"{spent}; the curve is flat: no two values of w can be told apart",
-        "edge": f"{spent}; the lowest distance lies at the edge of the range, w = {search.place.w:g}: widen select.w",
+        "edge": f"{spent}; the lowest distance lies at the edge, w = {search.place.w:g}: widen w (select.w)",
     }[search.reason]
 
 
@@ -229,7 +229,7 @@ def verdict(choice: Choice, rows: Mapping[str, Score], metric: str, difference: 
         return Verdict("worse", f"worse on held-out noise: {numbers}, although it was best on the selection seeds")
     numbers += _share_of_any_step(rows, metric, difference)
     if ended == "edge" or (ended is None and _at_edge(choice)):
-        return Verdict("edge", f"{numbers}, and w lies at the edge of what was tried: widen select.w for more")
+        return Verdict("edge", f"{numbers}, and w lies at the edge of what was tried: widen w (select.w) for more")
     return Verdict("helps", f"Neon helps: {numbers}")
 
 

@@ -33,7 +33,7 @@ def said(*, w: float = 1.0, base: float = 2.39, neon: float = 1.12, random: floa
     [
         ({}, "helps", "Neon helps: fid50k 2.39 -> 1.12 at w = 1 (difference 1.27 +- 0.02)"),
         ({"w": 0.0, "neon": 2.39}, "base", "no w helped: w = 0 is best; the merged file is the base"),
-        ({"w": 1.5}, "edge", "at the edge of what was tried: widen select.w for more"),
+        ({"w": 1.5}, "edge", "at the edge of what was tried: widen w (select.w) for more"),
         ({"neon": 2.36}, "noise", "within noise: fid50k 2.39 -> 2.36"),
         ({"neon": 2.6}, "worse", "worse on held-out noise: fid50k 2.39 -> 2.6"),
     ],

@@ -154,6 +154,13 @@ def test_the_callers_model_and_random_state_are_left_alone(toy):
     assert all(parameter.requires_grad for parameter in toy.parameters())
 
 
+def test_a_page_is_named_if_it_stays(toy, tmp_path, capsys):
+    improve_toy(toy, **SMALL)
+    assert "report.html" not in capsys.readouterr().err
+    improve_toy(toy, **SMALL, folder=tmp_path / "kept")
+    assert f"{tmp_path}/kept/report.html" in capsys.readouterr().err
+
+
 def test_a_folder_resumes_and_refuses_another_setting(toy, tmp_path):
     small = {**SMALL, "folder": tmp_path / "run"}
     first = improve_toy(toy, **small)
