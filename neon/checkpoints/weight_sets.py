@@ -155,9 +155,11 @@ def sharded(source: Source) -> Contents:
             f"{len(missing)} of {len(names)} tensors are not in the shards that the index names; first: "
             f"{first_of(missing)}"
         )
-    extra = [name for held in shards.values() for name in held if name not in names]
+    extra = [name for shard, held in shards.items() for name in held if names.get(name) != shard]
     if extra:
-        raise ValueError(f"{len(extra)} tensors of its shards are not in the index; first: {first_of(extra)}")
+        raise ValueError(
+            f"{len(extra)} tensors lie in shards for which the index does not name them; first: {first_of(extra)}"
+        )
     entries = {name: shards[shard][name] for name, shard in names.items()}
     return Contents("sharded", (WeightSet(UNNAMED, "the index", entries, shards=tuple(sorted(shards)), texts=texts),))
 

@@ -77,7 +77,10 @@ CASES: dict[str, tuple[Callable[[Path], list], str]] = {
     ),
     "a tensor that the index leaves out": (
         indexed(lambda base: save(base / FIRST, {"a.weight": ONE, "c": ONE})),
-        "1 tensors .*not in the index.*first: c",
+        "1 tensors lie in shards .*first: c",
+    ),
+    "a tensor in two shards": (
+        indexed(lambda base: save(base / SECOND, {**state(1.0)})), "1 tensors lie in shards .*first: a.weight"
     ),
     "a name twice in the index": (
         indexed(lambda base: (base / INDEX).write_text('{"weight_map": {"a.weight": "1", "a.weight": "2"}}')),
