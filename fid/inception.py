@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from fid.features import Extractor, Features, name_with_weights, to_rgb
 from fid.resize import resize_tf1
@@ -73,14 +74,28 @@ class InceptionV3(nn.Module):
 
 
 class InceptionExtractor(Extractor):
-    """FID's features (2048) and the Inception Score's logits (1008)."""
+    """FID's features (2048) and the Inception Score's logits (1008).
+
+    is_folded: batch norms are moved into the convolutions of `network`, and on a CPU its memory order is channels_last:
+        1.3 times as fast there, and 5e-7 (relative) from the layers one by one, which are as far from float64
+        themselves. False: the layers one by one.
+    """
 
     dim = 2048
     num_classes = 1008
 
-    def __init__(self, network: InceptionV3, *, sha256: str, device: torch.device | str = "cpu"):
+    def __init__(
+        self, network: InceptionV3, *, sha256: str, device: torch.device | str = "cpu", is_folded: bool = True
+    ):
         super().__init__(device)
-        self.network = network.to(self.device).eval().requires_grad_(False)
+        self.network = network.eval().requires_grad_(False)
+        if is_folded:
+            for module in list(network.modules()):
+                if isinstance(module, ConvNormReLU):
+                    module.fold()
+            if self.device.type == "cpu":  # measured there only
+                network.to(memory_format=torch.channels_last)
+        self.network.to(self.device)
         self.sha256 = sha256
         published = sha256.startswith(WEIGHTS.sha256_prefix)
         self.name = NAME if published else name_with_weights("inception", sha256, is_known=False)
@@ -126,10 +141,16 @@ class ConvNormReLU(nn.Module):
     ) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, out, kernel, stride, padding, bias=False)
-        self.bn = nn.BatchNorm2d(out, eps=0.001)
+        self.bn: nn.Module = nn.BatchNorm2d(out, eps=0.001)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.bn(self.conv(x)))
+        return F.relu(self.bn(self.conv(x)), inplace=True)
+
+    def fold(self) -> None:
+        """Move the normalisation into the convolution, computed in float64 and rounded once. For evaluation only."""
+        dtype = self.conv.weight.dtype
+        self.conv = fuse_conv_bn_eval(self.conv.double(), self.bn.double()).to(dtype)
+        self.bn = nn.Identity()
 
 
 class BlockA(nn.Module):

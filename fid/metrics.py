@@ -124,16 +124,29 @@ def kernel_distance(
     """KID (Binkowski et al. 2018): mean and std of `kernel_distance_unbiased` over random subsets of both sets.
 
     generated: (N, D), reference: (M, D). Subsets are drawn without replacement by numpy's RandomState(seed),
-    generated first, as torch-fidelity draws them. Raises ValueError if a set is smaller than a subset.
+    generated first, as torch-fidelity draws them. Scalar products are float32 and all that follows float64, which is
+    within 1e-6 of the value in float64. Raises ValueError if a set is smaller than a subset.
     """
     check_subset_size(min(len(generated), len(reference)), subset_size)
     rng = np.random.RandomState(seed)
+    sets = [features.float().cpu().numpy() for features in (generated, reference)]
     values = []
     for _ in range(subsets):
-        one = torch.from_numpy(rng.choice(len(generated), subset_size, replace=False))
-        two = torch.from_numpy(rng.choice(len(reference), subset_size, replace=False))
-        values.append(kernel_distance_unbiased(generated=generated[one], reference=reference[two]))
+        x, y = (features[rng.choice(len(features), subset_size, replace=False)] for features in sets)
+        within = _kernel_total(x, x) + _kernel_total(y, y)
+        values.append(within / (subset_size * (subset_size - 1)) - 2 * _kernel_total(x, y) / subset_size**2)
     return _spread(torch.tensor(values, dtype=torch.float64))
+
+
+def _kernel_total(a: np.ndarray, b: np.ndarray) -> float:
+    """The kernel's sum over all pairs; where a is b, over those of two different points."""
+    dim = a.shape[1]
+    # numpy's product takes half the time where a is b (BLAS's syrk), torch's does not
+    shifted = torch.from_numpy(a @ b.T).double().add_(dim)
+    if a is b:
+        shifted.fill_diagonal_(0)
+    shifted = shifted.flatten()
+    return torch.dot(shifted.square(), shifted).item() / dim**3
 
 
 def kernel_distance_unbiased(*, generated: Tensor, reference: Tensor, budget_mib: int = 512) -> float:

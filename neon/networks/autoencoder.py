@@ -79,9 +79,9 @@ class ResBlock(nn.Module):
         self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
-        return h + (x if self.nin_shortcut is None else self.nin_shortcut(x))
+        h = self.conv1(F.silu(self.norm1(x), inplace=True))
+        h = self.conv2(F.silu(self.norm2(h), inplace=True))
+        return h.add_(x if self.nin_shortcut is None else self.nin_shortcut(x))
 
 
 class Attention(nn.Module):
@@ -104,7 +104,7 @@ class Attention(nn.Module):
         projections = self.qkv(h).chunk(3, dim=1) if self._is_fused else (self.q(h), self.k(h), self.v(h))
         q, k, v = (p.flatten(2).transpose(1, 2)[:, None] for p in projections)  # (B, 1, N, C)
         out = F.scaled_dot_product_attention(q, k, v)[:, 0]  # (B, N, C)
-        return x + self.proj_out(out.transpose(1, 2).reshape(x.shape))
+        return self.proj_out(out.transpose(1, 2).reshape(x.shape)).add_(x)
 
 
 COMPILED = (ResBlock, Attention)
@@ -203,7 +203,7 @@ class Encoder(nn.Module):
         x = self.conv_in(images)
         for level in self.down:
             x = level(x)
-        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+        return self.conv_out(F.silu(self.norm_out(self.mid(x)), inplace=True))
 
 
 class Decoder(nn.Module):
@@ -223,7 +223,7 @@ class Decoder(nn.Module):
         x = self.mid(self.conv_in(latents))
         for level in reversed(self.up):
             x = level(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return self.conv_out(F.silu(self.norm_out(x), inplace=True))
 
 
 class KLAutoencoder(nn.Module):

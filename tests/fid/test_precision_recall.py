@@ -88,6 +88,30 @@ def test_equals_brute_force_in_any_number_of_blocks(k):
         ) == pytest.approx(want, abs=1e-12)
 
 
+@pytest.mark.parametrize("budget_mib", [1, 1024])
+@pytest.mark.parametrize("case", ["far from the origin", "an outlier", "lattice", "copies", "huge", "tiny", "float64"])
+def test_equals_brute_force_where_float32_cannot_tell(case, budget_mib):
+    generated, reference = 1.2 * normal(300, 24), normal(280, 24, seed=1)
+    if case == "far from the origin":  # and the origin itself among the points: centring alone does not help
+        generated, reference = 3000 + 0.01 * generated, 3000 + 0.01 * reference
+        generated[0] = 0
+    elif case == "an outlier":
+        reference[5] *= 1e4
+    elif case == "lattice":  # many distances are exactly equal
+        generated, reference = generated[:, :3].round(), reference[:, :3].round()
+    elif case == "copies":
+        generated[50:], reference[100:] = generated[0], generated[0]
+    elif case == "huge":
+        generated, reference = generated * 1e25, reference * 1e25  # whose squares are no float32
+    elif case == "tiny":
+        generated, reference = generated * 1e-25, reference * 1e-25
+    else:  # float32 would make all points one
+        generated, reference = 1 + 1e-9 * generated.double(), 1 + 1e-9 * reference.double()
+    want = brute_force(generated, reference, 3)
+    found = neighbours(generated=generated, reference=reference, k=3, budget_mib=budget_mib)
+    assert list(found) == pytest.approx(want, abs=1e-12)
+
+
 def test_swapping_the_sets_swaps_precision_and_recall():
     a, b = 1.3 * normal(300, 8), normal(200, 8, seed=1)
     one, two = precision_recall(generated=a, reference=b, k=3), precision_recall(generated=b, reference=a, k=3)
@@ -95,6 +119,8 @@ def test_swapping_the_sets_swaps_precision_and_recall():
 
 
 def test_errors():
+    with pytest.raises(ValueError, match="finite"):
+        neighbours(generated=normal(9, 2) / 0, reference=normal(9, 2), k=3)
     with pytest.raises(ValueError, match="at least 4 points in each set, got 3 and 9"):
         precision_recall(generated=normal(3, 2), reference=normal(9, 2), k=3)
     with pytest.raises(ValueError, match="2 dimensions, the reference's 3"):
