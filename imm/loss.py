@@ -30,6 +30,7 @@ def lognormal_nt(
     normal = torch.distributions.Normal(
         torch.tensor(P_mean, dtype=torch.float64, device=u.device),
         torch.tensor(P_std, dtype=torch.float64, device=u.device),
+        validate_args=False,  # its checks wait for the device
     )
     low, high = (normal.cdf(torch.as_tensor(end, dtype=torch.float64, device=u.device)) for end in (log_low, log_high))
     return normal.icdf(u.double() * (high - low) + low).exp()

@@ -1,6 +1,7 @@
 """What would go wrong or slow on a GPU, on a machine without one: mixed devices raise, host reads are counted."""
 
 import tomllib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from unittest import mock
 
@@ -8,9 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fid.evaluator import Collector, measure
+from fid.evaluator import measure
 from fid.features import open_extractor
+from fid.names import METRICS
 from fid.reference import read_reference
+from neon.evaluation.collect import Wanted, collect
 from neon.family import Family, resolve
 from neon.merge import LiveMerge
 from neon.pipeline.experiment import Experiment, parse
@@ -25,23 +28,52 @@ from tests.pretend_cuda import CUDA, OnCuda, pretend_cuda
 ROOT = Path(__file__).resolve().parents[2]
 AUTOENCODERS = {"var": "var_fashion_tokeniser", "xar": "xar_fashion_vae"}
 FAMILIES = ("edm", "var", "xar", "imm", "flow")
+SAMPLERS = [
+    *((name, {}) for name in FAMILIES),
+    ("edm", {"S_churn": 10.0}),
+    ("edm", {"state": "float32"}),
+    ("var", {"more_smooth": True}),
+    ("xar", {"solver": "ode"}),
+    ("imm", {"sampler": "restart", "grid": "edm"}),
+    ("flow", {"solver": "dopri5", "num_steps": None, "tol": 0.1}),
+]
+LOSSES = [
+    *((name, {}) for name in FAMILIES),
+    ("edm", {"kind": "vp"}),
+    ("edm", {"kind": "ve"}),
+    ("imm", {"times": "lognormal"}),
+    ("flow", {"kind": "sb", "sigma": 0.5}),
+    ("flow", {"kind": "si"}),
+]
+
+
+def named(case: object) -> str:
+    """What pytest calls a case."""
+    return case if isinstance(case, str) else ",".join(f"{key}={value}" for key, value in case.items()) or "default"
+
+
 BATCH = 4
+DOPRI5_READS = 10
 SIDE = {"xar": 32}
 
 
-def tables(family: str) -> dict:
+def tables(family: str, sampling: dict, objective: dict) -> dict:
     name = "demo_base" if family == "edm" else f"tiny_{family}"
     found = tomllib.loads((ROOT / "configs" / f"{name}.toml").read_text())
     found["sampling"] = {"edm": {"num_steps": 3, "uint8": "round"}}.get(family) or found["sampling"]
-    found["sampling"]["batch"] = BATCH
+    found["sampling"] |= {"batch": BATCH, **sampling}
+    found["sampling"] = {key: value for key, value in found["sampling"].items() if value is not None}
     recipe = {key: value for key, value in found["train"].items() if not key.startswith("images")}
     found["finetune"] = {**recipe, "images": 1000, "batch": BATCH, "lr_ramp_images": 0, "lr_cosine_images": 0}
+    found["finetune"]["objective"] = {**recipe.get("objective", {}), **objective}
     return {key: found[key] for key in ("family", "sampling", "finetune", "model")}
 
 
-def built(name: str) -> tuple[Family, nn.Module, Experiment]:
+def built(
+    name: str, sampling: dict | None = None, objective: dict | None = None
+) -> tuple[Family, nn.Module, Experiment]:
     """On the CPU; families with an autoencoder get a fresh one."""
-    table = tables(name)
+    table = tables(name, sampling or {}, objective or {})
     family = resolve(name)
     torch.manual_seed(0)
     model = family.build(table["model"])
@@ -81,16 +113,16 @@ class Corpus:
         return self.codes[torch.as_tensor(list(indices))]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_sampling_and_decoding_on_a_gpu(name):
+@pytest.mark.parametrize(("name", "how"), SAMPLERS, ids=named)
+def test_sampling_and_decoding_on_a_gpu(name, how):
     """The images are those of the CPU; per network call the host reads nothing of the device."""
-    family, model, config = built(name)
+    family, model, config = built(name, how)
     model.eval().requires_grad_(False)
     use_autoencoder(family, name)
     expected = next(generate(source_of(family, model, config), model, [range(BATCH)], torch.device("cpu"))).codes
     pixels = to_images(source_of(family, model, config), expected)
     with pretend_cuda() as gpu, mock.patch.object(type(family), "graphed", return_value=None):
-        family, model, config = built(name)
+        family, model, config = built(name, how)
         model.to(CUDA).eval().requires_grad_(False)
         use_autoencoder(family, name)
         gpu.counts.clear()
@@ -99,18 +131,22 @@ def test_sampling_and_decoding_on_a_gpu(name):
         images = to_images(source_of(family, model, config), batch.codes)
         assert isinstance(batch.codes, OnCuda)
         assert isinstance(images, OnCuda)
-        assert reads <= ALLOWED_READS.get(name, 0), gpu.counts
+        assert reads <= allowed_reads(name, how), gpu.counts
         assert gpu.counts["reads"] - reads <= 1, gpu.counts  # whether all pixels are numbers
     torch.testing.assert_close(batch.codes.inner, expected, rtol=0, atol=1e-4)
     assert (images.inner.int() - pixels.int()).abs().max() <= 1
 
 
-ALLOWED_READS = {"edm": 1}  # the noise levels, which the host's control flow follows
-"""Per batch, not per network call."""
+def allowed_reads(name: str, how: dict) -> int:
+    """Per batch, not per network call: EDM's noise levels, which the host's control flow follows. dopri5 is asked after
+    every step."""
+    if how.get("solver") == "dopri5":
+        return DOPRI5_READS
+    return 1 if name == "edm" else 0
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_a_training_step_on_a_gpu(name):
+@pytest.mark.parametrize(("name", "how"), LOSSES, ids=named)
+def test_a_training_step_on_a_gpu(name, how):
     """Loss, clipping, optimiser and average; the batch's codes and draws are moved once. Autograd itself needs a real
     GPU: the gradients are given."""
     side = SIDE.get(name, 28)
@@ -122,7 +158,7 @@ def test_a_training_step_on_a_gpu(name):
             parameter.grad = torch.ones_like(parameter)
 
     with pretend_cuda() as gpu:
-        family, model, config = built(name)
+        family, model, config = built(name, objective=how)
         use_autoencoder(family, name)
         codes = family.encode(images.to(CUDA)).cpu()
         trainer = Trainer(family, model.to(CUDA), config.need("finetune", Training), World(device=CUDA))
@@ -146,20 +182,37 @@ def test_moving_the_weights_on_a_gpu():
 
 
 def test_features_and_metrics_on_a_gpu():
-    images = torch.randint(0, 256, (32, 1, 28, 28), dtype=torch.uint8)
+    """Every metric, through `collect`: what is summed stays on the device, features come down once per batch."""
+    images = torch.randint(0, 256, (64, 1, 28, 28), dtype=torch.uint8)
+    real = torch.randint(0, 256, (64, 1, 28, 28), dtype=torch.uint8) // 2 + images // 2
     reference = read_reference(ROOT / "demo" / "reference_fashion-cnn.npz")
+    reference_features = open_extractor("fashion-cnn")(real).pool
 
-    def values() -> dict[str, float]:
-        collector = Collector(open_extractor("fashion-cnn", device=where), 32, ("fid",))
-        collector.update(images.to(where), range(32))
-        return measure(("fid",), generated=collector, reference=reference)
+    def values(where: torch.device) -> dict[str, float]:
+        wanted = [Wanted(extractor=open_extractor("fashion-cnn", device=where), metrics=METRICS)]
 
-    where = torch.device("cpu")
-    expected = values()
+        def made(batches: Sequence[range]) -> Iterator[tuple[Sequence[int], Tensor]]:
+            yield from ((indices, images[list(indices)].to(where)) for indices in batches)
+
+        found = collect(made, wanted, range(64), 16, World(device=where), num_shown=2, desc="test")
+        if where == CUDA:
+            assert gpu.counts["reads"] <= 4 * 3 + 2, (
+                gpu.counts
+            )  # batch: features, logits, whether they are finite; shown images
+        return measure(
+            METRICS,
+            generated=found.collectors[0],
+            reference=reference,
+            reference_features=reference_features,
+            k=3,
+            kid_subset=32,
+        )
+
+    expected = values(torch.device("cpu"))
     with pretend_cuda() as gpu:
-        where = CUDA
-        found = values()
-        assert gpu.counts["reads"] <= 4, gpu.counts  # sums and count, once at the end
+        found = values(CUDA)
+        assert gpu.counts["reads"] <= 60, gpu.counts
+    assert len(expected) >= len(METRICS)
     assert found == pytest.approx(expected, rel=1e-5)
 
 
