@@ -53,6 +53,9 @@ class PretendCuda(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
         name = func.overloadpacket.__name__
+        if name == "to":  # arrives whole under inference_mode; what it consists of is counted
+            with self:
+                return func.decompose(*args, **kwargs)
         tensors = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, Tensor)]
         on_cuda = [tensor for tensor in tensors if isinstance(tensor, OnCuda)]
         target = kwargs.get("device")
@@ -65,8 +68,9 @@ class PretendCuda(TorchDispatchMode):
             stray = [t for t in tensors if not isinstance(t, OnCuda) and t.ndim > 0]
             if stray and not (name.startswith("index") or name == "_index_put_impl_"):  # host indices are allowed
                 raise RuntimeError(f"{name}: tensors on cuda:0 and cpu, of shapes {[tuple(t.shape) for t in tensors]}")
+        by_flags = name.startswith("index") and any(tensor.dtype == torch.bool for tensor in tensors[1:])
         reads = bool(on_cuda) and (
-            name in READS or (name in ("_to_copy", "copy_") and self._is_to_host(name, args, target))
+            name in READS or by_flags or (name in ("_to_copy", "copy_") and self._is_to_host(name, args, target))
         )
         if reads:
             self.counts["reads"] += 1

@@ -53,7 +53,7 @@ def named(case: object) -> str:
 
 
 BATCH = 4
-DOPRI5_READS = 10
+DOPRI5_READS = 30
 SIDE = {"xar": 32}
 
 
@@ -216,13 +216,24 @@ def test_features_and_metrics_on_a_gpu():
     assert found == pytest.approx(expected, rel=1e-5)
 
 
-def test_the_pretended_gpu_refuses_what_a_gpu_refuses():
-    with pretend_cuda() as gpu:
+@pytest.mark.parametrize("is_inference", [False, True])
+def test_the_pretended_gpu_refuses_what_a_gpu_refuses(is_inference):
+    with pretend_cuda() as gpu, torch.inference_mode(is_inference):
         on_gpu = torch.randn(3, 4).to(CUDA)
         with pytest.raises(RuntimeError, match="tensors on cuda:0 and cpu"):
             on_gpu + torch.ones(3, 4)
-        assert gpu.counts["reads"] == 0
-        on_gpu.cpu()
-        assert gpu.counts["reads"] == 1
-        on_gpu.sum().item()
-        assert gpu.counts["reads"] == 2
+        assert gpu.counts["to device"] == 1
+        reads = [
+            lambda: on_gpu.cpu(),
+            lambda: on_gpu.to("cpu"),
+            lambda: on_gpu.sum().item(),
+            lambda: bool(on_gpu.sum() > 0),
+            lambda: on_gpu[on_gpu > 0],
+            lambda: torch.empty(3, 4).copy_(on_gpu),
+        ]
+        for count, read in enumerate(reads):
+            assert gpu.counts["reads"] == count
+            read()
+            assert gpu.counts["reads"] == count + 1
+        assert isinstance(on_gpu.to(CUDA, torch.float64), OnCuda)
+        assert gpu.counts["reads"] == len(reads)

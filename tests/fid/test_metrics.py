@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -122,6 +123,10 @@ def test_kernel_distance_over_subsets():
     subsets = kernel_distance(generated=x, reference=y, subsets=50, subset_size=100)
     full = kernel_distance_unbiased(generated=x, reference=y)
     assert subsets.mean == pytest.approx(full, abs=4 * subsets.std / math.sqrt(50))
+    rng = np.random.RandomState(2020)
+    drawn = [(rng.choice(500, 100, replace=False), rng.choice(400, 100, replace=False)) for _ in range(50)]
+    values = [kernel_distance_unbiased(generated=x[i], reference=y[j]) for i, j in drawn]  # in float64
+    assert subsets == pytest.approx((np.mean(values), np.std(values)), rel=1e-5)
     with pytest.raises(ValueError, match="that many images in both sets, got 400: give a smaller subset"):
         kernel_distance(generated=x, reference=y)
 
