@@ -105,10 +105,13 @@ def kid_of_torch_fidelity() -> Action:
 
 
 def precision_recall() -> Action:
-    from fid.neighbours import neighbours
+    try:
+        from fid.precision_recall import precision_recall as measure
+    except ImportError:  # as it was called before
+        from fid.neighbours import neighbours as measure
 
     one, two = features(1), features(2)
-    return lambda: torch.tensor(neighbours(generated=one, reference=two, k=5)[:2], dtype=torch.float64)
+    return lambda: torch.tensor(measure(generated=one, reference=two, k=5)[:2], dtype=torch.float64)
 
 
 def precision_recall_of_torch_fidelity() -> Action:
