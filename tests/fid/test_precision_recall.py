@@ -108,7 +108,7 @@ def test_equals_brute_force_where_float32_cannot_tell(case, budget_mib):
     else:  # float32 would make all points one
         generated, reference = 1 + 1e-9 * generated.double(), 1 + 1e-9 * reference.double()
     want = brute_force(generated, reference, 3)
-    found = neighbours(generated=generated, reference=reference, k=3, budget_mib=budget_mib)
+    found = precision_recall(generated=generated, reference=reference, k=3, budget_mib=budget_mib)
     assert list(found) == pytest.approx(want, abs=1e-12)
 
 
@@ -120,7 +120,7 @@ def test_swapping_the_sets_swaps_precision_and_recall():
 
 def test_errors():
     with pytest.raises(ValueError, match="finite"):
-        neighbours(generated=normal(9, 2) / 0, reference=normal(9, 2), k=3)
+        precision_recall(generated=normal(9, 2) / 0, reference=normal(9, 2), k=3)
     with pytest.raises(ValueError, match="at least 4 points in each set, got 3 and 9"):
         precision_recall(generated=normal(3, 2), reference=normal(9, 2), k=3)
     with pytest.raises(ValueError, match="2 dimensions, the reference's 3"):
