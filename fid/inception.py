@@ -148,9 +148,10 @@ class ConvNormReLU(nn.Module):
 
     def fold(self) -> None:
         """Move the normalisation into the convolution, computed in float64 and rounded once. For evaluation only."""
-        dtype = self.conv.weight.dtype
-        self.conv = fuse_conv_bn_eval(self.conv.double(), self.bn.double()).to(dtype)
-        self.bn = nn.Identity()
+        if isinstance(self.bn, nn.BatchNorm2d):  # else it is done
+            dtype = self.conv.weight.dtype
+            self.conv = fuse_conv_bn_eval(self.conv.double(), self.bn.double()).to(dtype)
+            self.bn = nn.Identity()
 
 
 class BlockA(nn.Module):

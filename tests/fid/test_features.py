@@ -1,5 +1,6 @@
 """Extractors: names, weights, what they take, and that numbers do not depend on batches or on global settings."""
 
+import copy
 import re
 import sys
 import types
@@ -11,7 +12,7 @@ from torch import nn
 
 from fid import fashion, features, files, pixel_pca, weights
 from fid.features import SHIPPED, Extractor, Features, open_extractor, to_rgb
-from fid.inception import WEIGHTS, InceptionV3
+from fid.inception import WEIGHTS, InceptionExtractor, InceptionV3
 from fid.pixel_pca import PixelPCA, principal_components
 from fid.resize import resize_tf1
 from tests.commands import ROOT
@@ -163,6 +164,27 @@ def test_unknown_weights_are_named_as_such(tmp_path):
     torch.testing.assert_close(
         together.pool, apart, rtol=1e-5, atol=1e-5
     )  # float32: another batch size, another summation order
+
+
+def test_the_folded_inception_is_the_network():
+    """In float32 both are as far from float64 as rounding goes; another batch norm moves the features by 1e-1."""
+    torch.manual_seed(0)
+    network = InceptionV3().eval()
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean, std=0.1)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+            nn.init.uniform_(module.weight, 0.5, 2)
+            nn.init.normal_(module.bias, std=0.1)
+    rgb = images(2, channels=3, size=64)
+    with torch.no_grad():
+        exact = copy.deepcopy(network).double()(rgb)
+    plain = InceptionExtractor(copy.deepcopy(network), sha256="0" * 64, is_folded=False)(rgb)
+    folded = InceptionExtractor(network, sha256="0" * 64)(rgb)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in network.modules())
+    for found in (plain, folded):
+        assert (found.pool - exact["2048"]).abs().max() < 3e-6 * exact["2048"].abs().max()
+        assert (found.logits - exact["logits_unbiased"]).abs().max() < 3e-6 * exact["logits_unbiased"].abs().max()
 
 
 def test_files_that_are_not_the_network(tmp_path):
