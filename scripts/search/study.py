@@ -39,13 +39,14 @@ TOY_REPORT, TOY_BLOCKS = 10_000, (10_000, 500)
 """Images of the report and of the truth; of the selection block, which is what the fixed grid takes at every point."""
 TOY_GRID = (0.5, 1.0, 1.5, 2.0)
 VAR_SHORT = (
-    "synth.num_images=1000",
+    "synth.num_images=500",
     "sampling.batch=100",
     "sampling.precision=fp32",
-    "finetune.images=2560",
+    "finetune.images=1280",
+    "finetune.batch=64",
     "finetune.lr=4e-4",
-    "finetune.lr_ramp_images=640",
-    "finetune.snapshot_images=2560",
+    "finetune.lr_ramp_images=320",
+    "finetune.snapshot_images=1280",
     "finetune.precision=fp32",
     "select.strategy=search",
     "report.num_images=2000",
@@ -211,7 +212,7 @@ def demo() -> list[dict[str, object]]:
 
 
 def var() -> list[dict[str, object]]:
-    """20 updates instead of 200, at four times the rate: what a CPU can pay for five times."""
+    """20 updates of 64 images instead of 200 of 128, at four times the rate: what a CPU can pay for some times."""
     return _real(ROOT / "configs" / "small" / "var.toml", STUDY / "var", VAR_SHORT, 17 * 14 * 10_000)
 
 
@@ -256,14 +257,38 @@ def _place(place: Sequence[float]) -> str:
 
 
 def summary(cases: Sequence[dict]) -> str:
-    """One line per model: how many seeds are within the noise, and the means of what lies above the minimum."""
+    """One line per model: how many seeds are within the noise, for how much, and the means of what lies above the
+    minimum."""
     lines = []
     for case in dict.fromkeys(c["case"] for c in cases):
         own = [c for c in cases if c["case"] == case]
         within = sum(c["search"]["regret"] <= max(c["dense_noise"], 2 * c["search"]["error"]) for c in own)
         means = {n: [c[n]["regret"] / c["dense_value"] for c in own if n in c] for n in ("search", "grid", "parabola")}
         parts = ", ".join(f"{n} {100 * sum(v) / len(v):.1f} %" for n, v in means.items() if v)
-        lines.append(f"- {case}: {within} of {len(own)} seeds within the noise; above the minimum on average: {parts}.")
+        share = max(c["images"] / c["grid_images"] for c in own)
+        authors = min(c["authors_images"] / c["images"] for c in own)
+        lines.append(
+            f"- {case}: {within} of {len(own)} seeds within the noise, for {share:.2f} of the grid's and "
+            f"1/{authors:.0f} of the authors' images at most; above the minimum on average: {parts}."
+        )
+    return "\n".join(lines)
+
+
+def diagnosis_table() -> str:
+    """What `neon diagnose` says of w's sign beside the dense grid's best w; made by diagnosis.py."""
+    rows = json.loads((RESULTS / "diagnose.json").read_text())
+    words = {1: "w > 0", -1: "w < 0", 0: "undecided"}
+
+    def verdict(row: dict) -> str:
+        return "-" if row["sign"] == 0 else "right" if row["sign"] * row["best_w"] > 0 else "wrong"
+
+    lines = ["Diagnosis on the toy (`python scripts/search/diagnosis.py`):", ""]
+    lines += ["| model | seed | s, 95 % interval | cosine | says | best w | |", "|---|---|---|---|---|---|---|"]
+    for row in rows:
+        low, s, high = row["s"]
+        cells = [row["case"], str(row["seed"]), f"{s:.3g}, {low:.3g} .. {high:.3g}", f"{row['cosine']:+.2f}"]
+        cells += [words[row["sign"]], f"{row['best_w']:.2f}", verdict(row)]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -302,7 +327,8 @@ def main(what: str) -> None:
         page = ROOT / "docs" / "search.md"
         mark = "<!-- made by scripts/search/study.py table -->"
         head = page.read_text().split(mark)[0]
-        page.write_text("\n\n".join([head + mark, summary(cases), table(cases), small_table()]) + "\n")
+        parts = [head + mark, summary(cases), table(cases), small_table(), diagnosis_table()]
+        page.write_text("\n\n".join(parts) + "\n")
         return
     (RESULTS / f"{what}.json").write_text(json.dumps(STUDIES[what](), indent=1) + "\n")
 
