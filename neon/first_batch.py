@@ -10,6 +10,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+ONE_IMAGE = "rng.normal and its like take the shape of one image, without the batch"
+
 
 def sampled(family: str, returned: object, batch: int, num_classes: int) -> tuple[Tensor, Tensor | None]:
     """(codes, labels) of `sample` for `batch` images of a network with `num_classes` labels. Raises ValueError."""
@@ -31,8 +33,8 @@ def sampled(family: str, returned: object, batch: int, num_classes: int) -> tupl
     return codes, labels
 
 
-def decoded(family: str, images: object, batch: int) -> Tensor:
-    """The images of `decode`. Raises ValueError."""
+def decoded(maker: str, images: object, batch: int) -> Tensor:
+    """The images that the method `maker` returned (`Family.maker_of_images`). Raises ValueError."""
     if (
         not isinstance(images, Tensor)
         or images.ndim != 4
@@ -41,11 +43,20 @@ def decoded(family: str, images: object, batch: int) -> Tensor:
         or images.shape[1] not in (1, 3)
     ):
         raise ValueError(
-            f"{family}.decode must return float images ({batch}, C, H, W) in [-1, 1] with 1 or 3 channels; it returned "
-            f"{_kind(images)}"
-            + (". Bytes become [-1, 1] by x / 127.5 - 1" if getattr(images, "dtype", None) == torch.uint8 else "")
+            f"{maker} must return float images ({batch}, C, H, W) in [-1, 1] with 1 or 3 channels; it returned "
+            f"{_kind(images)}{_advice_on_images(images)}"
         )
     return images
+
+
+def _advice_on_images(images: object) -> str:
+    if not isinstance(images, Tensor):
+        return ""
+    if images.ndim == 3:
+        return ". The axis of channels is missing: return x[:, None]"
+    if images.ndim == 5 and images.shape[0] == images.shape[1]:
+        return f". {ONE_IMAGE}"
+    return ". Bytes become [-1, 1] by x / 127.5 - 1" if images.dtype == torch.uint8 else ""
 
 
 def drawn(family: str, draws: object, batch: int) -> Mapping[str, Tensor]:
@@ -65,6 +76,8 @@ def drawn(family: str, draws: object, batch: int) -> Mapping[str, Tensor]:
 def losses(family: str, found: object, batch: int) -> Tensor:
     """The losses of one batch. Raises ValueError."""
     if isinstance(found, Tensor) and found.shape == (batch,) and found.is_floating_point():
+        if torch.is_grad_enabled() and not found.requires_grad:
+            raise ValueError(detached(family))
         return found
     advice = ""
     if isinstance(found, Tensor) and found.ndim == 0:
@@ -76,6 +89,11 @@ def losses(family: str, found: object, batch: int) -> Tensor:
         f"{family}.loss must return the loss of every image, a float tensor ({batch},); it returned "
         f"{_kind(found)}{advice}"
     )
+
+
+def detached(family: str) -> str:
+    """What to say of a loss that gives no gradient."""
+    return f"the loss of {family}.loss does not depend on the model's parameters (detach, no_grad?)"
 
 
 def lies_in_unit_interval(images: Tensor) -> bool:

@@ -154,7 +154,8 @@ def check(config: Path, overrides: tuple[str, ...], device: str | None) -> None:
     with world(device) as ranks:
         found = []
         for finding in trial.check(experiment, config, ranks.device):
-            click.echo(f"{'ok  ' if finding.is_ok else 'FAIL'}  {finding.name}: {finding.text}", err=True)
+            kind = "warn" if finding.is_caution else "ok  " if finding.is_ok else "FAIL"
+            click.echo(f"{kind}  {finding.name}: {finding.text}", err=True)
             found.append(to_table(finding))
     failed = [one for one in found if not one["is_ok"]]
     click.echo(json.dumps({"is_ok": not failed, "checks": found}))

@@ -4,69 +4,66 @@ from __future__ import annotations
 
 import logging
 import re
-import sys
-import tempfile
-import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-import neon
-from neon import first_batch
-from neon.checkpoints import checkpoint
-from neon.evaluation.yardsticks import open_yardsticks
 from neon.family import Family
-from neon.images.formats import open_images
 from neon.own_code import source_sha256
-from neon.pipeline.experiment import Data, Experiment
-from neon.pipeline.needs import Part, missing
+from neon.pipeline.experiment import Experiment
+from neon.pipeline.family_errors import told
 from neon.pipeline.probe import Probe
-from neon.training.recipe import Training
+from neon.pipeline.trial import Doubtful, NotKept, OutOfRange, Trial
 
 log = logging.getLogger(__name__)
-
-NUM_IMAGES = 4
-"""Enough to tell images from each other, few enough for any model; a multiple of every shipped family's group."""
-TOLERANCE = 1e-2
-"""Largest difference, in units of [-1, 1], that rounding may make between batches of different size."""
-
-
-class NotKept(Exception):  # noqa: N818 - it says what is wrong with a family; the program is in order
-    """A promise that does not hold; the message says what to do."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Outcome of one check."""
+    """Outcome of one check. is_caution: it passed, but is hardly what was meant."""
 
     name: str
     is_ok: bool
     text: str
+    is_caution: bool = False
 
 
 def check(config: Experiment, config_path: Path, device: torch.device) -> Iterator[Finding]:
-    """Every check in turn; without a network the others are not tried."""
+    """Every check in turn. Those that need what an earlier one could not make are counted at the end, in one line per
+    cause; so are all others without a network."""
     trial, seen = Trial(config, config_path, Probe(config, device)), dict[str, str]()
-    for name, attempt in trial.checks().items():
+    untried: dict[str, list[str]] = {}
+    checks = trial.checks()
+    while checks:
+        name = next(iter(checks))
+        attempt = checks.pop(name)
         try:
             yield Finding(name, True, attempt())
+        except Doubtful as doubt:
+            yield Finding(name, True, str(doubt), is_caution=True)
         except Exception as error:  # whatever a family of one's own raises is what its author wants to read
             is_plain = isinstance(error, (NotKept, ValueError, OSError))
-            text = str(error) if is_plain else f"{type(error).__name__}: {error}{_place(error)}"
+            text = str(error) if is_plain else told(error, trial.probe.family)
             first = seen.setdefault(re.sub(r"\d+", "", text), name)  # the same for another batch is the same
-            yield Finding(name, False, text if first == name else f"as for {first!r}")
+            if first == name:
+                yield Finding(name, False, text)
+            else:
+                untried.setdefault(first, []).append(name)
             if name == "network":
-                return
+                untried["network"] = list(checks)
+                break
+    for first, names in untried.items():
+        count = "1 check that needs" if len(names) == 1 else f"{len(names)} checks that need"
+        yield Finding("not tried", False, f"{count} {first!r}: {'; '.join(names)}")
 
 
 def check_first_images(config: Experiment, family: Family, model: nn.Module, device: torch.device) -> None:
-    """What a run asks of a family of one's own before it makes S: a few images, the same for the same seeds, whatever
-    their batch. Raises ValueError; a range that looks wrong is a warning, as dark or bright images may be meant.
+    """What a run asks of a family of one's own before it makes S: a few images, finite, the same for the same seeds,
+    whatever their batch. Raises ValueError; a range that looks wrong is a warning, as dark or bright images may be
+    meant.
 
     The model stays what it is; nothing is drawn from the global generator.
     """
@@ -75,238 +72,10 @@ def check_first_images(config: Experiment, family: Family, model: nn.Module, dev
     probe = Probe(config, device)
     probe.family, probe.model = family, model
     checks = Trial(config, Path(), probe).checks()
-    try:
-        checks["images"]()
-    except NotKept as error:
-        log.warning("%s", error)
-    for name in ("same seed, same image", "batch independence"):
+    for name in ("images", "same seed, same image", "batch independence"):
         try:
             checks[name]()
+        except OutOfRange as error:
+            log.warning("%s", error)
         except NotKept as error:
             raise ValueError(f"{name}: {error}. `neon check` tries a family on a few images") from error
-
-
-def _place(error: Exception) -> str:
-    """Where in the family's own file an error arose, " (mine.py:12)", or nothing if it arose in ours."""
-    not_own = (Path(neon.__file__).parent, Path(sys.prefix), Path(sys.base_prefix))
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).is_file()]
-    frames = [f for f in frames if "site-packages" not in Path(f.filename).parts]
-    own = [f for f in frames if not any(Path(f.filename).is_relative_to(folder) for folder in not_own)]
-    return f" ({own[-1].filename}:{own[-1].lineno})" if own else ""
-
-
-class Trial:
-    """The checks on one config; what one of them makes is made once."""
-
-    def __init__(self, config: Experiment, config_path: Path, probe: Probe):
-        self.config, self.config_path, self.probe = config, config_path, probe
-
-    @property
-    def name(self) -> str:
-        return self.probe.family.name
-
-    def checks(self) -> dict[str, Callable[[], str]]:
-        """In the order in which a run would meet them."""
-        chosen: dict[str, Callable[[], str]] = {"files": self.files, "network": self.network}
-        if self.config.sampling is not None:
-            chosen |= {
-                "images": self.images,
-                "same seed, same image": self.same_seed,
-                "batch independence": self.batches,
-                "save and load": self.save_and_load,
-            }
-        if self.probe.recipe is not None and (self.config.sampling or self.config.data):
-            chosen |= {"loss per image": self.loss, "gradients": self.gradients}
-        if self.config.data is not None:
-            chosen["data"] = self.data
-        if self.config.report is not None:
-            chosen["features"] = self.features
-        return chosen
-
-    @contextmanager
-    def global_seed(self, seed: int) -> Iterator[None]:
-        """Run the block with torch's own generators at `seed`; their states come back afterwards."""
-        device = self.probe.device
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(seed)
-            yield
-
-    def files(self) -> str:
-        parts: list[Part] = ["base", "autoencoder", "report"]
-        if self.config.train is not None or self.config.autoencoder is not None:
-            parts.append("data")
-        absent = missing(self.config, parts, self.config_path)
-        to_train = [one for one in absent if one.key == "base.checkpoint" and one.how.startswith("make it: neon train")]
-        if lacking := [one for one in absent if one not in to_train]:
-            raise NotKept(f"{len(lacking)} missing:\n" + "\n".join(f"  {one}" for one in lacking))
-        return f"all there but the base, which this config trains\n  {to_train[0]}" if to_train else "all there"
-
-    def network(self) -> str:
-        model = self.probe.model
-        base = self.config.base
-        origin = base.checkpoint if base is not None and self.probe.is_trained else "fresh, of [model]"
-        return f"{type(model).__name__}, {sum(p.numel() for p in model.parameters()):,} parameters ({origin})"
-
-    @cached_property
-    def codes(self) -> Tensor:
-        return self.probe.sample(range(NUM_IMAGES))[0].codes
-
-    def decoded(self, codes: Tensor) -> Tensor:
-        """Float images, not clipped."""
-        with torch.inference_mode():
-            images = self.probe.family.decode(codes)
-        if self.probe.source.sampling.uint8 == "none":
-            return images
-        return first_batch.decoded(self.name, images, len(codes)).float()
-
-    def images(self) -> str:
-        images = self.decoded(self.codes)
-        low, high = float(images.min()), float(images.max())
-        if not torch.isfinite(images.float()).all():
-            raise NotKept("the images hold NaN or infinities")
-        if images.is_floating_point() and first_batch.lies_in_unit_interval(images):
-            raise NotKept(
-                f"all values lie in [{low:.3f}, {high:.3f}]: {self.name}.decode must return [-1, 1], that is 2 x - 1 "
-                "of [0, 1]"
-            )
-        if self.probe.is_trained and (low < -3 or high > 3):
-            raise NotKept(f"the values span [{low:.1f}, {high:.1f}]: {self.name}.decode must return [-1, 1]")
-        codes = "" if self.codes is images else f", codes {tuple(self.codes.shape[1:])}"
-        return f"{tuple(images.shape[1:])} each, values {low:.2f} to {high:.2f}{codes}"
-
-    def same_seed(self) -> str:
-        """Twice, with the global generator in another state: noise may come from `rng` alone."""
-        with self.global_seed(987654321):
-            again = self.probe.sample(range(NUM_IMAGES))[0].codes
-        if not torch.equal(again, self.codes):
-            raise NotKept(
-                f"{self.name}.sample gave other images for the same seeds (difference up to "
-                f"{_gap(again, self.codes):.3g}): draw all noise from `rng`, none from torch.randn and its like; no "
-                "dropout, no batch statistics"
-            )
-        if torch.equal(self.codes[0], self.codes[1]):
-            raise NotKept(f"{self.name}.sample gave the same image for different seeds: draw the noise from `rng`")
-        return "bit for bit"
-
-    def batches(self) -> str:
-        self.same_seed()  # without which nothing can be compared
-        halves = self.probe.sample(range(NUM_IMAGES // 2), range(NUM_IMAGES // 2, NUM_IMAGES))
-        apart, together = torch.cat([self.decoded(half.codes) for half in halves]), self.decoded(self.codes)
-        gap = _gap(apart, together)
-        if gap > TOLERANCE:
-            raise NotKept(
-                f"an image depends on the others of its batch (difference up to {gap:.3g}): nothing in "
-                f"{self.name}.sample or its network may look across the batch"
-            )
-        return "bit for bit" if gap == 0 else f"difference up to {gap:.1g}, rounding"
-
-    def save_and_load(self) -> str:
-        """A merged file is written as this one is, and must give the same network."""
-        self.same_seed()
-        model = self.probe.model
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "model.safetensors"
-            meta = {"family": self.config.family_name, "arch": dict(self.probe.arch), "weights": "raw"}
-            checkpoint.write(path, model.state_dict(), metadata=meta)
-            again = self.probe.family.load(checkpoint.read(path, weights="any")).to(self.probe.device).eval()
-            kept, self.probe.model = model, again
-            try:
-                codes = self.probe.sample(range(NUM_IMAGES))[0].codes
-            finally:
-                self.probe.model = kept
-        if not torch.equal(codes, self.codes):
-            raise NotKept(
-                "the network that was saved and loaded gives other images: something that it computes with is neither "
-                "a parameter, a buffer nor a constructor argument"
-            )
-        return "the same images"
-
-    @cached_property
-    def training_batch(self) -> tuple[Tensor, Tensor | None]:
-        return self.probe.training_batch(NUM_IMAGES)
-
-    @property
-    def _recipe(self) -> Training:
-        assert self.probe.recipe is not None  # the checks that ask for it are chosen only where there is one
-        return self.probe.recipe
-
-    def losses(self, chosen: slice = slice(None), seed: int = 0) -> Tensor:
-        """Losses of some of the training batch's images, in evaluation mode, with the global generator at `seed`."""
-        codes, labels = self.training_batch
-        draws = {name: value[chosen].to(self.probe.device) for name, value in self.probe.draws(codes, labels).items()}
-        part, part_labels = codes[chosen], None if labels is None else labels[chosen].to(self.probe.device)
-        with self.global_seed(seed):
-            found = self.probe.family.loss(self.probe.model, part, part_labels, draws, self._recipe.objective)
-        return first_batch.losses(self.name, found, len(part))
-
-    def loss(self) -> str:
-        with torch.no_grad():
-            together, again = self.losses(), self.losses(seed=987654321)
-            group = self.probe.family.group(self._recipe.objective)
-            alone = self.losses(slice(0, group)) if group < NUM_IMAGES else together[:group]
-        if not torch.isfinite(together).all():
-            raise NotKept("the loss is not finite")
-        if not torch.equal(together, again):
-            raise NotKept(
-                f"{self.name}.loss gave another value for the same `draws`: every random number of a step comes from "
-                f"{self.name}.draw"
-            )
-        if not torch.allclose(alone, together[:group], rtol=1e-2, atol=1e-4):
-            raise NotKept(
-                f"the loss of an image depends on the others of its batch ({_spaced(alone)} alone, "
-                f"{_spaced(together[:group])} among {NUM_IMAGES}): average over all dimensions but the first"
-            )
-        return _spaced(together)
-
-    def gradients(self) -> str:
-        model = self.probe.model
-        flags = [(p, p.requires_grad) for p in model.parameters()]
-        try:
-            for name, parameter in model.named_parameters():
-                parameter.requires_grad_(self.probe.family.trains(name, parameter))
-            with torch.enable_grad():
-                self.losses().sum().backward()
-            trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-            without = [name for name, p in trained if p.grad is None]
-            broken = [name for name, p in trained if p.grad is not None and not torch.isfinite(p.grad).all()]
-        finally:
-            model.zero_grad(set_to_none=True)
-            for parameter, flag in flags:
-                parameter.requires_grad_(flag)
-        if broken:
-            raise NotKept(f"the gradient of {broken[0]} is not finite ({len(broken)} such parameters)")
-        if len(without) == len(trained):
-            raise NotKept("no parameter has a gradient: the loss does not depend on the network")
-        unused = f"; {len(without)} have none, first {without[0]}" if without else ""
-        return f"finite in {len(trained) - len(without)} of {len(trained)} parameters{unused}"
-
-    def data(self) -> str:
-        data = self.config.need("data", Data)
-        images = open_images(data.path, use_labels=data.use_labels, size=data.size, pad=data.pad)
-        if self.config.sampling is not None:
-            made = tuple(self.decoded(self.codes).shape[1:])
-            if made != tuple(images.shape):
-                raise NotKept(f"{data.path} holds images {tuple(images.shape)}, the model makes {made}")
-        classes = self.probe.family.num_classes(self.probe.model)
-        if classes and images.num_classes > classes:
-            raise NotKept(f"{data.path}: labels up to {images.num_classes - 1}, the model has {classes} classes")
-        if classes and images.labels is None:
-            raise NotKept(f"{data.path} has no labels, the model needs them ({classes} classes)")
-        return f"{len(images):,} images {tuple(images.shape)}, {images.num_classes} classes"
-
-    def features(self) -> str:
-        assert self.config.report is not None  # chosen only where there is one
-        found = []
-        for yardstick in open_yardsticks(self.config.report, self.probe.device):
-            if self.config.sampling is not None:
-                yardstick.extractor(self.probe.bytes_of(self.codes))
-            found.append(f"{yardstick.extractor.name}: {yardstick.extractor.dim}, as its reference")
-        return "; ".join(found)
-
-
-def _gap(a: Tensor, b: Tensor) -> float:
-    return float((a.double() - b.double()).abs().max())
-
-
-def _spaced(values: Tensor) -> str:
-    return " ".join(f"{value:.3g}" for value in values.tolist())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -34,7 +34,17 @@ def missing(config: Experiment, parts: Collection[Part], config_path: Path) -> l
 
     Files on the Hub (hf://...) are fetched when they are used."""
     needed = _needed(config, parts, config_path)
-    return [found for found in needed if not (hub.is_remote(found.path) or found.path.exists())]
+    absent = [found for found in needed if not (hub.is_remote(found.path) or found.path.exists())]
+    return [_beside(found, config_path) for found in absent]
+
+
+def _beside(found: Missing, config_path: Path) -> Missing:
+    """With advice to go into the config's folder, if the file is there under this name."""
+    beside = config_path.parent / found.path
+    if found.path.is_absolute() or not beside.exists():
+        return found
+    folder = shlex.quote(str(config_path.parent))
+    return replace(found, how=f"did you mean {beside}? Paths are relative to the working folder: cd {folder}")
 
 
 def check_all_there(config: Experiment, parts: Collection[Part], config_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 from neon.family import Family
 from neon.pipeline.experiment import Experiment
@@ -11,6 +11,8 @@ from neon.search.options import Select
 from neon.training.step_data import check_groups
 
 Stage = Literal["synth", "finetune", "select", "report"]
+STAGES: tuple[Stage, ...] = get_args(Stage)
+"""Of `neon run`, in their order."""
 
 
 def preflight(config: Experiment, family: Family, stages: Sequence[Stage]) -> None:
@@ -29,6 +31,65 @@ def preflight(config: Experiment, family: Family, stages: Sequence[Stage]) -> No
         check_groups("finetune", family, config.finetune)
     if config.select is not None and config.report is not None and "report" in stages:
         _check_reported_guidance(config.select, config.report.cfg_scale)
+
+
+def described(config: Experiment, family: Family) -> str:
+    """Which stages the config has and what else `neon run` needs, in a line.
+
+    Raises ValueError if a stage that it has lacks a section, or as `preflight` does for them.
+    """
+    present = [stage for stage in STAGES if getattr(config, stage) is not None]
+    if lacking := [f"[{one}]" for one in _needed_by(present) if getattr(config, one) is None]:
+        raise ValueError(f"there is no {' and no '.join(lacking)}, which [{'], ['.join(present)}] need")
+    preflight(config, family, present)
+    absent = [f"[{stage}]" for stage in STAGES if stage not in present]
+    updates = [
+        f"{name}: {-(-recipe.images // recipe.batch):,} updates of {recipe.batch}"
+        for name in ("train", "finetune")
+        if (recipe := getattr(config, name)) is not None
+    ]
+    parts = ["all that `neon run` needs" if not absent else f"`neon run` would also need {', '.join(absent)}", *updates]
+    if config.sampling is None:
+        parts.append("no [sampling]: nothing that needs images of the model is tried")
+    return "; ".join(parts)
+
+
+def _needed_by(stages: Sequence[Stage]) -> list[str]:
+    """Sections without which these stages cannot be made."""
+    needed = ["base", "sampling"] if stages else []
+    return needed + ["synth"] * ("finetune" in stages) + ["report"] * ("select" in stages)
+
+
+def doubts(config: Experiment) -> list[str]:
+    """What can be done as it stands, but is hardly meant."""
+    found = []
+    for name in ("train", "finetune"):
+        recipe = getattr(config, name)
+        if recipe is not None and recipe.images < recipe.batch:
+            found.append(
+                f"{name}.images = {recipe.images} is less than one batch: a single update is made, on {recipe.batch} "
+                "images"
+            )
+    if config.synth is not None and config.finetune is not None and config.finetune.batch > config.synth.num_images:
+        found.append(
+            f"finetune.batch = {config.finetune.batch} is more than the {config.synth.num_images} images of [synth]: "
+            "a batch holds some of them several times"
+        )
+    return found
+
+
+def few_images(config: Experiment, extractor: str, dim: int) -> list[str]:
+    """Blocks of images that are too small for this entry of report.extractors, which gives `dim` features."""
+    report, select = config.report, config.select
+    blocks = {} if report is None else {"report": report.num_images}
+    if report is not None and select is not None and extractor == (select.metric or next(iter(report.extractors))):
+        blocks["select"] = select.num_images
+    return [
+        f"{section}.num_images = {count} for the {dim} features of {extractor}: their covariance is singular and the "
+        f"distance mostly noise; take several times {dim}"
+        for section, count in blocks.items()
+        if count <= dim
+    ]
 
 
 def need_guidance(family: Family, section: str, cfg_scale: object) -> None:

@@ -88,4 +88,4 @@ def to_images(source: Source, codes: Tensor) -> Tensor:
         images = source.family.decode(codes)
     if source.sampling.uint8 == "none":
         return images
-    return to_uint8(first_batch.decoded(source.family.name, images, len(codes)), source.sampling.uint8)
+    return to_uint8(first_batch.decoded(source.family.maker_of_images, images, len(codes)), source.sampling.uint8)

@@ -43,6 +43,7 @@ MISTAKES = {
         r"line\.decode must return float images \(4, C, H, W\) in \[-1, 1\].* of uint8\. Bytes become",
     ),
     "no channels": Mistake("decode", lambda self, codes: codes[:, 0], r"it returned a tensor \(4, 4, 4\) of float32"),
+    "a loss without a graph": Mistake("loss", lambda *a: LOSS(*a).detach(), r"Line\.loss does not depend on the model"),
     "mean over the batch": Mistake(
         "loss",
         lambda *a: LOSS(*a).mean(),

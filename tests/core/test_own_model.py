@@ -304,3 +304,36 @@ def test_where_nothing_says_how_it_is_built_the_line_is_shown(mine):
     assert done.exit_code == 1
     assert "base.pth does not say how its network is built" in done.stderr
     assert "\n  [model]\n  width = 16\n" in done.stderr
+
+
+WRONG_METHODS = {
+    "images without channels": (
+        ("return x, None", "return x[:, 0], None"),
+        r"FAIL  images: mine\.sample must return float images .* is missing: return x\[:, None\]",
+    ),
+    "images in [0, 1]": (("return x, None", "return x.sigmoid(), None"), r"mine\.sample must return \[-1, 1\]"),
+    "the batch in the shape of noise": (
+        ("x = rng.normal((1, 28, 28))", "x = rng.normal((4, 1, 28, 28))"),
+        r"FAIL  images: RuntimeError: .*\.py:12\); with x \(4, 4, 1, 28, 28\); rng\.normal .* shape of one image",
+    ),
+    "draws of another shape": (
+        ("rng.uniform((1, 1, 1))", "rng.uniform(())"),
+        r'FAIL  loss per image: RuntimeError: .*\.py:32\); with draws\["t"\] \(4,\), draws\["noise"\] \(4, 1, 28, 28\)',
+    ),
+    "labels that are none": (
+        ("x = rng.normal((1, 28, 28))", "x = rng.normal((1, 28, 28)) + labels % 10"),
+        r"FAIL  images: TypeError: .*labels is None: define num_classes\(model\) to get labels",
+    ),
+    "codes that are bytes": (
+        ("codes / 127.5 - 1", "codes"),
+        r"warn  loss per image: [\d.e+ ]+; from a black to a white image the network's input moves by \d+ instead of 2",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "said"), WRONG_METHODS.values(), ids=WRONG_METHODS.keys())
+def test_a_mistake_in_a_method_is_told_with_what_was_written(mine, change, said):
+    config = mine(change)
+    (config.parent / "base.pth").unlink(missing_ok=True)
+    done = invoke(main, "check", config, "--device", "cpu")
+    assert re.search(said, done.stderr), done.stderr
