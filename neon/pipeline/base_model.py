@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from neon.checkpoints.checkpoint import Checkpoint
 from neon.config_table import to_plain
 from neon.family import Family
@@ -25,6 +27,8 @@ def read_base(config: Experiment, family: Family) -> Checkpoint:
             raise
         found.arch, found.is_arch_given = dict(config.model), True
         return found
+    if not isinstance(known, Mapping):
+        raise ValueError(f"{_origin(found, family)} must be a dict of constructor arguments, it is {known!r}")
     trained, origin = {} if config.train is None else config.train.arch, _origin(found, family)
     for key, value in config.model.items():
         if key not in known:
@@ -34,7 +38,8 @@ def read_base(config: Experiment, family: Family) -> Checkpoint:
             )
         if to_plain(known[key]) not in (to_plain(value), to_plain(trained.get(key, value))):
             raise ValueError(
-                f"[model] {key} = {value!r}, but {origin} says {key} = {known[key]!r}: correct [model], or leave it out"
+                f"[model] {key} = {value!r}, but {origin} says {key} = {known[key]!r}: correct one of them, or "
+                "leave [model] out"
             )
     return found
 

@@ -95,10 +95,7 @@ class Trial:
         return f"{type(model).__name__}, {sum(p.numel() for p in model.parameters()):,} parameters ({origin})"
 
     def sections(self) -> str:
-        try:
-            found = described(self.config, self.probe.family)
-        except ValueError as error:
-            raise NotKept(str(error)) from error
+        found = described(self.config, self.probe.family)
         if doubtful := doubts(self.config):
             raise Doubtful("; ".join(doubtful))
         return found

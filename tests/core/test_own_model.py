@@ -297,6 +297,13 @@ def test_a_file_that_says_how_it_is_built_is_held_against_model(mine):
     assert "ok    network" in done.stderr, "[train.arch] is what the base was trained with"
 
 
+def test_arguments_that_are_no_dict_are_refused(mine):
+    config = mine((TELLS[0], TELLS[1].replace("{'width': 8}", "None")))
+    plain_weights(8)
+    done = invoke(main, "check", config, "--device", "cpu")
+    assert "Mine.arch_of(base.pth) must be a dict of constructor arguments, it is None" in done.stderr
+
+
 def test_where_nothing_says_how_it_is_built_the_line_is_shown(mine):
     config = mine(config=(("[model]\nwidth = 8\n", ""),))
     plain_weights(8)
