@@ -61,7 +61,7 @@ class Judge:
         headline = self.yardstick.headline(config.num_images)
         say(self.world, f"select by {config.strategy}: {headline} on seeds {config.first_seed} .. {last}")
         if config.strategy == "grid":
-            return by_grid(self.grid, config, list(steps), self.yardstick)
+            return by_grid(self.grid, config, list(steps), self.yardstick, num_classes=self.num_classes)
         images = self.config.need("report", Report).num_images
         return by_search(self.grid, config, steps, self.yardstick, num_classes=self.num_classes, report_images=images)
 

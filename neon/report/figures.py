@@ -121,6 +121,11 @@ def _draw_grid(axes: Axes, result: Result, ink: Ink) -> None:
         axes.plot(*zip(*line, strict=True), "o-", color=ink.neon if is_chosen else ink.base,
                   alpha=1.0 if is_chosen else 0.4, label=label, zorder=3 if is_chosen else 2)  # fmt: skip
     for s in finite:
+        if s.point in choice.errors:
+            is_chosen = (s.point.snapshot, s.point.cfg_scale) == (chosen.snapshot, chosen.cfg_scale)
+            colour = ink.random if s.point.direction == "random" else ink.neon if is_chosen else ink.base
+            axes.errorbar([s.point.w], [s.metrics[choice.metric]], yerr=[choice.errors[s.point]], fmt="none", capsize=3,
+                          ecolor=colour, alpha=0.7 if is_chosen else 0.3)  # fmt: skip
         if s.point.direction == "random":
             axes.plot([s.point.w], [s.metrics[choice.metric]], "x", color=ink.random, ms=8, mew=2,
                       label="random direction of the same norm", zorder=4)  # fmt: skip

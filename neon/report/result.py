@@ -15,7 +15,7 @@ from neon.evaluation.evaluate import Yardstick
 from neon.search.choose import Choice
 from neon.search.points import Score, parabola_minimum
 from neon.search.strategy import Found, Plan
-from neon.search.surface import Place, surface
+from neon.search.surface import Place, period_of, standard_error, surface
 
 Kind = Literal["helps", "base", "edge", "flat", "noise", "worse", "failed"]
 MUCH = 0.25
@@ -199,10 +199,10 @@ def compared(
     if reference is None or not kept:
         return Difference(difference, None), {}
     places = [Place(float(i)) for i in range(len(kept))]  # rows as places: the same images, so differences are sharp
-    period = num_classes if len(next(iter(kept.values()))) >= max(4, 2 * num_classes) else 1
+    period = period_of(len(next(iter(kept.values()))), num_classes)
     errors: dict[str, float] = {}
     for row, features in kept.items():
-        errors[row] = surface(places[:1], features[None], reference, places[:1], num_classes=period).noise
+        errors[row] = standard_error(features, reference, period)
     if not {"base", "neon"} <= set(kept):
         return Difference(difference, None), errors
     pair = [kept["base"], kept["neon"]]

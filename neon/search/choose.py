@@ -14,7 +14,7 @@ from neon.search.grid import Grid
 from neon.search.options import Select
 from neon.search.points import Block, Point, Score, best, points_to_try
 from neon.search.strategy import Found, Plan, Search, first_places
-from neon.search.surface import Place, surface
+from neon.search.surface import Place, period_of, standard_error, surface
 
 LEAST_IMAGES = 120
 MOST_COMPONENTS = 256
@@ -24,6 +24,8 @@ PER_FEATURE = 3
 """Images per feature that a choice needs. What the two halves leave of the bias, in percent of it, for 64 Gaussian
 features and models that differ from the reference by 0.3 to 3 times the variance: up to 24 at 120 images, and different
 for each model; up to 15 and mostly below 5 at 240."""
+KEPT_BYTES = 1 << 28
+"""Of the features of all points of a grid: up to that they are kept, and its points get error bars."""
 NUM_SHOWN = 36
 """Images of every point that are kept as pictures."""
 
@@ -59,19 +61,35 @@ class Choice:
     """Principal components that the search's distances are on; None: all dimensions."""
     features: Mapping[Point, Tensor] = field(default_factory=dict, repr=False)
     """(N, D) of the search's points, for what else is measured along the curve."""
+    errors: Mapping[Point, float] = field(default_factory=dict)
+    """Standard errors of a grid's points; none where features were not kept."""
 
 
-def by_grid(grid: Grid, config: Select, snapshots: Sequence[str], yardstick: Yardstick) -> Choice:
+def by_grid(grid: Grid, config: Select, snapshots: Sequence[str], yardstick: Yardstick, *, num_classes: int) -> Choice:
     """Every (snapshot, w, cfg_scale) on the whole block, and a random direction; the lowest distance of w >= 0."""
     block = Block(labels=config.labels, first_seed=config.first_seed, num_images=config.num_images)
     metric = yardstick.headline(config.num_images)
     points = points_to_try(snapshots, config.w, config.cfg_scale)
     grid.expect(len(points) + 1)
-    scores = [grid.score(point, block) for point in points]
+    reference, extractor = yardstick.reference, yardstick.extractor
+    is_kept = reference is not None and 4 * config.num_images * extractor.dim * (len(points) + 1) <= KEPT_BYTES
+    period = period_of(config.num_images, num_classes if config.labels == "balanced" else 1)
+    errors: dict[Point, float] = {}
+
+    def look(point: Point) -> Score:
+        if not is_kept or reference is None or config.num_images < 4:
+            return grid.score(point, block)
+        score, kept = grid.score_with_features(point, block, make_again=False)
+        if extractor.name in kept:
+            errors[point] = standard_error(kept[extractor.name], reference, period)
+        return score
+
+    scores = [look(point) for point in points]
     winner = best([score for score in scores if score.point.w >= 0], metric)
     base = best([score for score in scores if score.point.w == 0], metric)
-    control = grid.score(random_control(winner.point), block)
-    return Choice(winner.point, base.point.cfg_scale, metric, [*scores, control])
+    control = look(random_control(winner.point))
+    scores.append(control)
+    return Choice(winner.point, base.point.cfg_scale, metric, scores, errors=errors)
 
 
 def random_control(point: Point) -> Point:

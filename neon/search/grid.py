@@ -74,12 +74,12 @@ class Grid:
         entry = self._entry(point, block)
         key = _key(entry)
         known = self._known.get(key)
-        is_new, started = known is None, time.monotonic()
         if known is None:
             known = self._compute(point, block, key, entry)
-        elif block.num_shown and "failed" not in known:
-            self._show_again(point, block, known["key"])
-        self._count(time.monotonic() - started if is_new else 0.0)
+        else:
+            if block.num_shown and "failed" not in known:
+                self._show_again(point, block, known["key"])
+            self._count(0.0)
         return self._as_score(point, known)
 
     def _count(self, seconds: float) -> None:
@@ -101,12 +101,13 @@ class Grid:
         key = _key(self._entry(point, block))
         known = self._known.get(key, {})
         if "failed" in known:
-            return self._as_score(point, known), {}
+            return self.score(point, block), {}
         path = self._folder / "features" / f"{key[:16]}.npz"
         features = self._world.broadcast(_read_features(path) if self._world.is_main and known else None)
         if features is None and (make_again or not known or known.get("has_features")):
-            self._compute(point, block, key, self._entry(point, block), features=path)
+            known = self._compute(point, block, key, self._entry(point, block), features=path)
             features = self._world.broadcast(_read_features(path) if self._world.is_main else None)
+            return self._as_score(point, known), features or {}
         return self.score(point, block), features or {}
 
     def _as_score(self, point: Point, known: Mapping[str, Any]) -> Score:
@@ -167,6 +168,7 @@ class Grid:
         self, point: Point, block: Block, key: str, entry: Mapping[str, object], features: Path | None = None
     ) -> dict:
         """Evaluate a point and enter it into the ledger. features: the file that keeps those of every image."""
+        started = time.monotonic()
         try:
             line = {"key": key, **entry, **self._evaluated(point, block, key, features)}
         except DivergedError as error:
@@ -179,6 +181,7 @@ class Grid:
         values = ", ".join(f"{name} {value:.4g}" for name, value in line["metrics"].items())
         took = f"({line['seconds']['total']:.0f} s)" if line["seconds"] else ""
         say(self._world, f"  {point.label():<32} {values or line['failed']}   {took}")
+        self._count(time.monotonic() - started)
         return line
 
     def _evaluated(self, point: Point, block: Block, key: str, features: Path | None) -> dict:

@@ -136,6 +136,18 @@ def surface(
     return Surface(places, corrected, corrected + _multiplied(influence, num_classes), values[:, 1])
 
 
+def standard_error(features: Tensor, reference: Gaussian, num_classes: int) -> float:
+    """Of the distance of one set of images: features (N, D), num_classes as in `surface`."""
+    here = [Place(0.0)]
+    return surface(here, features[None], reference, here, num_classes=num_classes).noise
+
+
+def period_of(count: int, num_classes: int) -> int:
+    """The period of the labels of `count` images in which every class comes in turn, as `surface` wants it: 1 where
+    they are too few to tell classes apart."""
+    return num_classes if num_classes and count >= max(4, 2 * num_classes) else 1
+
+
 def joined(parts: Sequence[Surface]) -> Surface:
     """Surfaces of the same images as one."""
     return Surface(

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.container import ErrorbarContainer
 from PIL import Image
 
 from neon.pipeline.experiment import load
@@ -97,10 +98,13 @@ def test_every_guidance_of_a_grid_is_drawn_and_the_axis_fits_the_data(line_confi
     lines = [line for line in axes.get_lines() if line.get_marker() == "o" and len(line.get_xdata()) > 1]
     assert len(lines) == 4  # two snapshots, two guidances
     low, high = axes.get_ylim()
-    values = [s.metrics[result.choice.metric] for s in lifted]
-    assert low < min(values)
-    assert max(values) < high
-    assert high - low < 1.5 * (max(values) - min(values))
+    errors = result.choice.errors
+    assert set(errors) == {s.point for s in result.choice.scores}
+    assert len([bar for bar in axes.containers if isinstance(bar, ErrorbarContainer)]) == len(errors)
+    ends = [s.metrics[result.choice.metric] + sign * errors[s.point] for s in lifted for sign in (-1, 1)]
+    assert low < min(ends)
+    assert max(ends) < high
+    assert high - low < 1.5 * (max(ends) - min(ends))
     rows = [name for name in result.rows if name != "random direction"]
     assert [frame["label"][:4] for frame in frames_of(text)] == ["self", "base", "Neon"][: len(rows)]
 
