@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fid.frechet import Gaussian
 from neon.search.strategy import Plan, Search, first_places
-from neon.search.surface import Place, polynomial_weights, surface
+from neon.search.surface import Place, Surface, polynomial_weights, surface
 
 REFERENCE = Gaussian(torch.zeros(3), torch.eye(3))
 
@@ -195,6 +195,24 @@ def test_the_budget_is_hard_and_named():
     assert costly.reason == "budget"
     assert 1_600 < costly.images_spent <= 5_000
     assert costly.num_images > 200
+
+
+def test_the_expected_gain_and_its_error_are_those_of_the_draws_own_minima():
+    """Four draws whose minima lie at the best place, at the second (twice) and at the third."""
+    draws = torch.tensor([[0.0, 1, 2], [0, -1, 2], [0, 1, -3], [0, -1, 2]], dtype=torch.float64)
+    places, values = [Place(0.0), Place(1.0), Place(2.0)], torch.tensor([0.0, 0.1, 0.2], dtype=torch.float64)
+    found = Surface(places, values, draws, torch.zeros(3))
+    assert found.expected_gain == pytest.approx((0 + 1 + 3 + 1) / 4)
+    assert found.gain_error == pytest.approx((0 + 2 * math.sqrt(4 / 3) + 2.5) / 4)
+
+
+def test_a_better_place_is_expected_anywhere_in_the_range():
+    """With few images the minimum may lie far from where the fit has it."""
+    found = searched(plan(budget_images=600), model(1.3), unit_noise(200)).run()
+    ws = [place.w for place in found.surface.places]
+    assert (min(ws), max(ws)) == (-1.0, 3.0)
+    near = [abs(w - found.place.w) for w in ws]
+    assert sum(distance < 0.2 for distance in near) > 10
 
 
 def test_a_choice_rests_on_enough_images_for_its_features():
