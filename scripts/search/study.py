@@ -218,9 +218,10 @@ def var() -> list[dict[str, object]]:
 
 def _real(config: Path, folder: Path, overrides: tuple[str, ...], authors: int) -> list[dict[str, object]]:
     found = []
-    for seed in range(5):
-        if not list((folder / f"seed-{seed}" / "dense").glob("*.npy")):
-            click.echo(f"{folder}: no dense grid of seed {seed}; left out", err=True)
+    done = [len(list((folder / f"seed-{seed}" / "dense").glob("*.npy"))) for seed in range(5)]
+    for seed, num_places in enumerate(done):
+        if num_places < max(1, *done):
+            click.echo(f"{folder}: {num_places} of {max(done)} places of seed {seed}'s dense grid; left out", err=True)
             continue
         found.append(real_case(config, folder, seed, overrides, authors))
         click.echo(json.dumps(found[-1]), err=True)
