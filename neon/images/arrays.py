@@ -22,6 +22,8 @@ from neon.images.labels import checked_labels
 
 IN_MEMORY_BYTES = 256 << 20
 """A compressed array up to this size is unpacked once; a larger one is streamed."""
+MOST_UNPACKED_BYTES = 1 << 30
+"""Of an IDX file in gzip; the largest set in this format, EMNIST's, has 638 MB."""
 
 
 class Rows(Protocol):
@@ -189,12 +191,15 @@ def open_idx(path: Path) -> ImageSet:
 
 def read_idx(path: Path) -> np.ndarray:
     """A uint8 array in LeCun's IDX format, plain or gzipped."""
-    data = path.read_bytes()
-    if path.suffix.lower() == ".gz":
-        try:
-            data = gzip.decompress(data)
-        except (OSError, EOFError, zlib.error) as error:
-            raise ValueError(f"{path}: not a whole gzip file ({error})") from error
+    if path.suffix.lower() != ".gz":
+        return parse_idx(path.read_bytes(), str(path))
+    try:
+        with gzip.open(path) as file:
+            data = file.read(MOST_UNPACKED_BYTES + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}: not a whole gzip file ({error})") from error
+    if len(data) > MOST_UNPACKED_BYTES:
+        raise ValueError(f"{path}: unpacks to more than {MOST_UNPACKED_BYTES >> 20} MiB; unpack it with gunzip first")
     return parse_idx(data, str(path))
 
 

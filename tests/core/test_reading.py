@@ -1,6 +1,8 @@
 """What reading costs does not grow with the set: directories are parsed once, arrays are read where they lie."""
 
+import gzip
 import os
+import struct
 import zipfile
 
 import numpy as np
@@ -97,3 +99,11 @@ def test_a_failed_set_leaves_nothing_behind(tmp_path):
         write_zip(tmp_path / "set.zip", fails(), None)
     assert [file.name for file in tmp_path.iterdir()] == ["set.zip"]
     assert (tmp_path / "set.zip").read_bytes() == b"the old set"
+
+
+def test_a_gzip_bomb_is_not_unpacked(tmp_path, monkeypatch):
+    monkeypatch.setattr(arrays, "MOST_UNPACKED_BYTES", 1000)
+    path = tmp_path / "t-images-idx3-ubyte.gz"
+    path.write_bytes(gzip.compress(b"\x00\x00\x08\x03" + struct.pack(">3I", 100, 4, 4) + bytes(1600)))
+    with pytest.raises(ValueError, match=r"images-idx3-ubyte\.gz: unpacks to more than"):
+        open_images(path)
