@@ -110,12 +110,13 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Experiment:
 
 
 def _read(path: Path) -> dict[str, object]:
-    """The table of a config. `based_on = "OTHER.toml"` takes the keys that it does not name from a config beside it."""
+    """The table of a config. `based_on = "OTHER.toml"` takes the keys that it does not name from another config, whose
+    path counts from this one's folder."""
     table = _toml(path)
     name = table.pop("based_on", None)
     if name is None:
         return table
-    other = path.with_name(str(name))
+    other = path.parent / str(name)
     if not other.is_file():
         raise FileNotFoundError(f"{path}: based_on = {name!r}: there is no config {other}")
     under = _toml(other)

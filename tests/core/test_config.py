@@ -103,6 +103,13 @@ def test_a_config_may_be_based_on_another(line_config, tmp_path):
         load(own)
 
 
+@pytest.mark.parametrize("name", ["", "/", "..", "no/such.toml", "\\u0000", "/no/such.toml"])
+def test_a_config_based_on_nothing_is_named(line_config, name):
+    line_config.write_text(f'based_on = "{name}"\n' + line_config.read_text())
+    with pytest.raises(FileNotFoundError, match=r"line\.toml: based_on = .*: there is no config"):
+        load(line_config)
+
+
 def test_a_name_that_is_almost_right_is_suggested(line_config):
     assert "[sampling] has no key 'spred' (did you mean 'spread'?)" in refused(line_config, "sampling.spred=1")
     path = Path(__file__).resolve().parents[2] / "configs" / "imm_imagenet256_t8.toml"
