@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -70,10 +70,14 @@ def batch_indices(seed: int, step: int, batch: int, num_images: int) -> Tensor:
     epochs = positions // num_images
     indices = torch.empty_like(positions)
     for epoch in epochs.unique().tolist():
-        order = torch.randperm(num_images, generator=torch.Generator().manual_seed(derived_seed(seed, "epoch", epoch)))
         chosen = epochs == epoch
-        indices[chosen] = order[positions[chosen] % num_images]
+        indices[chosen] = _epoch_order(seed, epoch, num_images)[positions[chosen] % num_images]
     return indices
+
+
+@lru_cache(maxsize=2)  # the steps of an epoch share it, and a batch may run across the border of two
+def _epoch_order(seed: int, epoch: int, num_images: int) -> Tensor:
+    return torch.randperm(num_images, generator=torch.Generator().manual_seed(derived_seed(seed, "epoch", epoch)))
 
 
 def step_draws(family: Trainable, recipe: Training, step: int, codes: Tensor, labels: Tensor | None) -> Draws:
