@@ -26,6 +26,14 @@ def test_environment_yml_lists_what_pyproject_does():
     assert f"python{project['requires-python']}" in (ROOT / "environment.yml").read_text()
 
 
+def test_the_oldest_supported_torch_and_python_are_tested():
+    workflow, project = ((ROOT / name).read_text() for name in (".github/workflows/tests.yml", "pyproject.toml"))
+    for package in ("torch", "torchvision"):
+        oldest = re.search(rf'"{package}>=([\d.]+)"', project)
+        assert f"{package}=={oldest[1]}.*" in workflow
+    assert f'python: "{re.search(r"requires-python = .>=([0-9.]+)", project)[1]}"' in workflow
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.toml")), ids=lambda p: p.stem)
 def test_every_config_is_valid_and_says_how_to_run_it(path):
     assert load(path).family_name
