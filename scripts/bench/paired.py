@@ -123,7 +123,7 @@ def precision_recall_of_torch_fidelity() -> Action:
 
 
 def demo_sampling(speed: str = "exact") -> Action:
-    """256 images of the demo's model in its own 8 steps."""
+    """128 images of the demo's model in its own 8 steps."""
     from edm.family import EDM
     from edm.options import Sampling as Heun
     from neon.checkpoints import checkpoint
@@ -134,7 +134,7 @@ def demo_sampling(speed: str = "exact") -> Action:
     network = family.load(checkpoint.read(Path("demo/base.safetensors")))
     sampling = Sampling(options=Heun(num_steps=8), batch=64, uint8="round", speed=speed)
     source = Source(family=family, sampling=sampling, labels="balanced", first_seed=0, num_classes=10)
-    batches = [range(start, start + 64) for start in range(0, 256, 64)]
+    batches = [range(start, start + 64) for start in range(0, 128, 64)]
 
     def sample() -> Tensor:
         found = generate(source, network, batches, torch.device("cpu"))

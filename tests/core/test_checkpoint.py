@@ -2,6 +2,7 @@
 writers."""
 
 import argparse
+import io
 import json
 from collections import OrderedDict
 
@@ -116,6 +117,15 @@ def test_a_compiled_part_and_a_real_module_called_module(tmp_path):
     assert list(checkpoint.read(tmp_path / "a.pth").tensors) == ["body.weight", "module.weight"]
 
 
+def can_save(dtype: torch.dtype) -> bool:
+    """torch 2.5 has tensors of unsigned integers, but no storage to save them in."""
+    try:
+        torch.save(torch.zeros(1, dtype=dtype), io.BytesIO())
+    except KeyError:
+        return False
+    return True
+
+
 def test_torch_tensors_of_every_dtype_shape_and_stride(tmp_path):
     grid = torch.arange(60, dtype=torch.float64).reshape(3, 4, 5)
     tensors = {
@@ -133,8 +143,8 @@ def test_torch_tensors_of_every_dtype_shape_and_stride(tmp_path):
         },
     }
     for is_zip in (True, False):
-        if not is_zip:
-            del tensors["torch.uint16"]  # the old stream has no such storage
+        if not (is_zip and can_save(torch.uint16)):
+            tensors.pop("torch.uint16", None)  # the old stream has no such storage
         torch.save(tensors, tmp_path / "a.pth", _use_new_zipfile_serialization=is_zip)
         assert_equal(checkpoint.read(tmp_path / "a.pth").tensors, torch.load(tmp_path / "a.pth", weights_only=True))
 
