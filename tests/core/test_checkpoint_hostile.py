@@ -248,6 +248,7 @@ def test_damaged_bytes_of_an_archive_are_found(tmp_path, change, message):
     assert not (tmp_path / "out.safetensors").exists()
 
 
+@pytest.mark.skipif(not hasattr(torch.serialization, "set_crc32_options"), reason="torch 2.5 always writes checksums")
 def test_an_archive_without_checksums_is_read(tmp_path):
     torch.serialization.set_crc32_options(False)
     try:
