@@ -20,6 +20,8 @@ from neon.seeds import derived_seed
 OnMismatch = Literal["error", "keep_base"]
 CHUNK = 1 << 20
 """Numbers that are worked on at a time where a wider copy of them is needed."""
+MOST_W = 1e6
+"""Published values lie below 10."""
 
 
 def reverse_merge(
@@ -34,7 +36,7 @@ def reverse_merge(
 
     base, synth: state dicts with equal keys and shapes; any float dtype, mixed allowed. The arithmetic is that of
         `difference` and `extrapolate`: at least float32, rounded to the base's dtype at the end.
-    w: any finite number, same units as the paper's.
+    w: any number up to `MOST_W`, same units as the paper's.
     parameters: names that are extrapolated, all others are buffers and come from the base. None: every name that is
         not a buffer's (`neon.buffers`). Integers and masks (every entry 0 or infinite) always come from the base.
     on_mismatch: "error" refuses missing or extra names and entries that differ without being finite floats in both;
@@ -42,6 +44,12 @@ def reverse_merge(
     Raises ValueError naming the first offending entries.
     """
     return dict(merged_entries(base, synth, w, parameters=parameters, on_mismatch=on_mismatch))
+
+
+def check_w(w: float) -> None:
+    """Raises ValueError for what is no number, and for numbers too large for the arithmetic of a float32."""
+    if not abs(w) <= MOST_W:
+        raise ValueError(f"w must be a finite number of at most {MOST_W:g}, got {w}")
 
 
 def merged_entries(
@@ -53,8 +61,7 @@ def merged_entries(
     on_mismatch: OnMismatch = "error",
 ) -> Iterator[tuple[str, Tensor]]:
     """`reverse_merge` one entry at a time, in the base's order: with lazy mappings only one tensor is in memory."""
-    if not math.isfinite(w):
-        raise ValueError(f"w must be a finite number, got {w}")
+    check_w(w)
     check_same_names(base, synth, on_mismatch)
     moving = set(base) - buffers_among(base) if parameters is None else set(parameters)
     for name in base:
@@ -200,8 +207,7 @@ class LiveMerge:
     @torch.no_grad()
     def set_w(self, w: float) -> None:
         """Give the model the weights theta_base - w (theta_syn - theta_base)."""
-        if not math.isfinite(w):
-            raise ValueError(f"w must be a finite number, got {w}")
+        check_w(w)
         for name, parameter in self._parameters.items():
             if w == 0:
                 parameter.copy_(self._base[name])

@@ -10,13 +10,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from neon.merge import check_w
 from neon.store import files
 
 FORMULA = "theta_base - w (theta_syn - theta_base)"
 
 
 def output_names(out: Path, w: Sequence[float]) -> list[Path]:
-    """One name per w: `out`, or out_w0.5.safetensors and so on. Raises ValueError if two are the same."""
+    """One name per w: `out`, or out_w0.5.safetensors and so on. Raises ValueError for the same twice or no number."""
+    for value in w:
+        check_w(value)
     if len(w) == 1:
         return [out]
     stem, suffix = (out.stem, out.suffix) if out.suffix == ".safetensors" else (out.name, "")

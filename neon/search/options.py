@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from neon.config_table import Count, Range, Seed, check_fields
+from neon.merge import MOST_W
 from neon.sampling.options import Labels
 from neon.seeds import NUM_SEEDS
 
@@ -14,7 +15,7 @@ from neon.seeds import NUM_SEEDS
 class Select:
     """The search for w (and cfg_scale) on one block of seeds."""
 
-    w: tuple[float, ...]
+    w: tuple[Annotated[float, Range(least=-MOST_W, most=MOST_W)], ...]
     """strategy "search": the range to begin with (least and greatest value, and -1); "grid": the values to try, with 0,
     -1 and a random direction."""
     num_images: Annotated[int, Range(least=2, most=NUM_SEEDS)]

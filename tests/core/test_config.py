@@ -62,6 +62,7 @@ def test_values_arrive(line_config):
         ("finetune.images=9223372036854775808", "expected a number of at most 9223372036854775807"),
         ("synth.cfg_scale=inf", "synth.cfg_scale: expected a finite number, found inf"),
         ("select.w=[nan]", "select.w[0]: expected a finite number, found nan"),
+        ("select.w=[0.5, 1e300]", "select.w[1] must be >= -1000000.0 and <= 1000000.0, got 1e+300"),
         ("select.w=[1, inf]", "select.w[1]: expected a finite number, found inf"),
         ("select.w=[1, 1.0]", "w must name every value once, got [1.0, 1.0]"),
         ("select.cfg_scale=[]", "cfg_scale must name at least one value"),

@@ -1,12 +1,15 @@
 """The merge against its definition, its fixed points and a memory-lean, resident and file-level form of itself."""
 
+import math
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 from neon.merge import LiveMerge, RandomDirection, difference, merged_entries, reverse_merge, step_size
+from neon.merge_files.outputs import output_names
 
 
 def state(seed: int, dtype=torch.float32) -> dict[str, torch.Tensor]:
@@ -213,3 +216,15 @@ def test_the_search_keeps_two_copies_of_the_weights():
         LiveMerge(model, base, direction).set_w(1.5)
     assert Counted.alive == 0
     assert Counted.peak <= 2
+
+
+@pytest.mark.parametrize("w", [1e300, -1e7, math.inf, math.nan])
+def test_a_w_that_no_float_can_be_multiplied_by_is_refused(w):
+    base, synth = {"a": torch.zeros(2)}, {"a": torch.ones(2)}
+    with pytest.raises(ValueError, match="w must be a finite number of at most 1e"):
+        reverse_merge(base, synth, w)
+    model = nn.ParameterList([nn.Parameter(torch.zeros(2))])
+    with pytest.raises(ValueError, match="w must be a finite number of at most 1e"):
+        LiveMerge(model, {"0": torch.zeros(2)}, {"0": torch.ones(2)}).set_w(w)
+    with pytest.raises(ValueError, match="w must be a finite number of at most 1e"):
+        output_names(Path("out.safetensors"), [0.5, w])
