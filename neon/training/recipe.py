@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from neon.config_table import Count, NotNegative, Positive, Range, Seed, check_fields
+from neon.config_table import Count, Positive, Range, Seed, check_fields
 from neon.runtime.precision import Precision
 
 Decay = Annotated[float, Range(least=0, below=1)]
@@ -26,8 +26,8 @@ class Training:
     seed: Seed = 0
     optimizer: Literal["adam", "adamw"] = "adam"
     betas: tuple[Decay, Decay] = (0.9, 0.999)
-    eps: Positive = 1e-8
-    weight_decay: NotNegative = 0.0
+    eps: Annotated[float, Range(above=0, most=1e6)] = 1e-8
+    weight_decay: Annotated[float, Range(least=0, most=1e6)] = 0.0
     lr_ramp_images: Annotated[int, Range(least=0)] = 0
     """Linear warm-up from 0 over this many images (the first update has rate 0); may be longer than the budget."""
     lr_cosine_images: Annotated[int, Range(least=0)] = 0
