@@ -29,7 +29,7 @@ SMALL = [
 OWN_WORK = frozenset({"os.mkdir", "compile"})
 """A run makes folders, and parses headers of arrays and the family's source without executing them."""
 QUICK = 24
-"""Cases of the quick test, of some 200."""
+"""Cases of the quick test, of some 150."""
 
 
 def finish(config: Path, folder: Path) -> tuple[object, bytes]:
