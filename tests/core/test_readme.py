@@ -76,6 +76,17 @@ def test_the_published_numbers_are_those_of_the_reproductions():
     assert {name: (base, neon) for base, neon, name in rows} == said
 
 
+def test_the_table_of_pairs_is_its_file():
+    rows = []
+    for case, row in result("bench/paired_cpu.json")["cases"].items():
+        what, _, other = case.partition(", before = ")
+        before = f"{row['before_cpu_s']:.2f} s" + (f" ({other})" if other else "")
+        ratio = row["times_before_by_cpu_s"]["median"]
+        rows.append(f"| {what.replace('_', ' ')} | {before} | {row['after_cpu_s']:.2f} s | {ratio:.2f} |")
+    text = (ROOT / "docs" / "speed.md").read_text()
+    assert re.findall(r"^\| (?!what|---).*", text, re.M) == rows
+
+
 FAMILIES = {
     "edm": "EDM", "edm-again": "EDM, everything seeded anew", "flow": "flow matching", "var": "VAR", "xar": "xAR",
     "imm": "IMM",
