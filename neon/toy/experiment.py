@@ -115,10 +115,11 @@ def score(model: Model, weights: Weights, noise_1N2: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Curve:
-    """Distance to the target against w: ws (W,), values (W, R)."""
+    """Distance to the target against w: ws (W,), values (W, R), each of num_points points."""
 
     ws: Tensor
     values: Tensor
+    num_points: int
 
     @property
     def mean(self) -> Tensor:
@@ -165,7 +166,8 @@ def w_grid(highest: float) -> Tensor:
 
 def sweep(model: Model, base: Weights, tuned: Weights, ws: Tensor, noise_1N2: Tensor) -> Curve:
     """The distance of reverse_merge(base, tuned, w) for every w, with common random numbers."""
-    return Curve(ws, torch.stack([score(model, reverse_merge(base, tuned, w), noise_1N2) for w in ws.tolist()]))
+    values = torch.stack([score(model, reverse_merge(base, tuned, w), noise_1N2) for w in ws.tolist()])
+    return Curve(ws, values, noise_1N2.shape[1])
 
 
 def minima_table(model: Model, curves: Mapping[int, Mapping[float, Curve]]) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from neon.toy.experiment import Curve, Model
 from neon.toy.gradients import Alignment
-from neon.toy.target import COVARIANCE, density
+from neon.toy.target import COVARIANCE, density, distance
 from neon.toy.warmup import WarmUp
 
 LIMIT = 5.5
@@ -25,12 +25,13 @@ COLOURS = {"diversity-seeking": "tab:blue", "ordinary": "tab:green", "mode-seeki
 
 
 def densities(panels: Mapping[str, Tensor]) -> Figure:
-    """The exact density, then a histogram of every panel's points (N, 2); ellipses hold two standard deviations."""
+    """The exact density, then a histogram of every panel's points (N, 2) with their Frechet distance to the truth;
+    ellipses hold two standard deviations."""
     figure, axes = plt.subplots(
         1,
         1 + len(panels),
         dpi=DPI,
-        figsize=(2.6 * (1 + len(panels)), 2.9),
+        figsize=(2.6 * (1 + len(panels)), 3.1),
         sharex=True,
         sharey=True,
         layout="constrained",
@@ -39,12 +40,13 @@ def densities(panels: Mapping[str, Tensor]) -> Figure:
     exact = density(torch.stack(torch.meshgrid(grid, grid, indexing="xy"), dim=-1))
     brightest = 1.15 * exact.max().item()
     axes[0].pcolormesh(grid, grid, exact, shading="gouraud", cmap="Blues", vmin=0, vmax=brightest)
-    axes[0].set_title("exact density", fontsize=10)
+    axes[0].set_title("exact density\nFD 0", fontsize=10)
     for axis, (title, points) in zip(axes[1:], panels.items(), strict=True):
         x, y = points.double().T.numpy()
         axis.hist2d(x, y, bins=60, range=[[-LIMIT, LIMIT]] * 2, density=True, cmap="Blues", vmin=0, vmax=brightest)
         ellipse(axis, torch.cov(points.double().T), points.double().mean(0), colour="tab:red", line="--", label="model")
-        axis.set_title(title, fontsize=10)
+        fd = distance(points[None]).item()
+        axis.set_title(f"{title}\nFD {fd:.2g}, N = {len(points):,}", fontsize=10)
     for axis in axes:
         ellipse(axis, COVARIANCE, torch.zeros(2), colour="black", line="-", label="truth")
         axis.set(aspect="equal", xlabel="x1", xlim=(-LIMIT, LIMIT), ylim=(-LIMIT, LIMIT))
@@ -93,9 +95,13 @@ def curves(model: Model, by_budget: Mapping[int, Mapping[float, Curve]], control
         axes[0, 0].plot(
             control.ws, control.mean, color="0.4", linewidth=1.5, linestyle="-.", label="random direction, same length"
         )
-    axes[0, 0].set_ylabel("Frechet distance to the truth")
+    axes[0, 0].set_ylabel(distance_of(curve.num_points))
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     return figure
+
+
+def distance_of(num_points: int) -> str:
+    return f"Frechet distance to the truth, N = {num_points:,}"
 
 
 def draw_parabola(axis: Axes, curve: Curve, colour: str) -> None:
@@ -141,8 +147,9 @@ def alignment(model: Model, result: Alignment) -> Figure:
     return figure
 
 
-def planes(panels: Mapping[str, tuple[Tensor, Tensor, Tensor]]) -> Figure:
-    """One map with contours per panel (w_s, w_o, `experiment.plane` of them); base and the lowest points are marked."""
+def planes(panels: Mapping[str, tuple[Tensor, Tensor, Tensor]], *, num_points: int) -> Figure:
+    """One map with contours per panel (w_s, w_o, `experiment.plane` of them, from so many points); base and the lowest
+    points are marked."""
     figure, axes = plt.subplots(
         1, len(panels), dpi=DPI, figsize=(5.4 * len(panels), 4.4), layout="constrained", squeeze=False
     )
@@ -150,7 +157,7 @@ def planes(panels: Mapping[str, tuple[Tensor, Tensor, Tensor]]) -> Figure:
         levels = np.geomspace(values.min().item(), values.max().item(), 12)
         filled = axis.contourf(ws, wo, values, levels=levels, norm=LogNorm(), cmap="viridis_r")
         axis.contour(ws, wo, values, levels=levels, colors="white", linewidths=0.4)
-        figure.colorbar(filled, ax=axis, format="%.2g").set_label("Frechet distance to the truth", fontsize=8)
+        figure.colorbar(filled, ax=axis, format="%.2g").set_label(distance_of(num_points), fontsize=8)
         row, column = divmod(int(values.argmin()), values.shape[1])
         synthetic, real = int(values[int(wo.abs().argmin())].argmin()), int(values[:, int(ws.abs().argmin())].argmin())
         for w_s, w_o, mark, text in (
@@ -205,6 +212,6 @@ def scatter_of_minima(curve: Curve) -> Figure:
         label="minimum of one seed",
     )
     axis.axvline(0, color="0.5", linewidth=0.8, linestyle=":")
-    axis.set(yscale="log", xlabel="w   (w > 0: away from the synthetic data)", ylabel="Frechet distance to the truth")
+    axis.set(yscale="log", xlabel="w   (w > 0: away from the synthetic data)", ylabel=distance_of(curve.num_points))
     axis.legend(fontsize=8)
     return figure

@@ -245,7 +245,7 @@ def test_w_grid_has_the_base_and_the_self_trained_model():
 def test_parabola_finds_the_vertex_of_each_replica():
     ws = torch.linspace(-2, 2, 21)
     values = torch.stack([3 * (ws - 0.37) ** 2 + 0.1, (ws + 1.13) ** 2 + 0.2], dim=1).double()
-    curve = Curve(ws, values)
+    curve = Curve(ws, values, num_points=100)
     torch.testing.assert_close(curve.best_w(), torch.tensor([0.37, -1.13]), rtol=1e-4, atol=1e-4)
     assert curve.parabola(values[:, 0]) == pytest.approx((3, -2.22, 3 * 0.37**2 + 0.1), abs=1e-4)
     with pytest.raises(ValueError, match="widen"):
