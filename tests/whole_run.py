@@ -75,7 +75,7 @@ def assert_same_run(
     assert (difference != 0).float().mean() <= 1e-4
     ones, twos = snapshot(alone), snapshot(together)
     for name in ones.keys() - constants:
-        largest = float(ones[name].abs().max())
+        largest = max(float(ones[name].abs().max()), 0.01)  # what began at zero holds a few small steps alone
         torch.testing.assert_close(
             twos[name], ones[name], rtol=0, atol=1e-5 * largest, msg=lambda text, name=name: f"{name}: {text}"
         )
