@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TypeVar, cast
@@ -84,6 +85,20 @@ class World:
 _control_group: dist.ProcessGroup | None = None
 _meeting: Meeting | None = None
 _worlds = 0
+_exit_code: int | None = None
+"""Of a process whose ranks ended with an error."""
+
+
+@atexit.register
+def _leave() -> None:
+    """The process group of ranks that ended with an error cannot be taken down (the others may be stuck in a
+    collective), and with it alive torch now and then aborts while the interpreter ends: SIGABRT in place of exit code
+    1."""
+    if _exit_code is not None:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError, AttributeError):  # closed or full
+                stream.flush()
+        os._exit(_exit_code)
 
 
 def _meet() -> None:
@@ -110,7 +125,7 @@ def world(device: str | None = None, timeout_s: float = TIMEOUT_S) -> Iterator[W
     CPU. Ranks on GPUs talk through NCCL, others through gloo; objects always go through gloo.
     timeout_s: without a sign of life for so long a rank counts as lost; a rank that works is waited for.
     """
-    global _control_group, _meeting, _worlds
+    global _control_group, _meeting, _worlds, _exit_code
     if not 0 < timeout_s <= LONGEST_S:
         raise ValueError(f"--timeout must be > 0 and at most {LONGEST_S:.0f} seconds, got {timeout_s}")
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -129,6 +144,7 @@ def world(device: str | None = None, timeout_s: float = TIMEOUT_S) -> Iterator[W
         dist.barrier(group=_control_group)
         _meeting.end()
     except BaseException as error:
+        _exit_code = 130 if isinstance(error, KeyboardInterrupt) else int(getattr(error, "exit_code", 1))
         why = f"{type(error).__name__}: {error}"
         _meeting.end(why)
         if rank > 0 and not isinstance(error, KeyboardInterrupt):  # rank 0's error is printed by the command
