@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import signal
 import sys
 from collections.abc import Iterator
@@ -17,6 +18,9 @@ def watch(event: str, args: tuple) -> None:
         seen.append(f"{event} {args[0]}" if args else event)
 
 
+for codec in ("raw_unicode_escape", "unicode_escape", "latin-1", "cp437", "utf-16", "utf-32"):
+    for order in ("", "-le", "-be") if codec.startswith("utf") else ("",):
+        codecs.lookup(codec + order)  # imports it: what readers of text look up is there before anyone watches
 sys.addaudithook(watch)  # for the rest of the process, silent but inside `watched`
 
 

@@ -4,35 +4,19 @@ were found are kept."""
 from __future__ import annotations
 
 import base64
-import codecs
 import json
 import re
 import resource
-import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-SECONDS = 2.0
+from tests import watching
+
 KIBIBYTES = 1 << 20
-RUNS = {"exec", "compile", "import", "os.system", "os.exec", "os.mkdir", "subprocess.Popen", "pickle.find_class"}
-"""Events of what a hostile file may try. Runs of our own make folders: see `watched`."""
 FOUND = Path(__file__).with_name("found.jsonl")
 """A case a line. A test that finds one adds it; commit it with the mend."""
-seen: list[str] = []
-watching: set[str] = set()
-
-
-def watch(event: str, args: tuple) -> None:
-    if event in watching:
-        seen.append(f"{event} {args[0]}" if args else event)
-
-
-for codec in ("raw_unicode_escape", "unicode_escape", "latin-1", "cp437", "utf-16", "utf-32"):
-    for order in ("", "-le", "-be") if codec.startswith("utf") else ("",):
-        codecs.lookup(codec + order)  # imports it: what readers of text look up is there before anyone watches
-sys.addaudithook(watch)  # for the rest of the process, silent but inside `watched`
 
 
 @contextmanager
@@ -40,21 +24,9 @@ def watched(allowed: frozenset[str] = frozenset()) -> Iterator[None]:
     """Fails if the block computes for 2 s (waiting for a busy machine does not count), takes 1 GB more than there was,
     or if anything but `allowed` is imported, compiled, executed or started in it."""
 
-    def stop(*_: object) -> None:
-        raise TimeoutError(f"more than {SECONDS} s of work")
-
-    seen.clear()
     resident = begin_peak()
-    before = signal.signal(signal.SIGPROF, stop)
-    signal.setitimer(signal.ITIMER_PROF, SECONDS)
-    watching.update(RUNS - allowed)
-    try:
+    with watching.watched(watching.RUNS - allowed):
         yield
-    finally:
-        watching.clear()
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        signal.signal(signal.SIGPROF, before)
-    assert not seen, f"it ran {seen[:5]}"
     assert peak() - resident < KIBIBYTES, "more than 1 GB of memory"
 
 
