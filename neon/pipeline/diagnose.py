@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,14 +15,14 @@ from neon.config_table import to_table
 from neon.family import Family
 from neon.images.formats import open_images
 from neon.pipeline.experiment import Data
-from neon.pipeline.run import Run
+from neon.pipeline.run import DIAGNOSIS, Run
 from neon.runtime.distributed import World
-from neon.runtime.progress import say
+from neon.runtime.progress import progress, say
 from neon.sampling.options import Synth
 from neon.seeds import derived_seed
 from neon.store import records
 from neon.store.shards import Corpus
-from neon.training.alignment import Alignment, Gradients, align, inner
+from neon.training.alignment import Alignment, Gradients, align, inner, num_gradients
 from neon.training.encoding import encoded
 from neon.training.loop import snapshots
 from neon.training.recipe import Training
@@ -54,7 +55,8 @@ def chosen(corpus: Corpus, count: int, seed: int) -> Chosen:
 
 
 def diagnose(run: Run, num_images: int) -> dict[str, object]:
-    """The alignment of real and synthetic gradients at the base, from `num_images` of each, as JSON with a sentence.
+    """The alignment of real and synthetic gradients at the base, from `num_images` of each, as JSON with a sentence;
+    also written to the folder, for the page of its run.
 
     Raises ValueError if the config names no real images, or for fewer than 4 batches of them.
     """
@@ -66,23 +68,22 @@ def diagnose(run: Run, num_images: int) -> dict[str, object]:
     if run.world.size > 1:
         raise ValueError(f"neon diagnose runs on one process, {run.world.size} were started")
     recipe = run.config.need("finetune", Training)
-    found = _align(run, run.config.data, recipe, num_images)
+    found, count = _align(run, run.config.data, recipe, num_images)
     say(run.world, found.sentence())
-    images = (
-        ""
-        if run.config.train is None
-        else " of [data], which the base may have been trained on: held-out ones say more"
-    )
-    return {
+    held_out = "" if run.config.train is None else "; if the base was trained on them, held-out ones say more"
+    result = {
         "sentence": found.sentence(),
         "sign_of_w": found.sign,
         "best_w_by_loss": found.best_w,
         **to_table(found),
-        "real_images": f"{num_images} images{images}",
+        "real_images": f"{count} images of {run.config.data.path}{held_out}",
     }
+    records.write_json(records.sealed(result), run.folder / DIAGNOSIS)
+    return result
 
 
-def _align(run: Run, data: Data, recipe: Training, num_images: int) -> Alignment:
+def _align(run: Run, data: Data, recipe: Training, num_images: int) -> tuple[Alignment, int]:
+    """And how many images of each kind it took: whole batches."""
     real_images = open_images(data.path, use_labels=data.use_labels, size=data.size, pad=data.pad)
     synthetic: Corpus = run.synth()
     num_batches = min(num_images, len(synthetic), len(real_images)) // recipe.batch
@@ -98,28 +99,45 @@ def _align(run: Run, data: Data, recipe: Training, num_images: int) -> Alignment
     batch = run.sampling.batch
     if stored:
         synthetic = encoded(
-            run.family, chosen(synthetic, count, 2), folder / "synthetic", {"synth": manifest}, run.world, batch
+            run.family,
+            chosen(synthetic, count, 2),
+            folder / f"synthetic-{count}",
+            {"synth": manifest},
+            run.world,
+            batch,
         )
-    key = {"data": str(Path(data.path).resolve()), "count": count}
-    real = encoded(run.family, real, folder / "real", key, run.world, batch)
+    key = {**to_table(data), "path": str(Path(data.path).resolve()), "count": count}
+    real = encoded(run.family, real, folder / f"real-{records.key_of(key)[:16]}", key, run.world, batch)
     say(run.world, f"diagnose: {count} real and {count} synthetic images in batches of {recipe.batch}")
     model = run.family.build({**run.family.arch_of(run.base), **recipe.arch})
     run.base.load_into(model)
     model = run.family.adapted(model, recipe.objective).to(run.world.device).eval().requires_grad_(True)
-    return align(
-        gradients(run.family, model, real, recipe, "real", run.world),
-        gradients(run.family, model, synthetic, recipe, "synthetic", run.world),
-        num_batches,
-        beta2=recipe.betas[1],
-        eps=recipe.eps,
-        alpha=lambda direction: fine_tune_length(run.folder, recipe, model, direction),
-    )
+    bar = progress(total=num_gradients(num_batches), desc="diagnose", unit="batches", world=run.world)
+    with closing(bar):
+        found = align(
+            gradients(run.family, model, real, recipe, "real", run.world, bar.update),
+            gradients(run.family, model, synthetic, recipe, "synthetic", run.world, bar.update),
+            num_batches,
+            beta2=recipe.betas[1],
+            eps=recipe.eps,
+            alpha=lambda direction: fine_tune_length(run.folder, recipe, model, direction),
+        )
+    return found, count
 
 
 def gradients(
-    family: Family, model: torch.nn.Module, corpus: Corpus, recipe: Training, name: str, world: World
+    family: Family,
+    model: torch.nn.Module,
+    corpus: Corpus,
+    recipe: Training,
+    name: str,
+    world: World,
+    done: Callable[[int], None],
 ) -> Gradients:
-    """Batch k's gradient, with draws of its own for each corpus: shared ones would make the gradients look aligned."""
+    """Batch k's gradient, with draws of its own for each corpus: shared ones would make the gradients look aligned.
+
+    done: called with 1 after every batch.
+    """
     own = replace(recipe, seed=derived_seed(recipe.seed, "diagnose", name) % 2**31)
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
     base = {n: p.detach().clone() for n, p in parameters.items()}
@@ -133,6 +151,7 @@ def gradients(
         draws = {n: value.to(world.device) for n, value in data.draws.items()}
         loss = family.loss(model, data.codes.to(world.device), labels, draws, own.objective).sum() / own.batch
         found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+        done(1)
         return {n: g for n, g in zip(parameters, found, strict=True) if g is not None}
 
     return gradient

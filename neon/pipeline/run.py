@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -26,6 +27,7 @@ from neon.pipeline.experiment import Base, Experiment
 from neon.pipeline.judging import Judge, calls_per_image, timed
 from neon.pipeline.preflight import Stage, preflight
 from neon.report import page
+from neon.report.result import Result, diagnosis_against_search
 from neon.runtime.distributed import World
 from neon.runtime.progress import say
 from neon.sampling.generate import Source
@@ -41,6 +43,10 @@ from neon.training.encoding import encoded
 from neon.training.loop import is_finished, snapshots, train
 from neon.training.recipe import Training
 from neon.training.trainer import Trainer
+
+LOG = logging.getLogger(__name__)
+DIAGNOSIS = "diagnose.json"
+"""What `neon diagnose` left in the run's folder."""
 
 
 class Run:
@@ -244,7 +250,7 @@ class Run:
         calls = calls_per_image(self.source("balanced", 0, point.cfg_scale), self.model, self.world.device)
         result = self.judge.result(choice, rows, features, calls)
         merged = self.write_merged(point, result.verdict.text)
-        result = replace(result, about=self.about(rows["neon"], merged))
+        result = replace(result, about=self.about(rows["neon"], merged), diagnosis=self._diagnosis(result))
         if self.world.is_main:
             records.write_json(result.as_json(), self.folder / "result.json")
             page.write_page(result, self.folder / "report.html")
@@ -256,6 +262,16 @@ class Run:
         where = f": {self.folder / 'report.html'}" if self.is_kept else ""
         say(self.world, f"done in {time.perf_counter() - started:.0f} s{where}")
         return result.as_json()
+
+    def _diagnosis(self, result: Result) -> str | None:
+        path = self.folder / DIAGNOSIS
+        if not path.is_file():
+            return None
+        try:
+            return diagnosis_against_search(records.unsealed(records.read_json(path), str(path)), result)
+        except records.DamagedError as error:
+            LOG.warning("%s. The page says nothing of `neon diagnose`; run it again", error)
+            return None
 
     def about(self, neon: Score, merged: Path) -> dict[str, object]:
         """What the numbers depend on, as JSON."""

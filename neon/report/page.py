@@ -46,7 +46,9 @@ def page(result: Result, name: str, date: datetime.date) -> str:
     }.</p>
 <p>The model sampled a synthetic set, was fine-tuned on it briefly, and was then moved the other way:
 <code>{html.escape(FORMULA)}</code>. w = 0 is the base, w = -1 the self-trained model.</p>
-<h2>The search</h2>{_curve(result)}<p class="small">{html.escape(why_it_ended(result.choice))}.</p>
+<h2>The search</h2>{_curve(result)}<p class="small">{html.escape(why_it_ended(result.choice))}.</p>{
+        "" if result.diagnosis is None else f'<p class="small">{html.escape(result.diagnosis)}</p>'
+    }
 {_neighbours(result)}
 {_slider(result)}
 <h2>Held-out noise</h2><div class="wide">{_table(result)}</div>

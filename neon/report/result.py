@@ -74,6 +74,8 @@ class Result:
     """(w, cfg_scale, uint8 images) of the same selection seeds, in the order of w."""
     about: Mapping[str, object]
     """Config, hashes, versions, device: what the numbers depend on."""
+    diagnosis: str | None = None
+    """What `neon diagnose` had said beside what the search found; None: it was not asked."""
 
     @property
     def neon(self) -> Score:
@@ -95,6 +97,7 @@ class Result:
             "formula": FORMULA,
             "rows": {name: self._row(name, score) for name, score in self.rows.items()},
             "select": selection(self.choice),
+            "diagnosis": self.diagnosis,
             "neighbours": to_plain(self.neighbours),
             "costs": to_plain(list(self.costs)),
             **self.about,
@@ -231,6 +234,21 @@ def verdict(choice: Choice, rows: Mapping[str, Score], metric: str, difference: 
     if ended == "edge" or (ended is None and _at_edge(choice)):
         return Verdict("edge", f"{numbers}, and w lies at the edge of what was tried: widen w (select.w) for more")
     return Verdict("helps", f"Neon helps: {numbers}")
+
+
+def diagnosis_against_search(diagnosis: Mapping[str, object], result: Result) -> str:
+    """What `neon diagnose` said (its JSON) beside the chosen w, in two sentences."""
+    sign, w = diagnosis["sign_of_w"], result.choice.point.w
+    said = f"neon diagnose said: {diagnosis['sentence']}."
+    if result.verdict.kind not in ("helps", "edge"):
+        return f"{said} No w was shown to help here, so that there is nothing to compare it with."
+    chosen = f"The choice is w = {w:g}"
+    if sign == 0:
+        return f"{said} {chosen}."
+    if sign == math.copysign(1, w):
+        return f"{said} {chosen}: the diagnosis was right about the sign."
+    why = f"it speaks of the loss, the choice of {result.metric}"
+    return f"{said} {chosen}: the diagnosis was wrong about the sign; {why}."
 
 
 def _share_of_any_step(rows: Mapping[str, Score], metric: str, difference: Difference) -> str:

@@ -98,6 +98,16 @@ def align(
     )
 
 
+def num_gradients(num_batches: int) -> int:
+    """How many batch gradients `align` asks for."""
+    return 3 * num_batches + 2 * _few(num_batches)
+
+
+def _few(num_batches: int) -> int:
+    """Of the batches, those that the curvature is measured on."""
+    return max(1, num_batches // 4)
+
+
 def _mean_and_second_moment(
     gradients: Gradients, num_batches: int, beta2: float
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -129,7 +139,7 @@ def _curvature(real: Gradients, direction: Mapping[str, Tensor], step: float, nu
     slopes = []
     for sign in (1, -1):
         offset = {name: sign * step * value for name, value in direction.items()}
-        few = range(max(1, num_batches // 4))
+        few = range(_few(num_batches))
         slopes.append(sum(inner(real(k, offset), direction) for k in few) / len(few))
     return (slopes[0] - slopes[1]) / (2 * step)
 

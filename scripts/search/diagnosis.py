@@ -1,6 +1,11 @@
-"""Does `neon diagnose` say the right sign of w? On the toy's models of study.py, against the truth of its dense grid.
+"""Does `neon diagnose` say the right sign of w? Where the best w is known: the toy, the small families, the demo.
 
-python scripts/search/study.py toy && python scripts/search/diagnosis.py      # writes results/search/diagnose.json
+python scripts/search/study.py toy && python scripts/search/diagnosis.py toy
+python scripts/make_small_data.py && python scripts/search/diagnosis.py small
+
+They write diagnose.json and diagnose_small.json of results/search. `small` runs `neon diagnose` as it is, on
+held-out real images and as many synthetic ones (IMAGES), on one CPU core. It writes its rows one by one, and those that
+are there already are not made again.
 """
 
 from __future__ import annotations
@@ -10,20 +15,29 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+import click
 import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from neon.pipeline.diagnose import diagnose  # noqa: E402
+from neon.pipeline.experiment import load  # noqa: E402
+from neon.pipeline.run import Run  # noqa: E402
+from neon.runtime.distributed import world  # noqa: E402
 from neon.toy.experiment import Model  # noqa: E402
 from neon.toy.gradients import gradient  # noqa: E402
 from neon.toy.stack import Weights  # noqa: E402
 from neon.toy.target import real_points  # noqa: E402
 from neon.training.alignment import Gradients, align  # noqa: E402
+from scripts.evidence.jobs import FAMILIES, JOBS, base_overrides  # noqa: E402
 from scripts.search.study import RESULTS, toy_replicas  # noqa: E402
 
 NUM_POINTS, NUM_BATCHES = 32_000, 32
+IMAGES = {"demo": 1_280, "edm": 1_280, "flow": 1_280, "var": 2_560, "xar": 1_280, "imm": 1_280}
+"""Real ones, and synthetic ones, of every small model: some minutes of one core each."""
+HELD_OUT = ROOT / "data" / "fashion_test.npz"
 
 
 def gradients(model: Model, base: Weights, points_1N2: Tensor, first_seed: int) -> Gradients:
@@ -37,7 +51,7 @@ def gradients(model: Model, base: Weights, points_1N2: Tensor, first_seed: int) 
     return at
 
 
-def main() -> None:
+def toy() -> None:
     truth = {(c["case"].rsplit(", block", 1)[0], c["seed"]): c for c in json.loads((RESULTS / "toy.json").read_text())}
     rows = []
     for name, model, knob, seed, base, _ in toy_replicas():
@@ -62,6 +76,42 @@ def main() -> None:
         )
         print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     (RESULTS / "diagnose.json").write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def small() -> None:
+    path = RESULTS / "diagnose_small.json"
+    rows = json.loads(path.read_text()) if path.is_file() else []
+    for name, num_images in IMAGES.items():
+        if not any(row["case"] == name for row in rows):
+            rows.append(small_row(name, num_images))
+            path.write_text(json.dumps(rows, indent=1) + "\n")
+            print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+
+
+def small_row(name: str, num_images: int) -> dict[str, object]:
+    """The config's own first synthetic images by the sampler that its best w was measured with."""
+    config, overrides = ROOT / "configs" / f"{name}.toml", []
+    if name in FAMILIES:
+        config = JOBS[name].config
+        sampler = json.loads((ROOT / "results" / "small" / f"{name}.json").read_text())["sampler"]
+        overrides = [*base_overrides(ROOT / "demo" / "small", JOBS[name]), *sampler]
+    overrides += [f"data.path={HELD_OUT}", f"synth.num_images={num_images}"]
+    with world("cpu") as alone:
+        found = diagnose(Run(load(config, overrides), ROOT / "runs" / "diagnosis" / name, alone), num_images)
+    return {
+        "case": name,
+        "images": num_images,
+        "sign": found["sign_of_w"],
+        "s": [found["low"], found["s"], found["high"]],
+        "cosine": found["cosine"],
+        "predicted_w": found["best_w_by_loss"],
+    }
+
+
+@click.command(help=__doc__)
+@click.argument("what", type=click.Choice(["toy", "small"]))
+def main(what: str) -> None:
+    {"toy": toy, "small": small}[what]()
 
 
 if __name__ == "__main__":

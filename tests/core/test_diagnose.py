@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from neon import reverse_merge
+from neon.pipeline.diagnose import diagnose
+from neon.pipeline.experiment import load
+from neon.pipeline.run import Run
+from neon.report.result import Verdict, diagnosis_against_search
+from neon.runtime.distributed import World
+from neon.store import records
 from neon.toy.autoregressive import Autoregressive
 from neon.toy.diffusion import Diffusion
 from neon.toy.experiment import Model, evaluation_noise, score, self_train, train_base
 from neon.toy.gradients import gradient
 from neon.toy.stack import Weights
 from neon.toy.target import real_points
-from neon.training.alignment import Alignment, Gradients, align
+from neon.training.alignment import Alignment, Gradients, align, num_gradients
 from tests.commands import start, started
+from tests.core.line_family import Line
 
 CURVATURE = torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64)
 
@@ -45,6 +55,18 @@ def test_without_noise_it_is_the_closed_form():
     assert it.low == pytest.approx(it.s)
     assert it.curvature == pytest.approx(7.0, rel=1e-6)
     assert it.best_w == pytest.approx(-it.s / (0.5 * 7.0), rel=1e-6)
+
+
+@pytest.mark.parametrize("num_batches", [4, 9])
+def test_the_progress_ends_at_100_percent(num_batches):
+    asked = []
+
+    def counted(gradients: Gradients) -> Gradients:
+        return lambda k, offset: (asked.append(k), gradients(k, offset))[1]
+
+    zero = torch.zeros(3, dtype=torch.float64)
+    align(counted(quadratic(zero, 2)), counted(quadratic(zero, 1)), num_batches, alpha=lambda direction: 1.0)
+    assert len(asked) == num_gradients(num_batches)
 
 
 @pytest.mark.parametrize(("synth", "sign"), [((-1.0, -1.0, -1.0), 1), ((1.0, 1.0, 1.0), -1)])
@@ -129,8 +151,65 @@ def test_the_command_says_a_sentence_and_needs_real_images(line_config, tmp_path
     assert "[data]" in refused.stderr
     started("-m", "neon", "synth", line_config, "--out", tmp_path / "real", "--device", "cpu",
             "--set", "synth.num_images=200", "--set", "synth.first_seed=5000")  # fmt: skip
-    real = ("--set", f'data.path="{tmp_path / "real/synth"}"', "--set", "finetune.batch=10", "--num-images", 40)
-    found = started(*run, *real)
+    real = ("--set", f'data.path="{tmp_path / "real/synth"}"', "--set", "finetune.batch=10")
+    found = started(*run, *real, "--num-images", 45)
     assert found["sign_of_w"] in (-1, 0, 1)
     assert found["low"] <= found["s"] <= found["high"]
     assert found["sentence"].startswith(("undecided", "w "))
+    assert found["real_images"].startswith("40 images of ")  # whole batches
+    assert json.loads((tmp_path / "run/diagnose.json").read_text())["s"] == found["s"]
+
+
+class Coded(Line):
+    """Trains on codes of its images."""
+
+    def encode(self, images: Tensor) -> Tensor:
+        return images.float()
+
+
+def test_it_can_be_asked_again_with_more_images_or_others(line_config, tmp_path):
+    """Families with an autoencoder refused the second question: their codes of the first lay in the folder."""
+    images = np.random.default_rng(0).integers(0, 256, (200, 4, 4), dtype=np.uint8)
+    for name, part in (("first", images), ("second", images[:100])):
+        np.savez(tmp_path / f"{name}.npz", images=part, labels=np.arange(len(part)) % 3)
+    found = []
+    for name, num_images in (("first", 40), ("first", 50), ("second", 50), ("first", 40)):
+        overrides = [f'data.path="{tmp_path / name}.npz"', "finetune.batch=10", 'synth.store="images"']
+        config = load(line_config, overrides)
+        found.append(diagnose(Run(config, tmp_path / "run", World(), family=Coded()), num_images)["s"])
+    assert found[0] == found[3]
+    assert len(set(found)) == 3
+
+
+@pytest.mark.parametrize(
+    ("sign", "w", "kind", "words"),
+    [
+        (1, 1.3, "helps", "w = 1.3: the diagnosis was right"),
+        (1, -0.4, "edge", "w = -0.4: the diagnosis was wrong about the sign; it speaks of the loss, the choice of fd"),
+        (-1, -0.4, "helps", "right"),
+        (0, 1.3, "helps", "The choice is w = 1.3."),
+        (1, 1.3, "noise", "nothing to compare"),
+        (1, 0.0, "base", "nothing to compare"),
+    ],
+)
+def test_the_page_compares_the_diagnosis_with_the_choice(sign, w, kind, words):
+    result = SimpleNamespace(
+        metric="fd", choice=SimpleNamespace(point=SimpleNamespace(w=w)), verdict=Verdict(kind, "verdict")
+    )
+    text = diagnosis_against_search({"sign_of_w": sign, "sentence": "s is so and so"}, result)
+    assert "s is so and so" in text
+    assert words in text
+    assert ("right" in text) + ("wrong" in text) == (kind in ("helps", "edge") and sign != 0)
+
+
+def test_a_diagnosis_that_lies_in_the_folder_is_on_the_page(line_config, tmp_path, caplog):
+    folder = tmp_path / "run"
+    Run(load(line_config, []), folder, World()).all()
+    assert "neon diagnose said" not in (folder / "report.html").read_text()
+    records.write_json(records.sealed({"sentence": "s & c", "sign_of_w": 1}), folder / "diagnose.json")
+    found = Run(load(line_config, []), folder, World()).all()
+    assert found["diagnosis"].startswith("neon diagnose said: s & c.")
+    assert "neon diagnose said: s &amp; c." in (folder / "report.html").read_text()
+    (folder / "diagnose.json").write_text((folder / "diagnose.json").read_text().replace("1", "-1"))
+    assert Run(load(line_config, []), folder, World()).all()["diagnosis"] is None
+    assert "diagnose.json: damaged" in caplog.text
