@@ -62,7 +62,13 @@ class Extractor(ABC):
                 f"{self.name} takes images (B, C, H, W) with 1 or 3 channels, got shape {tuple(images.shape)}"
             )
         with full_float32(self.device):
-            pool, logits = self.extract(images.to(self.device, non_blocking=True))
+            found = self.extract(images.to(self.device, non_blocking=True))
+        if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[0], Tensor)):
+            raise ValueError(
+                f"{type(self).__name__}.extract must return Features(pool, logits), logits None if there are none; it "
+                f"returned a {type(found).__name__}"
+            )
+        pool, logits = found
         if pool.shape != (len(images), self.dim):
             raise ValueError(
                 f"{self.name} promised {self.dim} features for {len(images)} images and gave {tuple(pool.shape)}"

@@ -1,14 +1,19 @@
 """Whether a class of one's own is a whole family: what it lacks is said in a sentence before anything is made with
-it."""
+it; and whether its methods about the network return one, or a number."""
 
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable
 from dataclasses import is_dataclass
+from operator import index
 from typing import TypeVar
 
+from torch import nn
+
 Made = TypeVar("Made")
+Network = TypeVar("Network", bound=nn.Module)
 DOC = "see docs/own_model.md"
 
 
@@ -19,7 +24,7 @@ def instance_of(kind: type[Made], contract: type, name: str) -> Made:
     another kind.
     """
     if lacking := sorted(getattr(kind, "__abstractmethods__", ())):
-        raise ValueError(f"{name} lacks {'; '.join(_described(contract, method) for method in lacking)}; {DOC}")
+        raise ValueError(f"{name} lacks {'; '.join(described(contract, method) for method in lacking)}; {DOC}")
     for attribute in ("sampling", "objective"):
         _check_options(kind, attribute, getattr(kind, attribute))
     try:
@@ -34,10 +39,29 @@ def instance_of(kind: type[Made], contract: type, name: str) -> Made:
     return found
 
 
-def _described(contract: type, method: str) -> str:
+def count(method: str, returned: object, least: int = 0) -> int:
+    """The whole number that `num_classes` or `group` returned. Raises ValueError."""
+    try:
+        found = index(returned)  # type: ignore[arg-type] # what is no number raises TypeError
+    except TypeError:
+        found = least - 1
+    if found < least:
+        raise ValueError(f"{method} must return a whole number >= {least}, it returned {returned!r}")
+    return found
+
+
+def network(method: str, returned: Network) -> Network:
+    """The network that `build`, `load` or `adapted` returned. Raises ValueError."""
+    if not isinstance(returned, nn.Module):
+        raise ValueError(f"{method} must return the network, a torch.nn.Module; it returned {type(returned).__name__}")
+    return returned
+
+
+def described(contract: type, method: str) -> str:
+    """A method of the contract with its arguments and what it gives, in one line."""
     wanted = getattr(contract, method)
-    about = (inspect.getdoc(wanted) or "").partition("\n")[0].rstrip(".")
-    return f"{method}({_arguments(wanted)}): {about}"
+    sentence = re.split(r"\.\s", (inspect.getdoc(wanted) or "").replace("\n", " "), maxsplit=1)[0].rstrip(".")
+    return f"{method}({_arguments(wanted)}): {sentence}"
 
 
 def _check_options(kind: type, attribute: str, options: object) -> None:

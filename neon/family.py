@@ -146,7 +146,7 @@ class Family(Trainable[Model, Objective], Generic[Model, Objective, Sampling]):
     def load(self, checkpoint: Checkpoint) -> Model:
         """The network with a checkpoint's weights, strictly: a missing, extra or misshapen entry is an error."""
         with bounded(len(checkpoint.specs)):
-            model = self.build(self.arch_of(checkpoint))
+            model = contract.network(f"{type(self).__name__}.build", self.build(self.arch_of(checkpoint)))
         checkpoint.load_into(model)
         return model
 

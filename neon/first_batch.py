@@ -13,6 +13,16 @@ from torch import Tensor
 ONE_IMAGE = "rng.normal and its like take the shape of one image, without the batch"
 
 
+def encoded(family: str, codes: object, batch: int) -> Tensor:
+    """What `encode` made of `batch` images. Raises ValueError."""
+    if not isinstance(codes, Tensor) or codes.ndim < 1 or len(codes) != batch:
+        raise ValueError(
+            f"{family}.encode must return a tensor with the batch ({batch}) as first dimension; it returned "
+            f"{_kind(codes)}"
+        )
+    return codes
+
+
 def sampled(family: str, returned: object, batch: int, num_classes: int) -> tuple[Tensor, Tensor | None]:
     """(codes, labels) of `sample` for `batch` images of a network with `num_classes` labels. Raises ValueError."""
     wanted = (
@@ -108,4 +118,4 @@ def _kind(value: object) -> str:
         return f"a tensor {tuple(value.shape)} of {str(value.dtype).removeprefix('torch.')}"
     if isinstance(value, tuple):
         return f"a tuple of {len(value)}"
-    return f"a {type(value).__name__}"
+    return "None" if value is None else f"a {type(value).__name__}"

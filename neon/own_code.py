@@ -7,7 +7,7 @@ import ast
 import hashlib
 import importlib.util
 import inspect
-import sys
+import sysconfig
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +21,10 @@ def shipped() -> list[str]:
     """Names of the families that lie beside this package: folders whose family.py names its FAMILY."""
     files = HERE.parent.glob("*/family.py")
     return sorted(file.parent.name for file in files if "\nFAMILY = " in file.read_text(encoding="utf-8"))
+
+
+OURS = frozenset({"neon", "fid", *shipped()})
+"""The packages of this project."""
 
 
 def source_sha256(kind: type) -> str | None:
@@ -48,24 +52,32 @@ def source_sha256(kind: type) -> str | None:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
+def is_own(file: str) -> bool:
+    """Whether a file is there and neither this project's, Python's nor an installed library's."""
+    path = Path(file)
+    if not path.is_file() or {"site-packages", "dist-packages"} & set(path.parts):
+        return False
+    folders = (*(HERE.parent / name for name in OURS), Path(sysconfig.get_path("stdlib")))
+    return not any(path.is_relative_to(folder) for folder in folders)
+
+
 def place(error: BaseException) -> str:
-    """Where in a file of one's own an error arose, " (mine.py:12)", or nothing if it arose in ours or a library's."""
-    not_own = (HERE, Path(sys.prefix), Path(sys.base_prefix))
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).is_file()]
-    frames = [f for f in frames if "site-packages" not in Path(f.filename).parts]
-    own = [f for f in frames if not any(Path(f.filename).is_relative_to(folder) for folder in not_own)]
+    """The innermost line of a file of one's own in which an error arose or through which it passed,
+    " (mine.py:12)", or nothing if there is none."""
+    if isinstance(error, SyntaxError) and error.filename is not None and is_own(error.filename):
+        return f" ({error.filename}:{error.lineno})"
+    own = [frame for frame in traceback.extract_tb(error.__traceback__) if is_own(frame.filename)]
     return f" ({own[-1].filename}:{own[-1].lineno})" if own else ""
 
 
 def told(error: Exception) -> str:
     """What an error in a file of one's own says, with its place, in one line."""
-    if isinstance(error, SyntaxError):
-        return f"{type(error).__name__}: {error.msg} ({error.filename}:{error.lineno})"
-    return f"{type(error).__name__}: {error}{place(error)}"
+    words = error.msg if isinstance(error, SyntaxError) else str(error)
+    return f"{type(error).__name__}: {words}{place(error)}"
 
 
 def _is_ours(module: str) -> bool:
-    return module.partition(".")[0] in {"neon", "fid", *shipped()}
+    return module.partition(".")[0] in OURS
 
 
 def _with_imported(file: Path, root: Path) -> list[Path]:

@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 USER_ERRORS = (ValueError, OSError, FloatingPointError, ImportError)
-"""Errors whose message is for the person at the command line; others are ours, with a traceback."""
+"""Errors whose message is for the person at the command line, as are all that arose in code of his own; others are
+ours, with a traceback."""
+TRACEBACK = "NEON_TRACEBACK"
+"""The environment variable that, set to anything, shows every error with its traceback."""
 
 
 class OnStderr(logging.Handler):
@@ -33,16 +36,41 @@ class OnStderr(logging.Handler):
 
 @contextmanager
 def plain_messages() -> Iterator[None]:
-    """Run a command: its warnings are printed, its errors end it with exit code 1 and one line."""
+    """Run a command: its warnings are printed, its errors end it with exit code 1 and a sentence."""
     _occupy_standard_streams()
     log, handler = logging.getLogger("neon"), OnStderr(logging.WARNING)
     log.addHandler(handler)
     try:
         yield
-    except USER_ERRORS as error:
-        raise click.ClickException(str(error)) from error
+    except Exception as error:
+        text = None if os.environ.get(TRACEBACK) else _told(error)
+        if text is None:
+            raise
+        raise click.ClickException(text) from error
     finally:
         log.removeHandler(handler)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Of a GPU, or of this machine as torch or NumPy say it."""
+    text = str(error)
+    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
+
+
+def _told(error: Exception) -> str | None:
+    """What a person is told of an error; None: it is one of ours."""
+    from neon import own_code
+
+    if is_out_of_memory(error):
+        return (
+            f"out of memory: {error}. Smaller batches need less and change no result: sampling.batch and the "
+            "micro_batch of [finetune] or [train] in a config, the batch options of other commands"
+        )
+    if own_code.place(error):
+        from neon.pipeline.family_errors import told
+
+        return f"{told(error)}\n  {TRACEBACK}=1 before the command shows the whole traceback"
+    return str(error) if isinstance(error, USER_ERRORS) else None
 
 
 @contextmanager

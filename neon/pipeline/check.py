@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from neon.family import Family
-from neon.own_code import source_sha256
+from neon.own_code import place, source_sha256
 from neon.pipeline.experiment import Experiment
 from neon.pipeline.family_errors import told
 from neon.pipeline.probe import Probe
@@ -45,8 +45,8 @@ def check(config: Experiment, config_path: Path, device: torch.device) -> Iterat
         except Doubtful as doubt:
             yield Finding(name, True, str(doubt), is_caution=True)
         except Exception as error:  # whatever a family of one's own raises is what its author wants to read
-            is_plain = isinstance(error, (NotKept, ValueError, OSError))
-            text = str(error) if is_plain else told(error, trial.probe.family)
+            is_ours = isinstance(error, (NotKept, ValueError, OSError)) and not place(error)
+            text = str(error) if is_ours else told(error)
             first = seen.setdefault(re.sub(r"\d+", "", text), name)  # the same for another batch is the same
             if first == name:
                 yield Finding(name, False, text)

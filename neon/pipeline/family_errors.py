@@ -1,33 +1,44 @@
-"""What an error inside a family's own method shows besides its text: the shapes at hand, and the mistakes that such
-errors usually come from."""
+"""What an error in code of one's own, a family or an extractor, is told as: the method in which it arose, its words,
+the line, the shapes at hand, the mistakes that such errors usually come from, and what the method has to give."""
 
 from __future__ import annotations
 
 import traceback
 from collections.abc import Mapping
+from types import FrameType
 
 from torch import Tensor
 
-from neon import own_code
-from neon.family import Family
+from fid.features import Extractor
+from neon import contract, own_code
+from neon.family import Family, Trainable, TrainableAutoencoder
 from neon.first_batch import ONE_IMAGE
 
 MOST_SHAPES = 8
+CONTRACTS: tuple[type, ...] = (Family, TrainableAutoencoder, Trainable, Extractor)
 
 
-def told(error: Exception, family: Family) -> str:
-    """The error with its place, the shapes of the tensors in the family's method in which it arose, and a hint."""
-    here = _names_in_method(error, family)
+def told(error: Exception) -> str:
+    """One line, and a second one with what the method has to give if the error passed through a method of a
+    contract."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    inside = [frame for frame in frames if isinstance(frame.f_locals.get("self"), CONTRACTS)]
+    here: Mapping[str, object] = inside[-1].f_locals if inside else {}
     shapes = {name: tuple(value.shape) for name, value in _tensors(here).items()}
     listed = ", ".join(f"{name} {shape}" for name, shape in list(shapes.items())[:MOST_SHAPES])
-    parts = [own_code.told(error), f"with {listed}" if listed else "", _hint(error, family, here, shapes)]
-    return "; ".join(part for part in parts if part)
+    method, gives = _method(inside)
+    parts = [f"{method}{own_code.told(error)}", f"with {listed}" if listed else "", _hint(error, here, shapes)]
+    return "; ".join(part for part in parts if part) + gives
 
 
-def _names_in_method(error: Exception, family: Family) -> Mapping[str, object]:
-    """The local names of the innermost method of the family that was running."""
-    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_locals.get("self") is family]
-    return frames[-1].f_locals if frames else {}
+def _method(inside: list[FrameType]) -> tuple[str, str]:
+    """The innermost method of a contract that was running, "Mine.loss: ", and the line that says what it gives."""
+    for frame in reversed(inside):
+        kind, name = type(frame.f_locals["self"]), frame.f_code.co_name
+        kept = next(one for one in CONTRACTS if issubclass(kind, one))
+        if not name.startswith("_") and callable(getattr(kept, name, None)):
+            return f"{kind.__name__}.{name}: ", f"\n  expected {kind.__name__}.{contract.described(kept, name)}"
+    return "", ""
 
 
 def _tensors(names: Mapping[str, object]) -> dict[str, Tensor]:
@@ -42,8 +53,9 @@ def _tensors(names: Mapping[str, object]) -> dict[str, Tensor]:
     return inner | {name: value for name, value in names.items() if isinstance(value, Tensor)}
 
 
-def _hint(error: Exception, family: Family, names: Mapping[str, object], shapes: Mapping[str, tuple[int, ...]]) -> str:
-    if "NoneType" in str(error) and "labels" in names and names["labels"] is None:
+def _hint(error: Exception, names: Mapping[str, object], shapes: Mapping[str, tuple[int, ...]]) -> str:
+    family = names.get("self")
+    if isinstance(family, Family) and "NoneType" in str(error) and names.get("labels", "") is None:
         if type(family).num_classes is Family.num_classes:
             return "labels is None: define num_classes(model) to get labels"
         return "labels is None: then `sample` draws them from rng"

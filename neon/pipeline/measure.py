@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from neon.evaluation.yardsticks import open_yardsticks
 from neon.pipeline.probe import Probe
 from neon.runtime.precision import arithmetic
+from neon.training.step_data import group_of
 
 BUDGET_S = 15.0
 """About how long a measurement may take; a slow model is measured on one image."""
@@ -74,7 +75,7 @@ def measure(probe: Probe, *, with_features: bool) -> Rates:
         image_bytes=_bytes(stored),
         encoded_bytes=encoded,
         weights_bytes=weights_bytes,
-        num_classes=probe.family.num_classes(probe.model),
+        num_classes=probe.num_classes,
         feature_dim=features[1] if features is not None else 0,
         peak_bytes=torch.cuda.max_memory_allocated(probe.device) if is_cuda else None,
     )
@@ -98,7 +99,7 @@ def _sampling(probe: Probe) -> Cost:
 def _training(probe: Probe) -> Cost:
     recipe = probe.recipe
     assert recipe is not None  # asked by the caller
-    group = probe.family.group(recipe.objective)
+    group = group_of(probe.family, recipe)
     codes, labels = probe.training_batch(group)
     labels = None if labels is None else labels.to(probe.device)
     parameters = [p for name, p in probe.model.named_parameters() if probe.family.trains(name, p)]

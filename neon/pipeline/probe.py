@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from neon import first_batch
+from neon import contract, first_batch
 from neon.checkpoints import checkpoint
 from neon.family import Draws, Family
 from neon.images.formats import open_images
@@ -60,8 +60,17 @@ class Probe:
     @cached_property
     def model(self) -> nn.Module:
         """In evaluation mode."""
-        model = self.family.build(self.arch) if self.base is None else self.family.load(self.base)
+        kind = type(self.family).__name__
+        if self.base is None:
+            model = contract.network(f"{kind}.build", self.family.build(self.arch))
+        else:
+            model = contract.network(f"{kind}.load", self.family.load(self.base))
         return model.to(self.device).eval()
+
+    @property
+    def num_classes(self) -> int:
+        """Of the network; 0 if it takes no labels."""
+        return contract.count(f"{type(self.family).__name__}.num_classes", self.family.num_classes(self.model))
 
     @cached_property
     def source(self) -> Source:
@@ -76,7 +85,7 @@ class Probe:
             sampling=(synth.sampling if synth is not None and synth.sampling is not None else sampling),
             labels="balanced" if synth is None else synth.labels,
             first_seed=0 if synth is None else synth.first_seed,
-            num_classes=self.family.num_classes(self.model),
+            num_classes=self.num_classes,
             cfg_scale=scale if self.family.is_guided else None,
         )
 
@@ -96,12 +105,16 @@ class Probe:
             data = self.config.need("data", Data)
             images = open_images(data.path, use_labels=data.use_labels, size=data.size, pad=data.pad)
             labels = None if images.labels is None else images.labels[:num_images]
-            return self.family.encode(images.read(range(num_images)).to(self.device)), labels
+            return self._encoded(images.read(range(num_images))), labels
         (batch,) = self.sample(range(num_images))
         labels = None if batch.labels is None else batch.labels.clone()
         if self.config.synth is not None and self.config.synth.store == "codes":
             return batch.codes.clone(), labels
-        return self.family.encode(self.bytes_of(batch.codes)).clone(), labels
+        return self._encoded(self.bytes_of(batch.codes)).clone(), labels
+
+    def _encoded(self, images: Tensor) -> Tensor:
+        codes = self.family.encode(images.to(self.device))
+        return first_batch.encoded(type(self.family).__name__, codes, len(images))
 
     def draws(self, codes: Tensor, labels: Tensor | None) -> Draws:
         """The random numbers of a training step on these codes, on the CPU."""

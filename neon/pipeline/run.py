@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from neon import merge
+from neon import contract, merge
 from neon.checkpoints import checkpoint
 from neon.config_table import to_plain
 from neon.evaluation.evaluate import Yardstick
@@ -85,7 +85,13 @@ class Run:
     @cached_property
     def model(self) -> torch.nn.Module:
         self.family.open(self.base_config.autoencoder_path, self.world.device)
-        return self.family.load(self.base).to(self.world.device).eval().requires_grad_(False)
+        model = contract.network(f"{type(self.family).__name__}.load", self.family.load(self.base))
+        return model.to(self.world.device).eval().requires_grad_(False)
+
+    @property
+    def num_classes(self) -> int:
+        """Of the network; 0 if it takes no labels."""
+        return contract.count(f"{type(self.family).__name__}.num_classes", self.family.num_classes(self.model))
 
     @cached_property
     def identity(self) -> dict[str, object]:
@@ -108,13 +114,12 @@ class Run:
     def source(
         self, labels: Labels, first_seed: int, cfg_scale: float | None = None, sampling: Sampling | None = None
     ) -> Source:
-        classes = self.family.num_classes(self.model)
         return Source(
             family=self.family,
             sampling=sampling or self.sampling,
             labels=labels,
             first_seed=first_seed,
-            num_classes=classes,
+            num_classes=self.num_classes,
             cfg_scale=cfg_scale,
         )
 
@@ -168,7 +173,7 @@ class Run:
             if recipe.arch:
                 raise ValueError(f"finetune.arch: {error}") from error
             raise
-        return self.family.adapted(model, recipe.objective)
+        return contract.network(f"{type(self.family).__name__}.adapted", self.family.adapted(model, recipe.objective))
 
     def _snapshot_writer(self, recipe: Training) -> Callable[[Trainer, Path], None]:
         def write(trainer: Trainer, path: Path) -> None:
@@ -208,8 +213,7 @@ class Run:
 
     @cached_property
     def judge(self) -> Judge:
-        classes = self.family.num_classes(self.model)
-        return Judge(self.config, self.grid, self.yardsticks, classes, self.world, self.folder)
+        return Judge(self.config, self.grid, self.yardsticks, self.num_classes, self.world, self.folder)
 
     def select(self) -> Choice:
         """Stage 3: the search, or the grid, on the selection block."""

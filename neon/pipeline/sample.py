@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from neon import quantize
+from neon import contract, quantize
 from neon.checkpoints import checkpoint
 from neon.config_table import build
 from neon.family import Family, resolve
@@ -54,8 +54,9 @@ def sample(request: Request, world: World) -> dict[str, object]:
     family = _family(found, request.family)
     options = _options(family, request.options)
     family.open(request.autoencoder, world.device)
-    model = family.load(found).to(world.device).eval().requires_grad_(False)
-    classes = family.num_classes(model)
+    kind = type(family).__name__
+    model = contract.network(f"{kind}.load", family.load(found)).to(world.device).eval().requires_grad_(False)
+    classes = contract.count(f"{kind}.num_classes", family.num_classes(model))
     stored = found.meta.get("uint8")
     rule = request.uint8 or (stored if stored in quantize.RULES else "round")
     sampling = Sampling(uint8=rule, batch=request.batch, options=options)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from neon import contract
 from neon.checkpoints import checkpoint
 from neon.config_table import to_plain
 from neon.images.formats import open_images
@@ -37,11 +38,11 @@ def train_base(config: Experiment, folder: Path, world: World) -> dict[str, obje
     check_groups("train", family, recipe)
     arch: Mapping[str, object] = {**config.model, **recipe.arch}
     torch.manual_seed(recipe.seed)  # initial weights
-    model = family.build(arch)
+    model = contract.network(f"{type(family).__name__}.build", family.build(arch))
     autoencoder = None if config.base is None else config.base.autoencoder_path
     family.open(autoencoder, world.device)
     images = open_images(data.path, use_labels=data.use_labels, size=data.size, pad=data.pad)
-    classes = family.num_classes(model)
+    classes = contract.count(f"{type(family).__name__}.num_classes", family.num_classes(model))
     if classes and images.num_classes > classes:
         raise ValueError(f"{data.path}: labels up to {images.num_classes - 1}, but the model has {classes} classes")
     if classes and images.labels is None:

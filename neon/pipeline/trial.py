@@ -20,6 +20,7 @@ from neon.pipeline.needs import Part, missing
 from neon.pipeline.preflight import described, doubts, few_images
 from neon.pipeline.probe import Probe
 from neon.training.recipe import Training
+from neon.training.step_data import group_of
 
 NUM_IMAGES = 4
 """Enough to tell images from each other, few enough for any model; a multiple of every shipped family's group."""
@@ -206,7 +207,7 @@ class Trial:
     def loss(self) -> str:
         with torch.no_grad():
             together, again = self.losses(), self.losses(seed=987654321)
-            group = self.probe.family.group(self._recipe.objective)
+            group = group_of(self.probe.family, self._recipe)
             alone = self.losses(slice(0, group)) if group < NUM_IMAGES else together[:group]
         if not torch.isfinite(together).all():
             raise NotKept("the loss is not finite")
@@ -280,7 +281,7 @@ class Trial:
             made = tuple(self.pictures.shape[1:])
             if made != tuple(images.shape):
                 raise NotKept(f"{data.path} holds images {tuple(images.shape)}, the model makes {made}")
-        classes = self.probe.family.num_classes(self.probe.model)
+        classes = self.probe.num_classes
         if classes and images.num_classes > classes:
             raise NotKept(f"{data.path}: labels up to {images.num_classes - 1}, the model has {classes} classes")
         if classes and images.labels is None:

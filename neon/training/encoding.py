@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from neon import first_batch
 from neon.family import Family
 from neon.runtime.distributed import World
 from neon.store import shards
@@ -29,6 +30,7 @@ def encoded(
         for part in batches:
             with torch.inference_mode():
                 codes = family.encode(images.read(part).to(world.device))
+            first_batch.encoded(type(family).__name__, codes, len(part))
             yield part, codes, None if images.labels is None else images.labels[torch.as_tensor(part)]
 
     plan = Plan(

@@ -12,7 +12,7 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor
 
-from neon import first_batch
+from neon import contract, first_batch
 from neon.family import Draws, Trainable
 from neon.runtime.distributed import World
 from neon.seeds import SharedRng, derived_seed
@@ -34,7 +34,7 @@ def step_data(family: Trainable, recipe: Training, step: int, corpus: Corpus, wo
     """What this rank trains on in step `step`."""
     indices = batch_indices(recipe.seed, step, recipe.batch, len(corpus))
     labels = None if corpus.labels is None else corpus.labels[indices]
-    share = share_of(recipe, world, family.group(recipe.objective))
+    share = share_of(recipe, world, group_of(family, recipe))
     if family.draws_see_codes(recipe.objective):
         batch = corpus.read(indices.tolist())
         codes = batch[share]
@@ -47,9 +47,14 @@ def step_data(family: Trainable, recipe: Training, step: int, corpus: Corpus, wo
     return StepData(codes, None if labels is None else labels[share], own)
 
 
+def group_of(family: Trainable, recipe: Training) -> int:
+    """How many consecutive images have their loss computed together. Raises ValueError for what is no such number."""
+    return contract.count(f"{type(family).__name__}.group", family.group(recipe.objective), least=1)
+
+
 def check_groups(section: str, family: Trainable, recipe: Training) -> None:
     """Raise ValueError if a batch of the recipe would split images whose loss is computed together."""
-    group = family.group(recipe.objective)
+    group = group_of(family, recipe)
     for name, value in (("batch", recipe.batch), ("micro_batch", recipe.micro_batch)):
         if value is not None and value % group:
             raise ValueError(
@@ -87,9 +92,9 @@ def step_draws(family: Trainable, recipe: Training, step: int, codes: Tensor, la
     try:
         draws = family.draw(SharedRng(len(codes), generator), codes, labels, recipe.objective)
     except RuntimeError as error:
-        if not codes.is_meta:
-            raise
-        raise ValueError(_unseen(family)) from error
+        if codes.is_meta and "meta" in str(error).lower():
+            raise ValueError(_unseen(family)) from error
+        raise
     first_batch.drawn(type(family).__name__, draws, len(codes))
     if any(value.is_meta for value in draws.values()):
         raise ValueError(_unseen(family))

@@ -53,6 +53,10 @@ class Trainer:
             {"params": decay, "weight_decay": self.recipe.weight_decay},
         ]
         kind = torch.optim.AdamW if self.recipe.optimizer == "adamw" else torch.optim.Adam
+        if not decay + constant:
+            raise ValueError(
+                f"there is nothing to train: {type(self.family).__name__}.trains is false for every parameter"
+            )
         self.optimizer = kind(
             [g for g in groups if g["params"]], lr=self.recipe.lr, betas=self.recipe.betas, eps=self.recipe.eps
         )
@@ -69,7 +73,14 @@ class Trainer:
             losses = first_batch.losses(type(self.family).__name__, returned, len(codes))
             with torch.autocast(device.type, enabled=False):  # gradients have the dtypes of the forward pass
                 loss = losses.sum() / global_batch
-                self.scaler.scale(loss * self.recipe.loss_scale).backward()
+                try:
+                    self.scaler.scale(loss * self.recipe.loss_scale).backward()
+                except torch.OutOfMemoryError:
+                    raise
+                except RuntimeError as error:  # the line of the loss that is at fault has been left by now
+                    raise ValueError(
+                        f"the loss of {type(self.family).__name__}.loss cannot be differentiated: {error}"
+                    ) from error
         return loss.item()
 
     def update(self, loss: float) -> None:

@@ -3,6 +3,7 @@
 import re
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,7 +13,7 @@ from neon.cli.main import main
 from neon.pipeline.check import check_first_images
 from neon.pipeline.experiment import load
 from tests.commands import invoke
-from tests.core.line_family import Line
+from tests.core.line_family import Line, Pixels
 
 SAMPLE, LOSS, DRAW, DECODE = Line.sample, Line.loss, Line.draw, Line.decode
 
@@ -113,3 +114,132 @@ def test_the_first_images_change_nothing_that_follows(line_config, tmp_path):
     state = torch.get_rng_state()
     check_first_images(config, family, model, torch.device("cpu"))
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def fails(monkeypatch, method):
+    """Line.METHOD raises a KeyError."""
+
+    def failing(self, *arguments):
+        return {}["absent"]
+
+    failing.__code__ = failing.__code__.replace(co_name=method)  # as if it were written in the class
+    monkeypatch.setattr(Line, method, failing)
+
+
+DATA = ("--set", "data.path='data.npz'")
+BASE = ("--set", "model={}", "--set", "train={images=32, batch=8, lr=1e-3}", *DATA)
+
+
+@pytest.mark.parametrize(
+    ("command", "method", "options"),
+    [
+        ("run", "sample", ()),
+        ("run", "loss", ()),
+        ("run", "draw", ()),
+        ("synth", "num_classes", ()),
+        ("synth", "decode", ()),
+        ("finetune", "encode", ()),
+        ("finetune", "decays", ()),
+        ("search", "sample", ()),
+        ("eval", "sample", ("--set", "report.cfg_scale=1.0")),
+        ("train", "loss", BASE),
+        ("train", "build", BASE),
+        ("diagnose", "loss", (*DATA, "--set", "finetune.batch=8")),
+        ("sample", "sample", ("--family", "tests.core.line_family:Line", "--set", "cfg_scale=1.0")),
+        ("run", "sample", ("--dry-run",)),
+    ],
+)
+def test_an_error_of_ones_own_is_a_sentence_in_every_command(
+    line_config, tmp_path, monkeypatch, command, method, options
+):
+    monkeypatch.chdir(tmp_path)
+    images = np.random.default_rng(0).integers(0, 256, (64, 4, 4, 1)).astype(np.uint8)
+    np.savez("data.npz", images=images, labels=np.arange(64) % 3)
+    if command == "search":
+        assert invoke(main, "finetune", line_config, "--out", "out", "--device", "cpu").exit_code == 0
+    fails(monkeypatch, method)
+    about = "base.safetensors" if command == "sample" else line_config
+    done = invoke(main, command, about, "--out", "out", "--device", "cpu", *options)
+    assert done.exit_code == 1
+    assert isinstance(done.exception, SystemExit), "no traceback"
+    assert re.search(rf"^Error: Line\.{method}: KeyError: 'absent' \(.*test_first_batch\.py:\d+\)", done.stderr, re.M)
+    assert re.search(rf"^  expected Line\.{method}\(self.*\): [A-Z]", done.stderr, re.M), "what it has to give"
+    assert "NEON_TRACEBACK=1 before the command" in done.stderr
+
+
+def test_the_traceback_is_shown_where_it_is_asked_for(line_config, tmp_path, monkeypatch):
+    fails(monkeypatch, "sample")
+    monkeypatch.setenv("NEON_TRACEBACK", "1")
+    done = invoke(main, "synth", line_config, "--out", tmp_path / "run", "--device", "cpu")
+    assert isinstance(done.exception, KeyError)
+
+
+RETURNED = {
+    "num_classes": (None, r"Line\.num_classes must return a whole number >= 0, it returned None"),
+    "group": (0, r"Line\.group must return a whole number >= 1, it returned 0"),
+    "load": (None, r"Line\.load must return the network, a torch\.nn\.Module; it returned NoneType"),
+    "build": (None, r"Line\.build must return the network"),
+    "adapted": (None, r"Line\.adapted must return the network"),
+    "encode": (
+        torch.zeros(2, 3),
+        r"Line\.encode must return a tensor with the batch \(7\).*returned a tensor \(2, 3\)",
+    ),
+    "trains": (False, r"there is nothing to train: Line\.trains is false for every parameter"),
+}
+
+
+@pytest.mark.parametrize("method", RETURNED)
+def test_what_the_other_methods_return_is_looked_at_too(line_config, tmp_path, monkeypatch, method):
+    """num_classes without a `return` would make a class-conditional network an unconditional one."""
+    returned, said = RETURNED[method]
+    monkeypatch.setattr(Line, method, lambda *arguments: returned)
+    done = invoke(main, "finetune", line_config, "--out", tmp_path / "run", "--device", "cpu")
+    assert done.exit_code == 1
+    assert isinstance(done.exception, SystemExit), "one line, no traceback"
+    assert re.search(said, done.stderr), done.stderr
+
+
+def test_a_loss_that_changes_what_its_gradient_needs_is_a_line(line_config, tmp_path, monkeypatch):
+    def loss(*arguments):
+        found = LOSS(*arguments).sqrt()
+        root = found.sqrt()
+        found.mul_(2)
+        return root
+
+    monkeypatch.setattr(Line, "loss", loss)
+    done = invoke(main, "finetune", line_config, "--out", tmp_path / "run", "--device", "cpu")
+    assert "Error: the loss of Line.loss cannot be differentiated: one of the variables needed" in done.stderr
+
+
+def test_a_mistake_in_draw_is_not_taken_for_a_look_at_the_codes(line_config, tmp_path, monkeypatch):
+    def draw(self, rng, codes, labels, how):
+        return {"noise": rng.normal((1, 4, 4)) + torch.zeros(3)}
+
+    monkeypatch.setattr(Line, "draw", draw)
+    done = invoke(main, "finetune", line_config, "--out", tmp_path / "run", "--device", "cpu")
+    assert "Error: Line.draw: RuntimeError: The size of tensor a (4) must match" in done.stderr
+    assert "draws_see_codes" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory."),
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_too_little_memory_is_a_line_that_says_what_needs_less(line_config, tmp_path, monkeypatch, error):
+    def sample(*arguments):
+        raise error
+
+    done = run_with(line_config, tmp_path, monkeypatch, sample)
+    assert done.exit_code == 1
+    assert "Error: out of memory: " in done.stderr
+    assert "sampling.batch" in done.stderr
+
+
+def test_an_extractor_of_ones_own_is_told_what_to_return(line_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(Pixels, "extract", lambda self, images: images.flatten(1).float())
+    done = invoke(main, "run", line_config, "--out", tmp_path / "run", "--device", "cpu")
+    assert "Error: Pixels.extract must return Features(pool, logits)" in done.stderr

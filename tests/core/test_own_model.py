@@ -321,15 +321,15 @@ WRONG_METHODS = {
     "images in [0, 1]": (("return x, None", "return x.sigmoid(), None"), r"mine\.sample must return \[-1, 1\]"),
     "the batch in the shape of noise": (
         ("x = rng.normal((1, 28, 28))", "x = rng.normal((4, 1, 28, 28))"),
-        r"FAIL  images: RuntimeError: .*\.py:12\); with x \(4, 4, 1, 28, 28\); rng\.normal .* shape of one image",
+        r"FAIL  images: Mine\.sample: R.*12\); with x \(4, 4, 1, 28, 28\); rng\.normal .* shape of one image",
     ),
     "draws of another shape": (
         ("rng.uniform((1, 1, 1))", "rng.uniform(())"),
-        r'FAIL  loss per image: RuntimeError: .*\.py:32\); with draws\["t"\] \(4,\), draws\["noise"\] \(4, 1, 28, 28\)',
+        r'FAIL  loss per image: Mine\.loss: R.*32\); with draws\["t"\] \(4,\), draws\["noise"\] \(4, 1, 28, 28\)',
     ),
     "labels that are none": (
         ("x = rng.normal((1, 28, 28))", "x = rng.normal((1, 28, 28)) + labels % 10"),
-        r"FAIL  images: TypeError: .*labels is None: define num_classes\(model\) to get labels",
+        r"FAIL  images: Mine\.sample: TypeError: .*labels is None: define num_classes\(model\) to get labels",
     ),
     "codes that are bytes": (
         ("codes / 127.5 - 1", "codes"),
