@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ from neon.search.points import Score
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.transforms import Bbox
 
 CAPTIONS = {"base": "base (w = 0)", "self-trained": "self-trained (w = -1)", "neon": "Neon"}
 
@@ -48,6 +50,7 @@ def curve_figure(result: Result, ink: Ink = LIGHT) -> Figure:
         draw_map(axes, result, ink)
     else:
         draw_curve(axes, result, ink)
+    hide_what_overlaps(figure)
     return figure
 
 
@@ -67,6 +70,7 @@ def summary_figure(result: Result) -> Figure:
         value = result.rows[name].metrics.get(result.metric, math.nan)
         axis.set_title(f"{caption(name, result)}\n{result.metric} {value:.4g}", color=LIGHT.of(name), fontsize=8.5)
         axis.axis("off")
+    hide_what_overlaps(figure)
     return figure
 
 
@@ -79,33 +83,41 @@ def draw_curve(axes: Axes, result: Result, ink: Ink) -> None:
     axes.axvline(0, color=ink.faint, lw=1, zorder=0)
     axes.set_xlabel("w    (negative: towards the synthetic data;  positive: Neon)")
     _finish(axes, ink)
-    low, high = axes.dataLim.intervaly
-    axes.set_ylim(low - 0.08 * (high - low or 1), high + 0.08 * (high - low or 1))
     axes.legend(frameon=False, fontsize=8, labelcolor=ink.text)
 
 
 def _draw_search(axes: Axes, result: Result, ink: Ink) -> None:
+    """The fit is drawn through where its points lie and dotted beyond; how many images a point has is in the legend:
+    numbers beside points that are near to each other could not be read."""
     choice = result.choice
     assert choice.found is not None
-    whole = choice.found.whole
-    w = [place.w for place in whole.places]
-    values, errors = whole.values.numpy(), whole.draws.std(dim=0).numpy()
+    whole, snapshot = choice.found.whole, choice.point.snapshot
+    w, values, errors = np.array([p.w for p in whole.places]), whole.values.numpy(), whole.draws.std(dim=0).numpy()
+    own = [m for m in choice.measured if m.point.snapshot == snapshot or m.point.w == 0]
+    fitted = [m.point.w for m in own if m.num_images >= choice.found.num_images]
+    axes.plot(w, values, ":", color=ink.neon, lw=1.2)
+    between = (w >= min(fitted)) & (w <= max(fitted))
     axes.fill_between(w, values - errors, values + errors, color=ink.neon, alpha=0.18, lw=0)
-    axes.plot(w, values, color=ink.neon, lw=1.6, label="fitted moments, +- one standard error")
-    snapshot = choice.point.snapshot
-    for m in choice.measured:
-        is_own = m.point.snapshot == snapshot or m.point.w == 0
+    axes.plot(w[between], values[between], color=ink.neon, lw=1.6, label="fitted moments, +- one standard error")
+    for m in sorted(choice.measured, key=lambda m: -m.num_images):
         if math.isnan(m.value):
-            axes.plot([m.point.w], [values.max()], "x", color=ink.random, label="images were no numbers")
+            axes.plot([m.point.w], [0.03], "x", color=ink.random, transform=axes.get_xaxis_transform(),
+                      label="images were no numbers")  # fmt: skip
             continue
-        axes.errorbar([m.point.w], [m.value], yerr=[m.error], fmt="o", ms=5, capsize=3, alpha=1.0 if is_own else 0.4,
-                      color=ink.text if is_own else ink.base)  # fmt: skip
-        axes.annotate(f"N = {m.num_images}", (m.point.w, m.value), xytext=(5, 5), textcoords="offset points",
-                      fontsize=7, color=ink.base)  # fmt: skip
+        is_fitted = m in own and m.num_images >= choice.found.num_images
+        why = "" if is_fitted else ", not in the fit" if m in own else ", other snapshots"
+        colour = ink.text if m in own else ink.base
+        axes.errorbar([m.point.w], [m.value], yerr=[m.error], fmt="o" if m in own else "D", ms=5, capsize=3,
+                      color=colour, mfc=colour if is_fitted else "none", label=f"{m.num_images:,} images{why}",
+                      zorder=3)  # fmt: skip
     best = choice.found.surface
     axes.plot([choice.point.w], [float(best.values[best.best])], "o", ms=13, mfc="none", mec=ink.neon, mew=1.6,
               label=f"chosen: w = {choice.point.w:g}")  # fmt: skip
     axes.set_ylabel(_axis_label(choice), color=ink.text)
+    seen = [m for m in choice.measured if not math.isnan(m.value)]
+    low = min([float((values - errors).min()), *(m.value - m.error for m in seen)])
+    high = max(m.value + m.error for m in seen)  # beyond its points the fit may go anywhere
+    axes.set_ylim(low - 0.08 * (high - low or 1), high + 0.08 * (high - low or 1))
 
 
 def _draw_grid(axes: Axes, result: Result, ink: Ink) -> None:
@@ -133,6 +145,8 @@ def _draw_grid(axes: Axes, result: Result, ink: Ink) -> None:
             axes.plot([s.point.w], [s.metrics[choice.metric]], "o", ms=14, mfc="none", mec=ink.text, mew=1.5,
                       label=f"chosen: w = {chosen.w:g}", zorder=5)  # fmt: skip
     axes.set_ylabel(choice.metric, color=ink.text)
+    low, high = axes.dataLim.intervaly
+    axes.set_ylim(low - 0.08 * (high - low or 1), high + 0.08 * (high - low or 1))
 
 
 def _is_on(score: Score, snapshot: str, cfg_scale: float | None) -> bool:
@@ -149,20 +163,23 @@ def draw_map(axes: Axes, result: Result, ink: Ink) -> None:
     at = {(p.w, p.cfg_scale): float(v) for p, v in zip(whole.places, whole.values, strict=True)}
     values = np.array([[at[w, c] for w in ws] for c in scales])
     low, high = float(values.min()), float(np.quantile(values, 0.9))
-    filled = axes.contourf(ws, scales, values, levels=np.linspace(low, max(high, low + 1e-9), 14), cmap="viridis_r",
+    filled = axes.contourf(ws, scales, values, levels=_round_levels(low, max(high, low + 1e-9)), cmap="viridis_r",
                            extend="max")  # fmt: skip
     bar = axes.figure.colorbar(filled, ax=axes)
-    bar.set_label(_axis_label(choice).replace(", ", ",\n"), color=ink.text, fontsize=8)
+    bar.set_label(_axis_label(choice), color=ink.text, fontsize=8)
     bar.ax.tick_params(colors=ink.text, labelsize=8)
     sizes = {m.num_images for m in choice.measured}
-    for m in choice.measured:
+    for m in sorted(choice.measured, key=lambda m: (math.isnan(m.value), m.value)):  # the lowest keep their labels
         place = m.point.w, m.point.cfg_scale or 0.0
-        axes.plot(*place, "o" if not math.isnan(m.value) else "x", color="white", mec="black")
+        is_bad = math.isnan(m.value)
+        face = "none" if is_bad else filled.cmap(filled.norm(m.value))
+        axes.plot(*place, "X" if is_bad else "o", ms=10, color="white")  # seen on yellow and on purple
+        axes.plot(*place, "x" if is_bad else "o", ms=6, mfc=face, mec="black", mew=0.8)
         is_right, is_top = place[0] > (ws[0] + ws[-1]) / 2, place[1] > (scales[0] + scales[-1]) / 2
         axes.annotate(
             _short(m, sizes),
             place,
-            xytext=(-5 if is_right else 5, -6 if is_top else 6),
+            xytext=(-6 if is_right else 6, -7 if is_top else 7),
             textcoords="offset points",
             ha="right" if is_right else "left",
             va="top" if is_top else "bottom",
@@ -183,7 +200,29 @@ def draw_map(axes: Axes, result: Result, ink: Ink) -> None:
 
 def _axis_label(choice: Choice) -> str:
     where = "" if choice.components is None else f" on {choice.components} principal components"
-    return f"{choice.metric}{where}, bias of few images taken off"
+    return f"{distance_name(choice)}{where}\nbias of few images taken off"
+
+
+def distance_name(choice: Choice) -> str:
+    """What is searched or tried: a search's points need not have the same number of images, so without it."""
+    return choice.metric if choice.found is None else re.sub(r"\d+k?(?=\[)", "", choice.metric)
+
+
+def _round_levels(low: float, high: float) -> np.ndarray:
+    from matplotlib.ticker import MaxNLocator
+
+    return MaxNLocator(12).tick_values(low, high)
+
+
+def hide_what_overlaps(figure: Figure) -> None:
+    """Of labels that lie on one another, the first stays."""
+    figure.draw_without_rendering()  # places them
+    for axes in figure.axes:
+        shown: list[Bbox] = []
+        for label in axes.texts:
+            box = label.get_window_extent().padded(3)
+            label.set_visible(not any(box.overlaps(other) for other in shown))
+            shown += [box] if label.get_visible() else []
 
 
 def _short(m: Measured, sizes: set[int]) -> str:

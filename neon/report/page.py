@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from neon.report.figures import DARK, LIGHT, as_png, caption, curve_figure, shrunk, summary_figure, tile
+from neon.report.figures import DARK, LIGHT, as_png, caption, curve_figure, distance_name, shrunk, summary_figure, tile
 from neon.report.page_style import PAGE
 from neon.report.result import FORMULA, Result, why_it_ended
 from neon.store import files
@@ -71,7 +71,7 @@ def _curve(result: Result) -> str:
     point = result.choice.point
     scale = "" if point.cfg_scale is None else f" and guidance {point.cfg_scale:g}"
     alt = (
-        f"{result.choice.metric} on the selection seeds against w{' and guidance' if scale else ''}: "
+        f"{distance_name(result.choice)} on the selection seeds against w{' and guidance' if scale else ''}: "
         f"{len(result.choice.scores)} points, lowest at w = {point.w:g}{scale}"
     )
     return (

@@ -127,6 +127,27 @@ def test_every_word_of_the_figures_is_on_the_picture_and_no_title_on_another(
         assert not any(a.overlaps(b) for a, b in combinations(titles, 2))
 
 
+@pytest.mark.parametrize("cfg_scale", ["[1.0, 1.2]", "[1.0]"], ids=["map", "curve"])
+def test_points_near_to_each_other_can_be_read(line_config, tmp_path, monkeypatch, cfg_scale):
+    """Their labels lay on one another, and the axis named 120 images beside points of 240."""
+    result, _ = finished(line_config, tmp_path / "run", monkeypatch, *SEARCH, f"select.cfg_scale={cfg_scale}")
+    first = result.choice.measured[0]
+    near = replace(first, point=replace(first.point, w=first.point.w + 0.01), num_images=60, value=first.value + 1e-3)
+    figure = curve_figure(replace(result, choice=replace(result.choice, measured=[*result.choice.measured, near])))
+    axes = figure.axes[0]
+    shown = [text for text in axes.texts if text.get_visible()]
+    figure.draw_without_rendering()
+    assert not any(a.get_window_extent().overlaps(b.get_window_extent()) for a, b in combinations(shown, 2))
+    words = " ".join(text.get_text() for text in (*shown, *axes.get_legend().texts, *axes.texts))
+    assert "120" in words
+    assert "60" in words
+    labels = [label for a in figure.axes for label in (a.get_xlabel(), a.get_ylabel())]
+    assert any(label.startswith("fd[") for label in labels)
+    assert not any("fd120" in label for label in labels)
+    if cfg_scale == "[1.0]":
+        assert "60 images, not in the fit" in words
+
+
 def test_pictures_are_the_pixels(line_config, tmp_path, monkeypatch):
     """A frame of the slider decodes to the images that the ledger keeps, one pixel of white between them."""
     result, text = finished(line_config, tmp_path / "run", monkeypatch, *SEARCH)
