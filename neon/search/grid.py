@@ -82,12 +82,16 @@ class Grid:
             self._count(0.0)
         return self._as_score(point, known)
 
+    def tell(self, text: str) -> None:
+        """A line for the person who waits, among those of the points."""
+        say(self._world, f"  {text}")
+
     def _count(self, seconds: float) -> None:
         if self._countdown is None:
             return
         text = self._countdown.passed(seconds)
         if seconds:
-            say(self._world, f"  {text}")
+            self.tell(text)
         if self._countdown.is_over:
             self._countdown = None
 

@@ -90,6 +90,8 @@ class Search:
     plan: Plan
     reference: Gaussian
     evaluate: Evaluate
+    tell: Callable[[str], None] = lambda text: None
+    """Called with a line for the person who waits."""
     _features: dict[Place, Tensor] = field(default_factory=dict)
     _failed: list[Place] = field(default_factory=list)
     _order: list[Place] = field(default_factory=list)
@@ -103,6 +105,7 @@ class Search:
             for place in wanted:
                 self._measure(place, count)
             low, high = self._inside(low, high)
+            before = low, high
             fit, fine = self._fitted(low, high, count)
             best, noise = fine.places[fine.best], self._report_noise(fine, count)
             if not math.isnan(predicted) and wanted[0] in self._features:
@@ -132,6 +135,10 @@ class Search:
                 return self._found(fit, fine, "flat", count)
             if not is_affordable:
                 return self._found(fit, fine, "budget", count)
+            if (low, high) != before:
+                self.tell(
+                    f"the lowest distance lies at the edge, w = {best.w:g}: w is now searched in {low:g} .. {high:g}"
+                )
             count = next_count
 
     def _measure(self, place: Place, count: int) -> None:

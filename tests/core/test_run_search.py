@@ -110,6 +110,12 @@ def test_a_grid_of_before_is_known_and_its_keys_stay(line_config, tmp_path):
     assert ledger(tmp_path / "run")[: len(lines)] == lines
 
 
+def test_a_range_that_is_extended_is_said_on_the_terminal(line_config, tmp_path, capsys):
+    run(line_config, tmp_path / "run", "select.w=[0.2]", "select.cfg_scale=[1.0]")
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "w is now searched in -1 .. 0.8" in line]
+    assert line.startswith("  the lowest distance lies at the edge, w = 0.2")
+
+
 def test_a_budget_below_the_first_points_is_refused_before_any_is_made(line_config, tmp_path):
     with pytest.raises(ValueError, match=r"select.budget_images = 100: the first points take 720 images \(120 each"):
         run(line_config, tmp_path / "run", "select.budget_images=100")

@@ -153,11 +153,25 @@ def test_guidance_is_searched_together_with_w():
     assert found.images_spent <= 3_200
 
 
-@pytest.mark.parametrize("best_w", [5.0, -2.5])
-def test_an_optimum_beyond_the_edge_extends_the_range_on_that_side(best_w):
-    found = searched(plan(), model(best_w), unit_noise(20_000)).run()
+@pytest.mark.parametrize(
+    ("best_w", "said"),
+    [(5.0, ["w = 3: w is now searched in -1 .. 5", "w = 5: w is now searched in -1 .. 8"]),
+     (-2.5, ["w = -1: w is now searched in -3 .. 3"]), (1.3, [])],
+)  # fmt: skip
+def test_an_optimum_beyond_the_edge_extends_the_range_on_that_side_and_says_so(best_w, said):
+    search, told = searched(plan(), model(best_w), unit_noise(20_000)), []
+    search.tell = told.append
+    found = search.run()
     assert found.place.w == pytest.approx(best_w, abs=0.3)
     assert found.reason == "gain"
+    assert told == [f"the lowest distance lies at the edge, {line}" for line in said]
+
+
+def test_a_range_that_the_budget_does_not_reach_is_not_said_to_be_searched():
+    search, told = searched(plan(budget_images=700), model(5.0), unit_noise(20_000)), []
+    search.tell = told.append
+    assert search.run().reason == "budget"
+    assert told == []
 
 
 def test_an_optimum_that_runs_away_is_said_to_lie_at_the_edge():
