@@ -173,7 +173,7 @@ def draw_map(axes: Axes, result: Result, ink: Ink) -> None:
     for m in sorted(choice.measured, key=lambda m: (math.isnan(m.value), m.value)):  # the lowest keep their labels
         place = m.point.w, m.point.cfg_scale or 0.0
         is_bad = math.isnan(m.value)
-        face = "none" if is_bad else filled.to_rgba(m.value)
+        face = "none" if is_bad else filled.to_rgba(np.array(m.value))
         axes.plot(*place, "X" if is_bad else "o", ms=10, color="white")  # seen on yellow and on purple
         axes.plot(*place, "x" if is_bad else "o", ms=6, mfc=face, mec="black", mew=0.8)
         is_right, is_top = place[0] > (ws[0] + ws[-1]) / 2, place[1] > (scales[0] + scales[-1]) / 2
