@@ -9,6 +9,7 @@ python scripts/search/study.py table      # writes docs/search.md from results/s
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -276,21 +277,38 @@ def summary(cases: Sequence[dict]) -> str:
 
 
 def diagnosis_table() -> str:
-    """What `neon diagnose` says of w's sign beside the dense grid's best w; made by diagnosis.py."""
-    rows = json.loads((RESULTS / "diagnose.json").read_text())
-    words = {1: "w > 0", -1: "w < 0", 0: "undecided"}
-
-    def verdict(row: dict) -> str:
-        return "-" if row["sign"] == 0 else "right" if row["sign"] * row["best_w"] > 0 else "wrong"
-
-    lines = ["Diagnosis on the toy (`python scripts/search/diagnosis.py`):", ""]
+    """What `neon diagnose` says of w's sign beside the best w that was measured; made by diagnosis.py."""
+    lines = ["Diagnosis on the toy (`python scripts/search/diagnosis.py toy`):", ""]
     lines += ["| model | seed | s, 95 % interval | cosine | says | best w | |", "|---|---|---|---|---|---|---|"]
-    for row in rows:
-        low, s, high = row["s"]
-        cells = [row["case"], str(row["seed"]), f"{s:.3g}, {low:.3g} .. {high:.3g}", f"{row['cosine']:+.2f}"]
-        cells += [words[row["sign"]], f"{row['best_w']:.2f}", verdict(row)]
-        lines.append(f"| {' | '.join(cells)} |")
+    for row in json.loads((RESULTS / "diagnose.json").read_text()):
+        lines.append(_diagnosed(row, [str(row["seed"])], [row["best_w"]]))
+    lines += [
+        "",
+        "Diagnosis on the small real models and the demo's (`python scripts/search/diagnosis.py small`; best w: of the",
+    ]
+    lines += ["searches and, by a parabola, of the grids that were measured, one synthetic set each):", ""]
+    lines += ["| model | images | s, 95 % interval | cosine | says | best w | |", "|---|---|---|---|---|---|---|"]
+    for row in json.loads((RESULTS / "diagnose_small.json").read_text()):
+        lines.append(_diagnosed(row, [f"{row['images']:,}"], measured_ws(row["case"])))
     return "\n".join(lines)
+
+
+def _diagnosed(row: dict, about: Sequence[str], best_ws: Sequence[float]) -> str:
+    low, s, high = row["s"]
+    signs = {row["sign"] * math.copysign(1, w) for w in best_ws}
+    verdict = "-" if row["sign"] == 0 else {1.0: "right", -1.0: "wrong"}[signs.pop()] if len(signs) == 1 else "mixed"
+    cells = [row["case"], *about, f"{s:.3g}, {low:.3g} .. {high:.3g}", f"{row['cosine']:+.2f}"]
+    cells += [{1: "w > 0", -1: "w < 0", 0: "undecided"}[row["sign"]], ", ".join(f"{w:.2f}" for w in best_ws), verdict]
+    return f"| {' | '.join(cells)} |"
+
+
+def measured_ws(case: str) -> list[float]:
+    """The best w of every synthetic set that results/ has of a small model."""
+    if case == "demo":
+        return [run["w"] for run in json.loads((ROOT / "results" / "demo.json").read_text())["steps"]["8"]]
+    found = json.loads((ROOT / "results" / "small" / f"{case}.json").read_text())
+    others = [found[set_]["parabola_w"] for set_ in ("seed1", "seed2") if set_ in found]
+    return [found["main"]["w"], *others]
 
 
 def small_table() -> str:
