@@ -24,7 +24,7 @@ from neon.runtime.progress import say
 from neon.sampling.generate import Source, generate
 from neon.sampling.options import Synth
 from neon.search.choose import Choice, by_grid, by_search, random_control
-from neon.search.grid import Grid
+from neon.search.ledger import Ledger
 from neon.search.options import Select
 from neon.search.points import Block, Score
 from neon.store import files, records
@@ -42,7 +42,7 @@ class Judge:
     """One run's points, judged by its yardsticks."""
 
     config: Experiment
-    grid: Grid
+    ledger: Ledger
     yardsticks: Sequence[Yardstick]
     num_classes: int
     world: World
@@ -61,9 +61,9 @@ class Judge:
         headline = self.yardstick.headline(config.num_images)
         say(self.world, f"select by {config.strategy}: {headline} on seeds {config.first_seed} .. {last}")
         if config.strategy == "grid":
-            return by_grid(self.grid, config, list(steps), self.yardstick, num_classes=self.num_classes)
+            return by_grid(self.ledger, config, list(steps), self.yardstick, num_classes=self.num_classes)
         images = self.config.need("report", Report).num_images
-        return by_search(self.grid, config, steps, self.yardstick, num_classes=self.num_classes, report_images=images)
+        return by_search(self.ledger, config, steps, self.yardstick, num_classes=self.num_classes, report_images=images)
 
     def report(self, choice: Choice) -> tuple[dict[str, Score], dict[str, Mapping[str, Tensor]]]:
         """Stage 4: base, self-trained, random and Neon on held-out noise, and the features of each."""
@@ -85,8 +85,8 @@ class Judge:
             "neon": point,
         }
         if any(y.reference is None for y in self.yardsticks):  # a function of one's own keeps no features
-            return {name: self.grid.score(p, block) for name, p in rows.items()}, {}
-        found = {name: self.grid.score_with_features(p, block, make_again=False) for name, p in rows.items()}
+            return {name: self.ledger.score(p, block) for name, p in rows.items()}, {}
+        found = {name: self.ledger.score_with_features(p, block, make_again=False) for name, p in rows.items()}
         return {name: score for name, (score, _) in found.items()}, {name: kept for name, (_, kept) in found.items()}
 
     def result(
@@ -102,7 +102,7 @@ class Judge:
         values = {name: score.metrics[metric] for name, score in rows.items() if score.failed is None}
         period = self.num_classes if config.labels == "balanced" and self.num_classes else 1
         difference, errors = compared(features, self.yardstick, values, period)
-        shown = {name: self.grid.shown(score, config.num_shown) for name, score in rows.items()}
+        shown = {name: self.ledger.shown(score, config.num_shown) for name, score in rows.items()}
         return Result(
             metric=metric,
             rows=rows,
@@ -121,7 +121,7 @@ class Judge:
     def _slides(self, choice: Choice) -> list[tuple[float, float | None, Tensor]]:
         """The pictures of the chosen snapshot's points, where the search kept any."""
         own = [s for s in choice.scores if s.point.snapshot == choice.point.snapshot or s.point.w == 0]
-        found = [(s.point.w, s.point.cfg_scale, self.grid.shown(s, 36)) for s in own if s.point.direction == "synth"]
+        found = [(s.point.w, s.point.cfg_scale, self.ledger.shown(s, 36)) for s in own if s.point.direction == "synth"]
         kept = [(w, cfg, images) for w, cfg, images in found if images is not None]
         return sorted(kept, key=lambda slide: (slide[0], slide[1] or 0.0))
 

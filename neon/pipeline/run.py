@@ -34,7 +34,7 @@ from neon.sampling.generate import Source
 from neon.sampling.options import Labels, Sampling, Synth
 from neon.sampling.synthesize import synthesize
 from neon.search.choose import Choice
-from neon.search.grid import Grid
+from neon.search.ledger import Ledger
 from neon.search.options import Select
 from neon.search.points import Point, Score
 from neon.store import files, records
@@ -199,7 +199,7 @@ class Run:
         return open_yardsticks(self.config.need("report", Report), self.world.device)
 
     @cached_property
-    def grid(self) -> Grid:
+    def grid(self) -> Ledger:
         shots = {path.stem.removeprefix("snapshot-"): path for path in snapshots(self.folder / "finetune")}
         if not shots:
             raise ValueError(f"{self.folder / 'finetune'}: no snapshots; run `neon finetune` first")
@@ -209,7 +209,7 @@ class Run:
             for name, path in shots.items()
         }
         source, base = self.source("balanced", 0), self.base_tensors
-        return Grid(source, self.model, base, readers, self.yardsticks, self.folder, protocol, self.world)
+        return Ledger(source, self.model, base, readers, self.yardsticks, self.folder, protocol, self.world)
 
     @cached_property
     def judge(self) -> Judge:

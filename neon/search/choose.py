@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fid.frechet import Gaussian
 from neon.evaluation.evaluate import Yardstick
-from neon.search.grid import Grid
+from neon.search.ledger import Ledger
 from neon.search.options import Select
 from neon.search.points import Block, Point, Score, best, points_to_try
 from neon.search.strategy import Found, Plan, Search, first_places
@@ -65,12 +65,14 @@ class Choice:
     """Standard errors of a grid's points; none where features were not kept."""
 
 
-def by_grid(grid: Grid, config: Select, snapshots: Sequence[str], yardstick: Yardstick, *, num_classes: int) -> Choice:
+def by_grid(
+    ledger: Ledger, config: Select, snapshots: Sequence[str], yardstick: Yardstick, *, num_classes: int
+) -> Choice:
     """Every (snapshot, w, cfg_scale) on the whole block, and a random direction; the lowest distance of w >= 0."""
     block = Block(labels=config.labels, first_seed=config.first_seed, num_images=config.num_images)
     metric = yardstick.headline(config.num_images)
     points = points_to_try(snapshots, config.w, config.cfg_scale)
-    grid.expect(len(points) + 1)
+    ledger.expect(len(points) + 1)
     reference, extractor = yardstick.reference, yardstick.extractor
     is_kept = reference is not None and 4 * config.num_images * extractor.dim * (len(points) + 1) <= KEPT_BYTES
     period = period_of(config.num_images, num_classes if config.labels == "balanced" else 1)
@@ -78,8 +80,8 @@ def by_grid(grid: Grid, config: Select, snapshots: Sequence[str], yardstick: Yar
 
     def look(point: Point) -> Score:
         if not is_kept or reference is None or config.num_images < 4:
-            return grid.score(point, block)
-        score, kept = grid.score_with_features(point, block, make_again=False)
+            return ledger.score(point, block)
+        score, kept = ledger.score_with_features(point, block, make_again=False)
         if extractor.name in kept:
             errors[point] = standard_error(kept[extractor.name], reference, period)
         return score
@@ -98,7 +100,7 @@ def random_control(point: Point) -> Point:
 
 
 def by_search(
-    grid: Grid,
+    ledger: Ledger,
     config: Select,
     steps: Mapping[str, float],
     yardstick: Yardstick,
@@ -118,8 +120,8 @@ def by_search(
     plan = plan_of(config, len(steps), min(dim, MOST_COMPONENTS), num_classes, report_images)
     reference, basis = leading(yardstick.reference)
     *others, last = steps
-    looked = Looked(grid, config, yardstick.extractor.name, last, basis)
-    found = Search(plan, reference, looked.at(last), grid.tell).run()
+    looked = Looked(ledger, config, yardstick.extractor.name, last, basis)
+    found = Search(plan, reference, looked.at(last), ledger.tell).run()
     snapshot = last
     if others and found.reason != "flat":
         better = _better_snapshot(found, plan, steps, looked, reference)
@@ -185,8 +187,8 @@ def leading(reference: Gaussian) -> tuple[Gaussian, Tensor | None]:
 class Looked:
     """What the search has seen: the ledger's scores and features, by point."""
 
-    def __init__(self, grid: Grid, config: Select, extractor: str, last: str, basis: Tensor | None):
-        self._grid, self._config, self._extractor, self._last, self._basis = grid, config, extractor, last, basis
+    def __init__(self, ledger: Ledger, config: Select, extractor: str, last: str, basis: Tensor | None):
+        self._ledger, self._config, self._extractor, self._last, self._basis = ledger, config, extractor, last, basis
         self.all_features: dict[Point, Tensor] = {}
         self.first_scores: list[Score] = []
         self.images_spent = 0
@@ -207,7 +209,7 @@ class Looked:
             num_images=len(images),
             num_shown=0 if images.start else min(NUM_SHOWN, len(images)),
         )
-        score, features = self._grid.score_with_features(point, block)
+        score, features = self._ledger.score_with_features(point, block)
         if images.start == 0 and all(score.key != other.key for other in self.first_scores):
             self.first_scores.append(score)
         self.images_spent += len(images)

@@ -14,7 +14,7 @@ from fid.files import data_offset
 from neon.pipeline.experiment import load
 from neon.pipeline.run import Run
 from neon.runtime.distributed import World
-from neon.search import grid
+from neon.search.ledger import ENTRY
 from neon.store import records
 from tests.core.test_run import run, without_times
 
@@ -171,7 +171,7 @@ def as_before(folder: Path) -> None:
     records.write_json(records.read_manifest(folder / "synth"), folder / "synth/manifest.json")
     lines = []
     for line in records.read_lines(folder / "ledger.jsonl"):
-        old = {k: line[k] for k in grid.ENTRY}
+        old = {k: line[k] for k in ENTRY}
         key = records.key_of(old)
         (folder / "shown" / f"{line['key'][:16]}.npz").exists() and (
             folder / "shown" / f"{line['key'][:16]}.npz"

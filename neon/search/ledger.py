@@ -1,5 +1,4 @@
-"""The search for w (and cfg_scale): the same noise for every point, a ledger that remembers each, controls always
-there."""
+"""The ledger of a run: what each point scored, looked up or computed once, every point on the same noise."""
 
 from __future__ import annotations
 
@@ -33,7 +32,7 @@ def _key(entry: Mapping[str, object]) -> str:
     return records.key_of(records.identity_of(entry))
 
 
-class Grid:
+class Ledger:
     """Evaluates points by moving one resident model. Points already in the ledger cost nothing.
 
     snapshots: name -> (sha256, function that reads its tensors). protocol: everything besides point and block that
@@ -53,14 +52,14 @@ class Grid:
     ):
         self._source, self._model, self._base, self._snapshots = source, model, base, snapshots
         self._yardsticks, self._folder, self._protocol, self._world = yardsticks, folder, protocol, world
-        self._ledger = folder / "ledger.jsonl"
+        self._file = folder / "ledger.jsonl"
         self._countdown: Countdown | None = None
         self._live: tuple[tuple[str, str], LiveMerge] | None = None
         if world.is_main:
             folder.mkdir(parents=True, exist_ok=True)
-            records.repair_lines(self._ledger)
+            records.repair_lines(self._file)
         world.barrier()
-        lines = records.read_lines(self._ledger) if world.is_main else []
+        lines = records.read_lines(self._file) if world.is_main else []
         # by what a line says, not by its key: keys of earlier versions held the batch and other keys of layout
         self._known: dict[str, dict] = world.broadcast({_key({k: line[k] for k in ENTRY}): line for line in lines})
 
@@ -179,7 +178,7 @@ class Grid:
             line = {"key": key, **entry, "metrics": {}, "seconds": {}, "failed": str(error)}
         line["made_with"] = records.made_with(self._world)
         if self._world.is_main:
-            records.append_line(self._ledger, line)
+            records.append_line(self._file, line)
         self._world.barrier()
         self._known[key] = line
         values = ", ".join(f"{name} {value:.4g}" for name, value in line["metrics"].items())
