@@ -130,7 +130,7 @@ def by_search(
             scale = steps[last] / steps[better]
             ends = sorted((0.5 * found.place.w * scale, 1.5 * found.place.w * scale))
             again = replace(plan, w=(ends[0], ends[1]), budget_images=left)
-            found, snapshot, plan = Search(again, reference, looked.at(better), grid.tell).run(), better, again
+            found, snapshot, plan = Search(again, reference, looked.at(better), ledger.tell).run(), better, again
     is_guided = config.cfg_scale is not None
     point = looked.point(snapshot, found.place)
     base_cfg = found.base.cfg_scale if is_guided else None
