@@ -77,7 +77,9 @@ def test_sums_gathers_broadcasts(tmp_path):
 
 
 RANK = """
-import os, signal, sys, time, torch
+import atexit, os, signal, sys, time
+atexit.register(print, "the interpreter's end", flush=True)  # before torch's: what is registered first runs last
+import torch
 from neon.runtime.distributed import world
 with world("cpu", timeout_s=3) as w:
     w.barrier()
@@ -134,9 +136,16 @@ def test_a_rank_that_fails_tells_the_others_why(tmp_path):
 
 
 @pytest.mark.parametrize("verb", ["barrier", "sum"])
+def test_a_rank_with_an_error_leaves_before_the_interpreters_end(tmp_path):
+    """There a living process group now and then aborts: -6 in place of exit code 1."""
+    ends = by_hand(tmp_path, 2, doomed=1, fate="raise ValueError('no such file: x')", verb="barrier")
+    assert [(code, out) for code, out, _ in ends] == [(1, "")] * 2
+    assert "rank 1 of 2 stops: ValueError: no such file: x" in ends[1][2], "what was printed is not lost"
+
+
 def test_a_rank_that_works_longer_than_the_timeout_is_waited_for(tmp_path, verb):
     ends = by_hand(tmp_path, 2, doomed=1, fate="time.sleep(9)", verb=verb)
-    assert [(code, out) for code, out, _ in ends] == [(0, "through\n")] * 2, ends
+    assert [(code, out) for code, out, _ in ends] == [(0, "through\nthe interpreter's end\n")] * 2, ends
 
 
 def test_a_user_error_on_ranks_is_one_line_and_not_success(line_config, tmp_path):
