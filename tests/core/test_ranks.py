@@ -135,7 +135,6 @@ def test_a_rank_that_fails_tells_the_others_why(tmp_path):
     assert "rank 1 of 2 ended: ValueError: no such file: x" in errors
 
 
-@pytest.mark.parametrize("verb", ["barrier", "sum"])
 def test_a_rank_with_an_error_leaves_before_the_interpreters_end(tmp_path):
     """There a living process group now and then aborts: -6 in place of exit code 1."""
     ends = by_hand(tmp_path, 2, doomed=1, fate="raise ValueError('no such file: x')", verb="barrier")
@@ -143,6 +142,7 @@ def test_a_rank_with_an_error_leaves_before_the_interpreters_end(tmp_path):
     assert "rank 1 of 2 stops: ValueError: no such file: x" in ends[1][2], "what was printed is not lost"
 
 
+@pytest.mark.parametrize("verb", ["barrier", "sum"])
 def test_a_rank_that_works_longer_than_the_timeout_is_waited_for(tmp_path, verb):
     ends = by_hand(tmp_path, 2, doomed=1, fate="time.sleep(9)", verb=verb)
     assert [(code, out) for code, out, _ in ends] == [(0, "through\nthe interpreter's end\n")] * 2, ends
