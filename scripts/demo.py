@@ -8,7 +8,6 @@ python scripts/demo.py --synth-seeds 3  # what made results/demo.json: three syn
 from __future__ import annotations
 
 import json
-import platform
 import shutil
 import subprocess
 import sys
@@ -33,6 +32,7 @@ from neon.pipeline.run import Run  # noqa: E402
 from neon.report.result import selection  # noqa: E402
 from neon.runtime.distributed import world  # noqa: E402
 from neon.search.points import Block  # noqa: E402
+from scripts.bench.measuring import processor  # noqa: E402
 from scripts.fashion_mnist import fetch, load_split  # noqa: E402
 
 CONFIG = ROOT / "configs" / "demo.toml"
@@ -105,6 +105,9 @@ def share_base_rows(first: Path, folder: Path) -> None:
 
 def three_seeds(num_seeds: int, out: Path) -> dict:
     """Every seed of S at 8 and at 18 steps, with real-against-real beside them."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.strip()  # now: by the end of the run there may be another
     runs: dict[str, list[dict]] = {"8": [], "18": []}
     for steps in (8, 18):
         for seed in range(num_seeds):
@@ -126,13 +129,10 @@ def three_seeds(num_seeds: int, out: Path) -> dict:
     for run in (*runs["8"], *runs["18"]):
         for row in (*run["rows"].values(), *run["select"]["points"]):
             row.pop("seconds", None)
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.strip()
     return {
         "command": f"python scripts/demo.py --synth-seeds {num_seeds}",
         "commit": commit,
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        "machine": f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
         "real_against_real": real_against_real(),
         "steps": runs,
     }

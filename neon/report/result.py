@@ -182,8 +182,8 @@ def edge_free_reason(search: Found, plan: Plan, spent: str) -> str:
         f"({search.noise:.3g})",
         "budget": f"the budget of {plan.budget_images:,} images was used ({spent}); a better place could gain about "
         f"{search.gain:.3g}",
-        "images": f"every point used the whole selection block of {plan.most_images:,} images; a better place could "
-        f"gain about {search.gain:.3g}: make select.num_images larger",
+        "images": f"{spent}; every point that decides used the whole selection block of {plan.most_images:,}; a better "
+        f"place could gain about {search.gain:.3g}: make select.num_images larger",
         "flat": f"{spent}; the curve is flat: no two values of w can be told apart",
         "edge": f"{spent}; the lowest distance lies at the edge, w = {search.place.w:g}: widen w (select.w)",
     }[search.reason]

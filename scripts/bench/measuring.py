@@ -26,7 +26,7 @@ def about(device: torch.device) -> dict[str, object]:
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load_average_before": round(os.getloadavg()[0], 2),
@@ -37,7 +37,7 @@ def about(device: torch.device) -> dict[str, object]:
     }
 
 
-def _processor() -> str:
+def processor() -> str:
     """The model's name where Linux tells it."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

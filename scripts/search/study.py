@@ -2,7 +2,7 @@
 
 python scripts/search/study.py toy        # trains the toy models, seconds per seed
 python scripts/search/study.py demo       # needs scripts/search/dense.py configs/demo.toml ... (see there)
-python scripts/search/study.py var        # likewise, configs/tiny_var.toml
+python scripts/search/study.py var        # likewise, configs/small/var.toml
 python scripts/search/study.py table      # writes docs/search.md from results/search/*.json
 """
 
@@ -24,6 +24,8 @@ sys.path.insert(0, str(ROOT))
 
 from fid.frechet import Gaussian  # noqa: E402
 from neon import reverse_merge  # noqa: E402
+from neon.pipeline.run import Run  # noqa: E402
+from neon.report.result import selection  # noqa: E402
 from neon.search.choose import plan_of  # noqa: E402
 from neon.search.options import Select  # noqa: E402
 from neon.search.strategy import Search  # noqa: E402
@@ -37,8 +39,11 @@ from scripts.search.dense import seeded  # noqa: E402
 
 RESULTS, STUDY = ROOT / "results" / "search", ROOT / "runs" / "search-study"
 TOY_REPORT, TOY_BLOCKS = 10_000, (10_000, 500)
-"""Images of the report and of the truth; of the selection block, which is what the fixed grid takes at every point."""
+"""Images of the report and of the truth; of the selection block, which is what the fixed grid takes at every point. The
+first block has a budget of a tenth of the authors' images, the second its default, a third of the grid's."""
 TOY_GRID = (0.5, 1.0, 1.5, 2.0)
+TOY_AUTHORS = 13 * TOY_REPORT
+DEMO_GRID = ("select.w=[0.5,1,1.5,2]", "select.num_images=500")
 VAR_SHORT = (
     "synth.num_images=500",
     "sampling.batch=100",
@@ -105,7 +110,8 @@ def toy_cases(name: str, model: Model, base: Weights, tuned: Weights, seed: int)
 
     rows, choices = [], []
     for block in TOY_BLOCKS:
-        select = Select(w=TOY_GRID, num_images=block, first_seed=0, labels="drawn")
+        budget = TOY_AUTHORS // 10 if block == TOY_REPORT else None
+        select = Select(w=TOY_GRID, num_images=block, first_seed=0, labels="drawn", budget_images=budget)
         plan = plan_of(select, 1, 2, 0, TOY_REPORT)
         found = Search(
             plan, reference, lambda place, images: points(place.w, noise[:, images.start : images.stop])
@@ -121,7 +127,7 @@ def toy_cases(name: str, model: Model, base: Weights, tuned: Weights, seed: int)
                 "ended_by": found.reason,
                 "images": found.images_spent,
                 "grid_images": (len(grid) + 1) * block,
-                "authors_images": 13 * 10_000,
+                "authors_images": TOY_AUTHORS,
             }
         )
     chosen = {place.w for place, others in choices for place in (place, *others.values())}
@@ -163,7 +169,9 @@ def dense_features(folder: Path, seed: int) -> tuple[list[Place], Tensor]:
     return places, torch.stack([r[:count] for r in rows])
 
 
-def real_case(config: Path, folder: Path, seed: int, overrides: tuple[str, ...], authors: int) -> dict[str, object]:
+def real_case(
+    config: Path, folder: Path, seed: int, overrides: tuple[str, ...], authors: int, fixed_grid: tuple[str, ...] | None
+) -> dict[str, object]:
     """One seed of a model with images: `neon search` on the config's selection seeds against the dense grid."""
     run = seeded(config, seed, folder, overrides)
     run.finetune()
@@ -181,50 +189,54 @@ def real_case(config: Path, folder: Path, seed: int, overrides: tuple[str, ...],
     scales = cfgs if len(cfgs) == 1 else torch.linspace(cfgs[0], cfgs[-1], 17).tolist()
     fine = [Place(w, c) for c in scales for w in ws]
     dense = surface(places, features, reference, fine, num_classes=10, trust=trust)
-    select = run.config.select
-    assert select is not None
-    grid_points = len({0.0, -1.0, *select.w}) * len(select.cfg_scale or (None,)) + 1
+    grid = run.config.select if fixed_grid is None else with_grid(config, seed, folder, fixed_grid).config.select
+    assert grid is not None
+    grid_points = len({0.0, -1.0, *grid.w}) * len(grid.cfg_scale or (None,)) + 1  # one for the random direction
     return {
         "case": config.stem,
         "seed": seed,
         "ended_by": choice.found.reason,
         "images": choice.found.images_spent,
-        "grid_images": 7 * 500 if config.stem == "demo" else grid_points * select.num_images,
+        "grid_images": grid_points * grid.num_images,
         "authors_images": authors,
         "dense_images": features.shape[1],
-        **judged(dense, choice.found.place, grid_choice(seed) if config.stem == "demo" else {}),
+        **judged(
+            dense, choice.found.place, {} if fixed_grid is None else grid_choice(config, seed, folder, fixed_grid)
+        ),
     }
 
 
-def grid_choice(seed: int) -> dict[str, Place]:
-    """What the fixed grid of results/demo.json chose for this synthetic set, and the parabola through its values."""
-    runs = json.loads((ROOT / "results" / "demo.json").read_text())["steps"]["8"]
-    own = [run for run in runs if run["synth_seed"] == seed]
-    return {
-        name: Place(value)
-        for run in own
-        for name, value in (("grid", run["w"]), ("parabola", run["select"]["parabola_w"]))
-        if value is not None
-    }
+def with_grid(config: Path, seed: int, folder: Path, fixed_grid: tuple[str, ...]) -> Run:
+    return seeded(config, seed, folder, ("select.strategy=grid", *fixed_grid))
+
+
+def grid_choice(config: Path, seed: int, folder: Path, fixed_grid: tuple[str, ...]) -> dict[str, Place]:
+    """What the fixed grid chooses on the same synthetic set, and the parabola through its lowest values."""
+    choice = with_grid(config, seed, folder, fixed_grid).select()
+    ws = selection(choice)["parabola_w"]
+    return {"grid": Place(choice.point.w)} | ({"parabola": Place(ws)} if isinstance(ws, float) else {})
 
 
 def demo() -> list[dict[str, object]]:
-    return _real(ROOT / "configs" / "demo.toml", STUDY / "demo", (), 13 * 10_000)
+    return _real(ROOT / "configs" / "demo.toml", STUDY / "demo", (), 13 * 10_000, DEMO_GRID)
 
 
 def var() -> list[dict[str, object]]:
     """20 updates of 64 images instead of 200 of 128, at four times the rate: what a CPU can pay for some times."""
-    return _real(ROOT / "configs" / "small" / "var.toml", STUDY / "var", VAR_SHORT, 17 * 14 * 10_000)
+    return _real(ROOT / "configs" / "small" / "var.toml", STUDY / "var", VAR_SHORT, 17 * 14 * 10_000, None)
 
 
-def _real(config: Path, folder: Path, overrides: tuple[str, ...], authors: int) -> list[dict[str, object]]:
+def _real(
+    config: Path, folder: Path, overrides: tuple[str, ...], authors: int, fixed_grid: tuple[str, ...] | None
+) -> list[dict[str, object]]:
+    """fixed_grid: the settings of a grid that is run beside the search; None: only its images are counted."""
     found = []
     done = [len(list((folder / f"seed-{seed}" / "dense").glob("*.npy"))) for seed in range(5)]
     for seed, num_places in enumerate(done):
         if num_places < max(1, *done):
             click.echo(f"{folder}: {num_places} of {max(done)} places of seed {seed}'s dense grid; left out", err=True)
             continue
-        found.append(real_case(config, folder, seed, overrides, authors))
+        found.append(real_case(config, folder, seed, overrides, authors, fixed_grid))
         click.echo(json.dumps(found[-1]), err=True)
     return found
 
