@@ -3,7 +3,9 @@ files."""
 
 import os
 import resource
+import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -59,18 +61,58 @@ def test_every_batch_is_made_once_whenever_it_is_killed(tmp_path, monkeypatch):
         assert not (folder / "parts").exists()
 
 
+class Threads(World):
+    """A rank of several that are threads of this process: they meet here, and gather here."""
+
+    def __init__(self, rank: int, size: int, meeting: threading.Barrier, said: list):
+        super().__init__(rank, size)
+        self.__dict__.update(meeting=meeting, said=said)
+
+    def gather(self, value):
+        self.said[self.rank] = value
+        self.barrier()
+        found = list(self.said)
+        self.barrier()
+        return found
+
+    def broadcast(self, value):
+        return self.gather(value)[0]
+
+    def barrier(self):
+        self.meeting.wait(30)
+
+
 @pytest.mark.parametrize("size", [2, 3, 5])
-def test_ranks_share_batches_not_shards(tmp_path, size):
-    """With one shard, a share per rank; no rank makes two batches more than another."""
-    made = []
-    for rank in range(size):
-        maker = Maker()
-        ranks = World(rank=rank, size=size)
-        batches = [b for i in shards.shard_ranges(20, 20) for b in filling._cut(list(i), 3)]
-        list(maker(batches[ranks.rank :: ranks.size]))
-        made.append(len(maker.made))
-    assert max(made) - min(made) <= 1
-    assert sum(made) == 7
+@pytest.mark.parametrize("shard_images", [20, 8], ids=["one shard", "three shards"])
+def test_ranks_share_batches_not_shards(tmp_path, size, shard_images):
+    """Also of a single shard every rank makes its share; none makes two batches more than another in a round."""
+    makers, (meeting, said) = [Maker() for _ in range(size)], (threading.Barrier(size), [None] * size)
+    whole = plan(tmp_path / "s", shard_images=shard_images)
+    with ThreadPoolExecutor(size) as pool:
+        done = [
+            pool.submit(fill, whole, makers[rank], Threads(rank, size, meeting, said), "synth") for rank in range(size)
+        ]
+        found = [one.result() for one in done]
+    assert all(one.read(range(20))[:, 0, 0].tolist() == list(range(20)) for one in found)
+    counts = [len(maker.made) for maker in makers]
+    assert sum(counts) == (7 if shard_images == 20 else 8)
+    rounds = -(-len(whole.ranges) // size)
+    assert max(counts) - min(counts) <= rounds
+
+
+def test_progress_moves_with_every_batch(tmp_path, monkeypatch):
+    """Not once per shard: one of 1,024 images may take an hour."""
+    moves: list[int] = []
+
+    class Bar:
+        def update(self, count: int) -> None:
+            moves.append(count)
+
+        def close(self) -> None: ...
+
+    monkeypatch.setattr(filling, "progress", lambda **options: Bar())
+    fill(plan(tmp_path / "s", shard_images=20), Maker(), World(), "synth")
+    assert moves == [3, 3, 3, 3, 3, 3, 2]
 
 
 def test_a_part_of_another_batch_size_is_used(tmp_path, monkeypatch):
