@@ -126,3 +126,12 @@ def assert_close(
     torch.testing.assert_close(
         actual.double(), expected.double(), atol=atol, rtol=rtol, msg=lambda text: f"{what}: {text}"
     )
+
+
+def dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    """F.dropout with the masks of the golden vectors: a float64 uniform number per entry, in the order of memory. Older
+    torch (2.5) draws the masks with MKL's own generator, so that they depend on torch's version and the processor."""
+    if not training or p == 0:
+        return x
+    is_kept = torch.empty_like(x, dtype=torch.float64).uniform_() < 1 - p
+    return x * is_kept.to(x.dtype).div_(1 - p)

@@ -294,7 +294,8 @@ def published_draws(net, images, labels, how):
 
 
 @pytest.mark.parametrize("file", LOSSES, **by_name)
-def test_loss(file):
+def test_loss(file, monkeypatch):
+    monkeypatch.setattr(torch.nn.functional, "dropout", goldens.dropout)
     config, arrays = goldens.load(file)
     net, how = build(config, arrays).train(), objective_of(config)
     images, labels = tensor(arrays["images"]), indices_of(tensor(arrays["labels"]))
@@ -321,7 +322,8 @@ def test_loss(file):
 
 
 @pytest.mark.parametrize("file", LOSSES, **by_name)
-def test_loss_of_an_image_is_the_sum_over_its_pixels(file):
+def test_loss_of_an_image_is_the_sum_over_its_pixels(file, monkeypatch):
+    monkeypatch.setattr(torch.nn.functional, "dropout", goldens.dropout)
     config, arrays = goldens.load(file)
     net, how = build(config, arrays).train(), objective_of(config)
     images, labels = tensor(arrays["images"]), indices_of(tensor(arrays["labels"]))

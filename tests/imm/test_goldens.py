@@ -253,7 +253,8 @@ def record_states(net):
 
 
 @pytest.mark.parametrize("file", goldens.collect("imm", "*.npz", kind="loss"), ids=lambda f: f.stem)
-def test_loss(file):
+def test_loss(file, monkeypatch):
+    monkeypatch.setattr(nn.functional, "dropout", goldens.dropout)
     config, arrays = goldens.load(file)
     net = seeded(config["net"], arrays).train()
     how = objective(config["loss"])
@@ -295,7 +296,8 @@ def test_mmd_of_the_stored_samples(file):
 
 
 @pytest.mark.parametrize("file", goldens.collect("imm", "*.npz", kind="loss"), ids=lambda f: f.stem)
-def test_training_steps(file):
+def test_training_steps(file, monkeypatch):
+    monkeypatch.setattr(nn.functional, "dropout", goldens.dropout)
     config, arrays = goldens.load(file)
     net = seeded(config["net"], arrays).train()
     average = {name: parameter.detach().clone() for name, parameter in net.named_parameters()}
