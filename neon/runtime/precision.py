@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Literal
 
 import torch
+from torch import nn
 
 Precision = Literal["fp32", "cudnn-tf32", "tf32", "bf16", "fp16"]
 """fp32: exact, also in convolutions, where torch itself would use TF32 on a GPU. tf32: products with 10 bits of
@@ -27,3 +28,21 @@ def arithmetic(device: torch.device, precision: Precision) -> Iterator[None]:
             yield
     finally:
         torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = cudnn, matmul
+
+
+@contextmanager
+def weights_cast_once(network: nn.Module) -> Iterator[None]:
+    """Inside autocast: a weight is cast when the block first needs it, not at every call. The same numbers; the copies
+    (2 bytes per weight) live until autocast ends. Nothing in the block may change the weights.
+
+    torch keeps the casts of weights that take gradients, but not in inference mode: so they pretend to.
+    """
+    frozen = [parameter for parameter in network.parameters() if not parameter.requires_grad]
+    with torch.inference_mode(False), torch.no_grad():
+        try:
+            for parameter in frozen:
+                parameter.requires_grad_(parameter.is_floating_point())
+            yield
+        finally:
+            for parameter in frozen:
+                parameter.requires_grad_(False)

@@ -14,7 +14,7 @@ from neon import first_batch
 from neon.family import Family
 from neon.networks import autoencoder
 from neon.quantize import to_uint8
-from neon.runtime.precision import arithmetic
+from neon.runtime.precision import AUTOCAST, arithmetic, weights_cast_once
 from neon.runtime.speed import accelerated
 from neon.sampling.options import Labels, Sampling
 from neon.seeds import image_rng
@@ -70,10 +70,12 @@ def _generate(
         if source.labels == "balanced" and source.num_classes:
             labels = torch.tensor([i % source.num_classes for i in indices], device=device)
         family, speed = source.family, source.sampling.speed
-        with (
-            arithmetic(device, source.sampling.arithmetic),
-            accelerated(model, family.graphed(model), family.compiled, speed),
-        ):
+        with ExitStack() as stack:
+            stack.enter_context(arithmetic(device, source.sampling.arithmetic))
+            stack.enter_context(accelerated(model, family.graphed(model), family.compiled, speed))
+            is_replayed = device.type == "cuda" and family.graphed(model) is not None
+            if source.sampling.arithmetic in AUTOCAST and not is_replayed:  # a graph would outlive the copies
+                stack.enter_context(weights_cast_once(model))
             returned = family.sample(model, rng, labels, source.options)
         yield Batch(indices, *first_batch.sampled(family.name, returned, len(indices), source.num_classes))
 
