@@ -23,7 +23,7 @@ from pathlib import Path
 
 import click
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Action = Callable[[], Tensor]
 DIM = 2048
@@ -45,13 +45,18 @@ def inception() -> Action:
     return lambda: extractor(images).pool
 
 
-def var_decoder(memory_format: torch.memory_format = torch.contiguous_format) -> Action:
-    """The VQ-VAE of VAR at its published size, one image of 256 x 256."""
+def var_vqvae(memory_format: torch.memory_format) -> nn.Module:
+    """The VQ-VAE of VAR at its published size."""
     from var.vqvae import VQVAE, VQVAEArch
 
     torch.manual_seed(0)
     network = VQVAE(VQVAEArch(patch_nums=(1, 2, 3, 4, 5, 6, 8, 10, 13, 16))).eval().requires_grad_(False)
-    network.to(memory_format=memory_format)
+    return network.to(memory_format=memory_format)
+
+
+def var_decoder(memory_format: torch.memory_format = torch.contiguous_format) -> Action:
+    """One image of 256 x 256."""
+    network = var_vqvae(memory_format)
     latents = torch.randn(1, 32, 16, 16)
     return torch.inference_mode()(lambda: pixels(network.decode(latents)))
 
@@ -59,6 +64,22 @@ def var_decoder(memory_format: torch.memory_format = torch.contiguous_format) ->
 def var_decoder_channels_last() -> Action:
     """The same with sampling.channels_last, against itself without in the other checkout."""
     return var_decoder(torch.channels_last)
+
+
+def var_decoder_compiled() -> Action:
+    """The same with sampling.speed = "compiled"."""
+    from neon.networks import autoencoder
+    from neon.runtime.speed import accelerated
+
+    network = var_vqvae(torch.channels_last)
+    latents = torch.randn(1, 32, 16, 16)
+
+    @torch.inference_mode()
+    def decode() -> Tensor:
+        with accelerated(network, None, autoencoder.COMPILED, "compiled"):
+            return pixels(network.decode(latents))
+
+    return decode
 
 
 def kl_decoder(ch_mult: tuple[int, ...], z_channels: int, side: int) -> Action:
@@ -158,6 +179,7 @@ CASES: dict[str, tuple[Callable[[], Action], Callable[[], Action]]] = {
     "xar_decoder": (xar_decoder, xar_decoder),
     "imm_decoder": (imm_decoder, imm_decoder),
     "var_decoder, channels_last": (var_decoder, var_decoder_channels_last),
+    "var_decoder, compiled": (var_decoder, var_decoder_compiled),
     "kid": (kid, kid),
     "precision_recall": (precision_recall, precision_recall),
     "demo_sampling": (demo_sampling, demo_sampling),
