@@ -114,8 +114,10 @@ def assert_denoised(actual, expected, what=""):
 def test_preconditioner(file):
     config, arrays = goldens.load(file)
     net = build(config, arrays)
-    assert net.sigma_min == float(config["sigma_min"])
-    assert net.sigma_max == float(config["sigma_max"])
+    # iDDPM's levels begin with float32 sines, which MKL rounds in its own way on each kind of processor
+    is_table = "u" in arrays
+    limits = [float(config["sigma_min"]), float(config["sigma_max"])]
+    assert [net.sigma_min, net.sigma_max] == (pytest.approx(limits, rel=1e-6) if is_table else limits)
     x, labels = tensor(arrays["x"]), optional(arrays, "class_labels")
     sigmas = tensor(arrays["sigmas"])
     for sigma, expected in zip(sigmas, arrays["out"], strict=True):
@@ -131,9 +133,9 @@ def test_preconditioner(file):
         )
     rounded = net.round_sigma(tensor(arrays["round_sigma_in"]))
     assert rounded.dtype == torch.float64
-    assert torch.equal(rounded, tensor(arrays["round_sigma_out"]))
-    if "u" in arrays:
-        assert torch.equal(net.u, tensor(arrays["u"]))
+    assert_close(rounded, arrays["round_sigma_out"], atol=0, rtol=1e-6 if is_table else 0)
+    if is_table:
+        assert_close(net.u, arrays["u"], atol=0, rtol=1e-6)
         assert torch.equal(net.nearest_level(tensor(arrays["round_sigma_in"])), tensor(arrays["round_index"]))
 
 
@@ -177,7 +179,8 @@ def test_noise_levels(file):
         net = tiny(classes[kind])
         calls = called_sigmas(net, Sampling(num_steps=int(num_steps), **changed))
         levels = [calls[0], *calls[1::2], 0.0]  # every level but the first ends a step, where its second call is made
-        assert (calls if key.endswith("_calls") else levels) == expected.tolist(), key
+        actual = calls if key.endswith("_calls") else levels
+        assert actual == (pytest.approx(expected.tolist(), rel=1e-6) if kind == "iddpm" else expected.tolist()), key
         checked += 1
     assert checked == len(arrays)
 
