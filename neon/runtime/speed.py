@@ -34,7 +34,8 @@ Forward = Callable[..., Tensor]
 def keep_freed_memory() -> None:
     """From now on tensors on the CPU take the place of freed ones, as they do on a GPU; the process keeps its peak.
 
-    glibc gives blocks above 32 MiB back to the system at once; fetching them again, page by page, takes time. Other C libraries: nothing happens.
+    glibc gives blocks above 32 MiB back to the system at once; fetching them again, page by page, takes time.
+    Other C libraries: nothing happens.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
