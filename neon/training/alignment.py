@@ -20,6 +20,8 @@ from torch import Tensor
 Gradients = Callable[[int, Mapping[str, Tensor] | None], dict[str, Tensor]]
 """(k, offset) -> gradient of the mean loss of batch k at the base, or at base + offset, by parameter."""
 NUM_DRAWS = 2_000
+NEAR_BASE = 0.1
+"""A predicted |w| below it says that the loss has its minimum at the base; the distance of the samples may not."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +54,8 @@ class Alignment:
         if self.sign == 0:
             return f"undecided: {interval} holds both signs. Use more images, or search w on both sides of 0"
         where = "" if self.best_w is None else f"; by the loss alone the best w is about {self.best_w:.2g}"
+        if self.best_w is not None and abs(self.best_w) < NEAR_BASE:
+            where += ": the loss is least near the base, where the samples need not be best, so search both signs"
         if self.sign > 0:
             return f"w > 0 should help: training on the samples would raise the loss on real images ({interval}){where}"
         return f"w < 0 should help: training on the samples also lowers the loss on real images ({interval}){where}"

@@ -296,12 +296,27 @@ def diagnosis_table() -> str:
         lines.append(_diagnosed(row, [str(row["seed"])], [row["best_w"]]))
     lines += [
         "",
-        "Diagnosis on the small real models and the demo's (`python scripts/search/diagnosis.py small`; best w: of the",
+        "Diagnosis on real models (`python scripts/search/diagnosis.py small`; best w: of every synthetic set):",
+        "",
     ]
-    lines += ["searches and, by a parabola, of the grids that were measured, one synthetic set each):", ""]
     lines += ["| model | images | s, 95 % interval | cosine | says | best w | |", "|---|---|---|---|---|---|---|"]
     for row in json.loads((RESULTS / "diagnose_small.json").read_text()):
         lines.append(_diagnosed(row, [f"{row['images']:,}"], measured_ws(row["case"])))
+    return "\n".join([*lines, "", loss_table()])
+
+
+def loss_table() -> str:
+    """The held-out loss of the demo along w; made by diagnosis.py."""
+    found = json.loads((RESULTS / "diagnose_loss.json").read_text())
+    ws, changes = zip(*((f"{r['w']:g}", f"{r['change']:+.2f} +- {r['error']:.2f}") for r in found["rows"]), strict=True)
+    lines = [
+        f"The demo's loss on {found['images']:,} held-out real images at w, less that of the base "
+        f"({found['base_loss']:.1f}), with the same draws (`python scripts/search/diagnosis.py loss`):",
+        "",
+        f"| w | {' | '.join(ws)} |",
+        "|---" * (1 + len(ws)) + "|",
+        f"| | {' | '.join(changes)} |",
+    ]
     return "\n".join(lines)
 
 

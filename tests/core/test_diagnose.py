@@ -57,6 +57,14 @@ def test_without_noise_it_is_the_closed_form():
     assert it.best_w == pytest.approx(-it.s / (0.5 * 7.0), rel=1e-6)
 
 
+@pytest.mark.parametrize(("curvature", "is_near"), [(0.0, False), (19.0, False), (21.0, True)])
+def test_a_loss_that_is_least_at_the_base_is_said_not_to_decide(curvature, is_near):
+    """The small EDM: w < 0 by the interval, best w -0.011 by the loss, 1.2 to 1.7 by the distance."""
+    it = Alignment(s=1.0, low=0.5, high=1.5, cosine=0.2, curvature=curvature, alpha=0.5)
+    assert it.sentence().startswith("w < 0 should help")
+    assert ("search both signs" in it.sentence()) == is_near
+
+
 @pytest.mark.parametrize("num_batches", [4, 9])
 def test_the_progress_ends_at_100_percent(num_batches):
     asked = []
