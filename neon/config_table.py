@@ -239,7 +239,8 @@ def _type_name(hint: object) -> str:
     if origin is Literal:
         return "one of " + ", ".join(repr(a) for a in arguments)
     if origin is tuple:
-        return f"a list of {_type_name(arguments[0])}"
+        count = "one or more entries" if Ellipsis in arguments else f"{len(arguments)} entries"
+        return f"a list [...] of {count}, each {_type_name(arguments[0])}"
     names: dict[object, str] = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
     return names.get(hint) or ("a table" if origin is not None else str(getattr(hint, "__name__", hint)))
 

@@ -90,6 +90,8 @@ def hashes_of(sums: Sequence[Sequence[dict[str, str]]], number: int) -> dict[str
 
 
 def complaints(stats: Sequence[Moved], request: Request) -> Iterator[str]:
+    if stats[0].about()["relative_step"] == 0:
+        yield "BASE and SYNTH hold the same numbers: the result is BASE, whatever w is"
     for w, moved in zip(request.w, stats, strict=True):
         swallowed = moved.about()["swallowed"]
         if swallowed > 0.01:
@@ -97,6 +99,20 @@ def complaints(stats: Sequence[Moved], request: Request) -> Iterator[str]:
             yield f"{share}: their dtype is too coarse for this step"
         if moved.overflowed:
             yield f"w = {w:g}: {moved.overflowed} entries left the range of their dtype and are infinite or NaN"
+
+
+def doubts(pair: Pair, base_sha256: str, synth_sha256: str) -> Iterator[str]:
+    """What the files say of their origin against the order in which they were named; nothing without hashes."""
+    origin_of_base, origin_of_synth = (found.meta.get("base_sha256") for found in (pair.base, pair.synth))
+    if not base_sha256:
+        return
+    if origin_of_base == synth_sha256:
+        yield (
+            f"{pair.base.path} says that it was made from {pair.synth.path}: are they swapped? "
+            "The base comes first: neon merge BASE SYNTH"
+        )
+    elif origin_of_synth not in (None, base_sha256):
+        yield f"{pair.synth.path} says that it was made from another base than {pair.base.path} (base_sha256)"
 
 
 def write_pair(
@@ -122,6 +138,8 @@ def write_pair(
                 stack.pop_all()  # `finish` closes them, while the next file is merged
             for output, digests in zip(outputs, sums, strict=True):
                 digests[name] = finishing.submit(finish, output, plan, inputs, has_hash=request.has_hashes)
+    for problem in doubts(pair, *inputs):
+        log.warning("%s", problem)
     found = [{name: digest.result() for name, digest in digests.items()} for digests in sums]
     for place, w, done in zip(places, request.w, found, strict=True):
         if is_folder and pair.base.shards:

@@ -43,7 +43,10 @@ def folder_lock(folder: Path) -> Iterator[None]:
 
     Raises FolderInUseError, which names the holder, if another process (or another block of this one) owns it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise NotADirectoryError(f"{folder} cannot be a folder: a file is in its place; name another folder") from error
     with open(folder / ".lock", "a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -209,3 +209,10 @@ def test_a_folder_from_before_a_key_was_renamed_goes_on(tmp_path):
         records.check_same({"recipe": {**now["recipe"], "objective": {"a": 2.0, "label_dropout": 0.2}}}, now, tmp_path)
     with pytest.raises(ValueError, match=r"recipe\.arch\.label_dropout is 0\.3 there and 0\.4 now"):
         records.check_same(now, {"recipe": {**now["recipe"], "arch": {"label_dropout": 0.4}}}, tmp_path)
+
+
+def test_a_file_in_the_place_of_a_run_folder_is_said(tmp_path):
+    (tmp_path / "mine.py").write_text("")
+    for folder in (tmp_path / "mine.py", tmp_path / "mine.py" / "run"):
+        with pytest.raises(OSError, match="cannot be a folder: a file is in its place"), files.folder_lock(folder):
+            pass

@@ -297,3 +297,25 @@ def test_keep_base_with_names_in_one_file_only(tmp_path):
     about = neon("merge", base, synth, "--w", 1, "--on-mismatch", "keep_base", "--out", out)
     assert about["relative_step"] == 1.0
     assert safetensors.torch.load_file(out)["a"].tolist() == [2.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("base", "synth", "said"),
+    [
+        ("base", "synth", ""),
+        ("synth", "base", "are they swapped? The base comes first: neon merge BASE SYNTH"),
+        ("base", "base", "hold the same numbers: the result is BASE, whatever w is"),
+        ("other", "synth", "synth.safetensors says that it was made from another base than"),
+    ],
+)
+def test_files_that_hardly_belong_together_in_this_order_are_a_warning(tmp_path, base, synth, said):
+    """As `neon finetune` writes its snapshots: with the hash of their base."""
+    weights = {"base": BASE, "other": network(2).state_dict(), "synth": SYNTH}
+    for name in ("base", "other"):
+        checkpoint.write(tmp_path / f"{name}.safetensors", weights[name], metadata={"weights": "raw"})
+    origin = checkpoint.read(tmp_path / "base.safetensors", weights="raw").sha256
+    checkpoint.write(tmp_path / "synth.safetensors", SYNTH, metadata={"weights": "raw", "base_sha256": origin})
+    files = [tmp_path / f"{name}.safetensors" for name in (base, synth)]
+    done = CliRunner().invoke(main, ["merge", *map(str, files), "--w", "1", "--out", str(tmp_path / "out.safetensors")])
+    assert done.exit_code == 0, done.output
+    assert (said in done.stderr) if said else ("warning" not in done.stderr), done.stderr
