@@ -16,7 +16,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from neon.runtime import TIMEOUT_S
-from neon.runtime.speed import keep_freed_memory
 from neon.runtime.waiting import Meeting, Store
 
 T = TypeVar("T")
@@ -131,8 +130,6 @@ def world(device: str | None = None, timeout_s: float = TIMEOUT_S) -> Iterator[W
         raise ValueError(f"--timeout must be > 0 and at most {LONGEST_S:.0f} seconds, got {timeout_s}")
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     where = _device(device)
-    if where.type == "cpu":
-        keep_freed_memory()
     if size == 1:
         yield World(device=where, timeout_s=timeout_s)
         return

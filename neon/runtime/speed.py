@@ -11,8 +11,6 @@ Weights may move in place between calls (`LiveMerge.set_w`): graphs and compiled
 
 from __future__ import annotations
 
-import ctypes
-import platform
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Literal
@@ -23,24 +21,10 @@ from torch import Tensor, nn
 Speed = Literal["exact", "compiled", "fast"]
 WARM_UP_CALLS = 3
 """Calls before a capture: libraries choose their kernels and allocate their workspaces in the first ones."""
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-"""Parameters of glibc's mallopt(3)."""
 RECOMPILE_LIMIT = 64
 """Blocks of one class share their compiled code; a U-Net has about thirty shapes of them."""
 
 Forward = Callable[..., Tensor]
-
-
-def keep_freed_memory() -> None:
-    """From now on tensors on the CPU take the place of freed ones, as they do on a GPU; the process keeps its peak.
-
-    glibc gives blocks above 32 MiB back to the system at once; fetching them again, page by page, takes time.
-    Other C libraries: nothing happens.
-    """
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_MAX, 0)
-        libc.mallopt(M_TRIM_THRESHOLD, -1)  # as an unsigned number: never
 
 
 class GraphedForward:

@@ -224,15 +224,12 @@ class Side:
 def work(case: str, is_after: bool, threads: int, out: Path) -> None:
     sys.path.insert(0, str(Path.cwd()))  # the checkout; before it stands this script's own folder
     torch.set_num_threads(threads)
-    from neon.runtime.distributed import world
-
-    with world("cpu"):  # as every command does it
-        action = CASES[case][is_after]()
-        result = None
-        for _ in sys.stdin:
-            wall, cpu = time.perf_counter(), time.process_time()
-            result = action()
-            print(json.dumps({"wall_s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu}), flush=True)
+    action = CASES[case][is_after]()
+    result = None
+    for _ in sys.stdin:
+        wall, cpu = time.perf_counter(), time.process_time()
+        result = action()
+        print(json.dumps({"wall_s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu}), flush=True)
     torch.save(result, out)
 
 

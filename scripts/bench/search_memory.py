@@ -19,7 +19,6 @@ from imm.presets import IMAGENET256
 from neon.checkpoints import checkpoint
 from neon.family import resolve
 from neon.merge import LiveMerge, RandomDirection
-from neon.runtime.distributed import world
 
 POINTS = (0.0, 0.5, -1.0)
 
@@ -46,20 +45,19 @@ def main(model_type: str, folder: Path | None, out: Path | None) -> None:
                 parameter.add_(1e-3 * torch.randn_like(parameter))
         checkpoint.write(synth_path, model.state_dict(), metadata=metadata)
         del model, state
-        with world("cpu"):  # as every command does it
-            reset_peak(device)
-            before = peak_mib(device)
-            model = family.load(checkpoint.read(base_path)).eval().requires_grad_(False)
-            base = {name: value.detach().clone() for name, value in model.state_dict().items()}
-            synth = checkpoint.read(synth_path).tensors
-            names = [name for name, _ in model.named_parameters()]
-            seconds = []
-            for direction in (synth, RandomDirection(base, synth, names, seed=0)):
-                live = LiveMerge(model, base, direction)
-                for w in POINTS:
-                    started = time.perf_counter()
-                    live.set_w(w)
-                    seconds.append(round(time.perf_counter() - started, 2))
+        reset_peak(device)
+        before = peak_mib(device)
+        model = family.load(checkpoint.read(base_path)).eval().requires_grad_(False)
+        base = {name: value.detach().clone() for name, value in model.state_dict().items()}
+        synth = checkpoint.read(synth_path).tensors
+        names = [name for name, _ in model.named_parameters()]
+        seconds = []
+        for direction in (synth, RandomDirection(base, synth, names, seed=0)):
+            live = LiveMerge(model, base, direction)
+            for w in POINTS:
+                started = time.perf_counter()
+                live.set_w(w)
+                seconds.append(round(time.perf_counter() - started, 2))
     result |= {"resident_before_mib": before, "peak_mib": peak_mib(device), "seconds_per_move": seconds}
     publish(result, out)
 

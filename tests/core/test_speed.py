@@ -1,7 +1,6 @@
 """sampling.speed: what compiled blocks change, and that nothing stays behind."""
 
 import json
-import platform
 import subprocess
 import sys
 from dataclasses import fields
@@ -73,24 +72,6 @@ def test_compiled_blocks_agree_to_rounding_and_leave_the_exact_mode_as_it_was():
     moved = codes(sampling())
     assert not torch.equal(moved, exact)
     torch.testing.assert_close(codes(sampling(speed="compiled")), moved, rtol=0, atol=1e-4 * moved.std().item())
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
-def test_commands_on_a_cpu_fetch_the_memory_of_a_large_tensor_once():
-    """16,384 pages of 64 MiB; the second tensor takes the place of the first."""
-    code = """
-import resource, torch
-from neon.runtime.distributed import world
-def pages_of_a_tensor():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ones(1 << 24)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-with world("cpu"):
-    pages_of_a_tensor()
-    print(pages_of_a_tensor())
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
-    assert int(done.stdout) < 1000
 
 
 @pytest.mark.slow
