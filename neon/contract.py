@@ -1,16 +1,16 @@
 """Whether a class of one's own is a whole family: what it lacks is said in a sentence before anything is made with
-it; and whether its methods about the network return one, or a number."""
+it; and whether its methods about the network return one, its weights, or a number."""
 
 from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import is_dataclass
 from operator import index
 from typing import TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 Made = TypeVar("Made")
 Network = TypeVar("Network", bound=nn.Module)
@@ -54,6 +54,23 @@ def network(method: str, returned: Network) -> Network:
     """The network that `build`, `load` or `adapted` returned. Raises ValueError."""
     if not isinstance(returned, nn.Module):
         raise ValueError(f"{method} must return the network, a torch.nn.Module; it returned {type(returned).__name__}")
+    return returned
+
+
+def networks(method: str, returned: object) -> list[nn.Module]:
+    """The networks that `autoencoder_modules` returned. Raises ValueError."""
+    if not (isinstance(returned, (list, tuple)) and all(isinstance(one, nn.Module) for one in returned)):
+        raise ValueError(
+            f"{method} must return a list of the networks that `decode` uses, [] if there are none; it returned "
+            f"{type(returned).__name__}"
+        )
+    return list(returned)
+
+
+def state(method: str, returned: object) -> Mapping[str, Tensor]:
+    """The state dict that `plain` returned. Raises ValueError."""
+    if not (isinstance(returned, Mapping) and all(isinstance(value, Tensor) for value in returned.values())):
+        raise ValueError(f"{method} must return a state dict, tensors by name; it returned {type(returned).__name__}")
     return returned
 
 

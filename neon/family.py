@@ -189,7 +189,7 @@ class Family(Trainable[Model, Objective], Generic[Model, Objective, Sampling]):
     @property
     def maker_of_images(self) -> str:
         """The method that makes the images, for messages: `decode`, or `sample` where the class has no `decode`."""
-        return f"{self.name}.{'sample' if type(self).decode is Family.decode else 'decode'}"
+        return f"{type(self).__name__}.{'sample' if type(self).decode is Family.decode else 'decode'}"
 
     def encode(self, images: Tensor) -> Tensor:
         """What training keeps of uint8 images (B, C, H, W). Deterministic, so it is done once; `loss` does the rest.

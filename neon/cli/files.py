@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from neon.cli.options import PATH
+from neon.cli.options import PATH, REPLACES
 
 if TYPE_CHECKING:
     from neon.merge import OnMismatch
@@ -51,7 +51,7 @@ def numbers(_: click.Context, __: click.Parameter, text: str) -> tuple[float, ..
     "--out",
     type=PATH,
     required=True,
-    help="A file ending in .safetensors, or a new folder, which gets BASE's shards and side files.",
+    help=f"A file ending in .safetensors, or a new folder, which gets BASE's shards and side files. {REPLACES}",
 )
 @click.option("--weights", help=WEIGHTS_HELP)
 @click.option("--base-weights", help="Weight set of BASE alone.")
@@ -129,7 +129,7 @@ def merge_files(
 @click.command("diff")
 @click.argument("base", type=PATH)
 @click.argument("synth", type=PATH, nargs=-1, required=True)
-@click.option("--out", type=PATH, help="A .png to draw the table into.")
+@click.option("--out", type=PATH, help=f"A .png to draw the table into. {REPLACES}")
 @click.option("--base-weights", help=WEIGHTS_HELP)
 @click.option("--synth-weights", help="Weight set of every SYNTH.")
 @click.option("--variant", help="Which files of a folder: fp16 for model.fp16.safetensors.")
@@ -197,7 +197,7 @@ def info(file: Path) -> None:
 
 @click.command()
 @click.argument("source", type=PATH)
-@click.option("--out", type=PATH, required=True, help="The safetensors file to write.")
+@click.option("--out", type=PATH, required=True, help=f"The safetensors file to write. {REPLACES}")
 @click.option("--weights", default="auto", help=WEIGHTS_HELP)
 def convert(source: Path, out: Path, weights: str) -> None:
     """Convert any supported checkpoint to safetensors. The embedded code of NVIDIA's pickles is not run."""
@@ -220,7 +220,7 @@ def convert(source: Path, out: Path, weights: str) -> None:
 
 @click.command()
 @click.argument("source", type=PATH)
-@click.option("--out", type=PATH, required=True, help="The .zip to write: PNG files and dataset.json.")
+@click.option("--out", type=PATH, required=True, help=f"The .zip to write: PNG files and dataset.json. {REPLACES}")
 @click.option(
     "--split", type=click.Choice(["train", "test"]), default="train", show_default=True, help="Of sets that have one."
 )

@@ -29,6 +29,9 @@ class LocalPath(click.Path):
 
 PATH = LocalPath(path_type=Path)
 
+REPLACES = "A file that is there is replaced, once the new one is complete."
+"""What --out of a command that writes one file says: like cp, where a folder is never overwritten."""
+
 RANK_OPTIONS: tuple[Option, ...] = (
     click.option("--device", help="cpu, cuda, cuda:1 or mps.  [default: CUDA if there is one]"),
     click.option(

@@ -17,7 +17,12 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("checkpoint", type=PATH)
 @click.option("--num-images", type=click.IntRange(min=1), default=64, show_default=True, help="How many.")
-@click.option("--out", type=PATH, required=True, help="A folder for PNG files, or a .zip (a training set with labels).")
+@click.option(
+    "--out",
+    type=PATH,
+    required=True,
+    help="A new folder for PNG files, or a new .zip (a training set with labels); what is there is never replaced.",
+)
 @click.option("--family", help="Family of the checkpoint; module:Class of your own.  [default: what the file says]")
 @click.option("--autoencoder", type=PATH, help="Autoencoder of a latent or token family.")
 @click.option("--weights", default="auto", show_default=True, help="Weight set: ema, raw, or its place in the file.")

@@ -1,6 +1,7 @@
 from dataclasses import dataclass
 import torch
 from torch import nn
+from neon.config_table import Count
 from neon.family import Family
 
 class Net(nn.Module):                                     # your network, as it is
@@ -13,7 +14,7 @@ class Net(nn.Module):                                     # your network, as it 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:                                           # keys of [sampling] in the config
-    num_steps: int = 8
+    num_steps: Count = 8                                  # >= 1; other ranges: neon/config_table.py
 
 class Mine(Family):
     name = "mine"

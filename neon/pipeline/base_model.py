@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
+from torch import nn
+
+from neon import contract, own_code
 from neon.checkpoints.checkpoint import Checkpoint
 from neon.config_table import to_plain
 from neon.family import Family
@@ -21,7 +25,8 @@ def read_base(config: Experiment, family: Family) -> Checkpoint:
     if config.model is None:
         return found
     try:
-        known = family.arch_of(found)
+        with _families_named(found, family):
+            known = family.arch_of(found)
     except ValueError:
         if found.arch is not None:
             raise
@@ -42,6 +47,32 @@ def read_base(config: Experiment, family: Family) -> Checkpoint:
                 "leave [model] out"
             )
     return found
+
+
+def load_network(found: Checkpoint, family: Family) -> nn.Module:
+    """The network of a checkpoint, by the family's own `load`. Raises ValueError if `load` returns something else, and
+    naming both families if it fails on a file that another one wrote."""
+    with _families_named(found, family):
+        return contract.network(f"{type(family).__name__}.load", family.load(found))
+
+
+@contextmanager
+def _families_named(found: Checkpoint, family: Family) -> Iterator[None]:
+    """A family that fails on a checkpoint is told by name, and so is the one that wrote the file, if it is another: a
+    file of a class that was renamed loads, so the two names alone are no mistake."""
+    try:
+        yield
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        kind, wrote = type(family), found.meta.get("family")
+        reads = family.name if family.name in own_code.OURS else f"{kind.__module__}:{kind.__qualname__}"
+        if wrote in (None, family.name, reads):
+            raise
+        said = own_code.told(error) if own_code.place(error) else str(error)
+        raise ValueError(
+            f"{found.path} was written by the family {wrote!r} and cannot be read by {reads!r}: name {wrote!r} "
+            f"(family in a config, --family of a command), or a checkpoint of {reads!r}. What {reads!r} says "
+            f"of it: {said}"
+        ) from error
 
 
 def _origin(found: Checkpoint, family: Family) -> str:

@@ -20,6 +20,8 @@ from neon.seeds import overlap
 from neon.store import hub
 from neon.training.recipe import Autoencoder, Training
 
+CHECKPOINT_SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin", ".pkl")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Base:
@@ -126,6 +128,10 @@ def _read(path: Path) -> dict[str, object]:
 
 
 def _toml(path: Path) -> dict[str, object]:
+    if path.suffix in CHECKPOINT_SUFFIXES:  # before it is read: it may be large
+        raise ValueError(
+            f"{path}: a config (.toml) is expected, this is a checkpoint; `neon info {path}` tells what it holds"
+        )
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -13,7 +13,7 @@ from neon import contract, first_batch
 from neon.checkpoints import checkpoint
 from neon.family import Draws, Family
 from neon.images.formats import open_images
-from neon.pipeline.base_model import read_base
+from neon.pipeline.base_model import load_network, read_base
 from neon.pipeline.experiment import Data, Experiment
 from neon.sampling.generate import Batch, Source, generate, to_images
 from neon.sampling.options import Sampling
@@ -60,11 +60,10 @@ class Probe:
     @cached_property
     def model(self) -> nn.Module:
         """In evaluation mode."""
-        kind = type(self.family).__name__
         if self.base is None:
-            model = contract.network(f"{kind}.build", self.family.build(self.arch))
+            model = contract.network(f"{type(self.family).__name__}.build", self.family.build(self.arch))
         else:
-            model = contract.network(f"{kind}.load", self.family.load(self.base))
+            model = load_network(self.base, self.family)
         return model.to(self.device).eval()
 
     @property
@@ -122,7 +121,7 @@ class Probe:
         rng = SharedRng(len(codes), torch.Generator().manual_seed(0))
         seen = codes.cpu() if family.draws_see_codes(how) else codes.to("meta")
         draws = family.draw(rng, seen, None if labels is None else labels.cpu(), how)
-        return dict(first_batch.drawn(family.name, draws, len(codes)))
+        return dict(first_batch.drawn(type(family).__name__, draws, len(codes)))
 
     def bytes_of(self, codes: Tensor) -> Tensor:
         """The images of these codes as the run keeps them."""

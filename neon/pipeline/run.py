@@ -21,7 +21,7 @@ from neon.evaluation.options import Report
 from neon.evaluation.yardsticks import open_yardsticks
 from neon.family import Family
 from neon.own_code import source_sha256
-from neon.pipeline.base_model import read_base
+from neon.pipeline.base_model import load_network, read_base
 from neon.pipeline.check import check_first_images
 from neon.pipeline.experiment import Base, Experiment
 from neon.pipeline.judging import Judge, calls_per_image, timed
@@ -85,8 +85,7 @@ class Run:
     @cached_property
     def model(self) -> torch.nn.Module:
         self.family.open(self.base_config.autoencoder_path, self.world.device)
-        model = contract.network(f"{type(self.family).__name__}.load", self.family.load(self.base))
-        return model.to(self.world.device).eval().requires_grad_(False)
+        return load_network(self.base, self.family).to(self.world.device).eval().requires_grad_(False)
 
     @property
     def num_classes(self) -> int:
@@ -178,7 +177,8 @@ class Run:
     def _snapshot_writer(self, recipe: Training) -> Callable[[Trainer, Path], None]:
         def write(trainer: Trainer, path: Path) -> None:
             metadata = {**self._metadata("ema" if recipe.has_ema else "raw"), "images_seen": trainer.images_seen}
-            checkpoint.write(path, self.family.plain(trainer.weights()), metadata=metadata)
+            weights = contract.state(f"{type(self.family).__name__}.plain", self.family.plain(trainer.weights()))
+            checkpoint.write(path, weights, metadata=metadata)
 
         return write
 

@@ -16,6 +16,7 @@ from neon.config_table import build
 from neon.family import Family, resolve
 from neon.images.formats import write_folder, write_zip
 from neon.own_code import shipped
+from neon.pipeline.base_model import load_network
 from neon.runtime.distributed import World
 from neon.runtime.progress import progress
 from neon.sampling.generate import Source, generate, to_images
@@ -54,9 +55,8 @@ def sample(request: Request, world: World) -> dict[str, object]:
     family = _family(found, request.family)
     options = _options(family, request.options)
     family.open(request.autoencoder, world.device)
-    kind = type(family).__name__
-    model = contract.network(f"{kind}.load", family.load(found)).to(world.device).eval().requires_grad_(False)
-    classes = contract.count(f"{kind}.num_classes", family.num_classes(model))
+    model = load_network(found, family).to(world.device).eval().requires_grad_(False)
+    classes = contract.count(f"{type(family).__name__}.num_classes", family.num_classes(model))
     stored = found.meta.get("uint8")
     rule = request.uint8 or (stored if stored in quantize.RULES else "round")
     sampling = Sampling(uint8=rule, batch=request.batch, options=options)

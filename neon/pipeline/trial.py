@@ -51,7 +51,8 @@ class Trial:
 
     @property
     def name(self) -> str:
-        return self.probe.family.name
+        """Of the family's class, for messages."""
+        return type(self.probe.family).__name__
 
     def checks(self) -> dict[str, Callable[[], str]]:
         """In the order in which a run would meet them."""

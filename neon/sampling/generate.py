@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from neon import first_batch
+from neon import contract, first_batch
 from neon.family import Family
 from neon.networks import autoencoder
 from neon.quantize import to_uint8
@@ -55,7 +55,7 @@ def generate(
     """Sample the images of `batches` (indices within the block; image i has seed first_seed + i)."""
     model.eval()
     if source.sampling.channels_last or source.sampling.speed != "exact":
-        for network in (model, *source.family.autoencoder_modules()):
+        for network in (model, *_autoencoder(source.family)):
             network.to(memory_format=torch.channels_last)
     yield from _generate(source, model, batches, device)
 
@@ -77,7 +77,11 @@ def _generate(
             if source.sampling.arithmetic in AUTOCAST and not is_replayed:  # a graph would outlive the copies
                 stack.enter_context(weights_cast_once(model))
             returned = family.sample(model, rng, labels, source.options)
-        yield Batch(indices, *first_batch.sampled(family.name, returned, len(indices), source.num_classes))
+        yield Batch(indices, *first_batch.sampled(type(family).__name__, returned, len(indices), source.num_classes))
+
+
+def _autoencoder(family: Family) -> list[nn.Module]:
+    return contract.networks(f"{type(family).__name__}.autoencoder_modules", family.autoencoder_modules())
 
 
 @torch.inference_mode()
@@ -85,7 +89,7 @@ def to_images(source: Source, codes: Tensor) -> Tensor:
     """uint8 images (B, C, H, W) of the codes by the config's rounding rule; with "none", what the family decodes."""
     speed = source.sampling.speed
     with arithmetic(codes.device, source.sampling.arithmetic), ExitStack() as stack:
-        for network in source.family.autoencoder_modules():
+        for network in _autoencoder(source.family):
             stack.enter_context(accelerated(network, None, autoencoder.COMPILED, speed))
         images = source.family.decode(codes)
     if source.sampling.uint8 == "none":

@@ -59,14 +59,14 @@ MISTAKES = {
         "images",
         "the values span [",
     ),
-    "no tuple": Mistake("sample", lambda *a: SAMPLE(*a)[0], "images", "line.sample must return (codes, labels)"),
+    "no tuple": Mistake("sample", lambda *a: SAMPLE(*a)[0], "images", "Line.sample must return (codes, labels)"),
     "not a number": Mistake("decode", lambda self, codes: codes.log(), "images", "NaN"),
     "global noise": Mistake("sample", global_noise, "same seed, same image", "draw all noise from `rng`"),
     "seeds ignored": Mistake("sample", one_noise, "same seed, same image", "the same image for different seeds"),
     "batch statistics": Mistake("sample", batch_statistics, "batch independence", "depends on the others of its batch"),
     "mean over the batch": Mistake("loss", lambda *a: LOSS(*a).mean(), "loss per image", "the loss of every image"),
     "global noise in the loss": Mistake(
-        "loss", global_noise_in_loss, "loss per image", "every random number of a step comes from line.draw"
+        "loss", global_noise_in_loss, "loss per image", "every random number of a step comes from Line.draw"
     ),
     "losses that mix": Mistake("loss", centred_loss, "loss per image", "depends on the others of its batch"),
     "loss of nothing": Mistake(
@@ -76,7 +76,7 @@ MISTAKES = {
         "does not depend on the model's parameters",
     ),
     "a loss without a graph": Mistake(
-        "loss", lambda *a: LOSS(*a).detach(), "gradients", "the loss of line.loss does not depend on the model's param"
+        "loss", lambda *a: LOSS(*a).detach(), "gradients", "the loss of Line.loss does not depend on the model's param"
     ),
     "no channels": Mistake("decode", lambda self, codes: codes[:, 0], "images", "is missing: return x[:, None]"),
     "the batch in the shape of noise": Mistake(
@@ -167,7 +167,7 @@ def test_one_cause_is_said_once(line_config, monkeypatch):
     _, found = checks(line_config)
     texts = {name: one["text"] for name, one in found.items() if not one["is_ok"]}
     assert list(texts) == ["images", "not tried"]
-    assert texts["images"].startswith("line.sample must return (codes, labels)")
+    assert texts["images"].startswith("Line.sample must return (codes, labels)")
     assert texts["not tried"].startswith("6 checks that need 'images': same seed, same image; batch independence;")
 
 

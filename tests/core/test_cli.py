@@ -59,6 +59,19 @@ def test_every_command_explains_itself():
     assert all(any(name in line for line in listing().splitlines()) for name in FAMILIES)
 
 
+def test_out_says_what_becomes_of_a_file_that_is_there():
+    """Where one file is written it is replaced, as by cp; a folder of images or code is not. Those that go on in their
+    folder are no concern here."""
+    kept = {"neon sample", "neon example"}
+    goes_on = {"neon publish", "neon download"} | {
+        path for path, command in LEAVES if "config" in {p.name for p in command.params}
+    }
+    for path, command in LEAVES:
+        for option in command.params:
+            if "--out" in option.opts and path not in goes_on:
+                assert ("never replaced" if path in kept else "is replaced, once") in option.help, path
+
+
 SLOW_TO_IMPORT = {"torch", "torchvision", "numpy", "scipy", "PIL", "timm", "huggingface_hub", "matplotlib", "diffusers"}
 
 

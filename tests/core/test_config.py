@@ -159,6 +159,14 @@ def test_a_file_that_is_no_utf_8_and_one_nested_too_deep_are_named(tmp_path):
     assert f"{path}: its arrays or tables are nested too deep" in refused(path)
 
 
+@pytest.mark.parametrize("content", [b"\x80\x02}q\x00.", b"\x02\x00\x00\x00\x00\x00\x00\x00{}"], ids=["bytes", "text"])
+@pytest.mark.parametrize("name", ["neon.safetensors", "net.pkl", "ours.pth"])
+def test_a_checkpoint_in_the_place_of_a_config_is_said(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    said = refused(tmp_path / name)
+    assert f"{tmp_path / name}: a config (.toml) is expected, this is a checkpoint; `neon info " in said
+
+
 def test_rates_at_their_corners():
     ramp = Training(images=1000, batch=10, lr=2.0, lr_ramp_images=100, lr_cosine_images=400)
     assert [lr_at(ramp, seen) for seen in (0, 50, 100, 600)] == [0, 1, 2, 2]

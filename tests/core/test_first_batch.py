@@ -27,7 +27,7 @@ class Mistake:
 
 MISTAKES = {
     "no tuple": Mistake(
-        "sample", lambda *a: SAMPLE(*a)[0], r"line\.sample must return \(codes, labels\).*it returned a tensor \(4, 1"
+        "sample", lambda *a: SAMPLE(*a)[0], r"Line\.sample must return \(codes, labels\).*it returned a tensor \(4, 1"
     ),
     "labels as floats": Mistake(
         "sample", lambda *a: (SAMPLE(*a)[0], SAMPLE(*a)[1].float()), r"the labels are a tensor \(4,\) of float32"
@@ -41,7 +41,7 @@ MISTAKES = {
     "bytes": Mistake(
         "decode",
         lambda self, codes: ((codes + 1) * 127.5).to(torch.uint8),
-        r"line\.decode must return float images \(4, C, H, W\) in \[-1, 1\].* of uint8\. Bytes become",
+        r"Line\.decode must return float images \(4, C, H, W\) in \[-1, 1\].* of uint8\. Bytes become",
     ),
     "no channels": Mistake("decode", lambda self, codes: codes[:, 0], r"it returned a tensor \(4, 4, 4\) of float32"),
     "a loss without a graph": Mistake("loss", lambda *a: LOSS(*a).detach(), r"Line\.loss does not depend on the model"),
@@ -88,7 +88,7 @@ def test_a_run_refuses_global_noise_and_batch_statistics(line_config, tmp_path, 
 
     done = run_with(line_config, tmp_path, monkeypatch, noisy)
     assert done.exit_code == 1
-    assert "same seed, same image: line.sample gave other images for the same seeds" in done.stderr
+    assert "same seed, same image: Line.sample gave other images for the same seeds" in done.stderr
 
     def centred(self, model, rng, labels, how):
         codes, used = SAMPLE(self, model, rng, labels, how)
@@ -184,6 +184,11 @@ RETURNED = {
         torch.zeros(2, 3),
         r"Line\.encode must return a tensor with the batch \(7\).*returned a tensor \(2, 3\)",
     ),
+    "autoencoder_modules": (
+        None,
+        r"Line\.autoencoder_modules must return a list of the networks.* it returned NoneType",
+    ),
+    "plain": (None, r"Line\.plain must return a state dict, tensors by name; it returned NoneType"),
     "trains": (False, r"there is nothing to train: Line\.trains is false for every parameter"),
 }
 

@@ -151,12 +151,12 @@ WRONG_CLASSES = {
         ("def draw(", "def drew("),
         r":Mine lacks draw\(self, rng, codes, labels, how\): Every random number of one training step.*docs/own_model",
     ),
-    "a syntax error": (("def sample(self", "def sample(self self"), r"SyntaxError: invalid syntax \(.*\.py:23\)"),
+    "a syntax error": (("def sample(self", "def sample(self self"), r"SyntaxError: invalid syntax \(.*\.py:24\)"),
     "a module that is not there": (
         ("import torch\n", "import torch\nimport blobnett\n"),
         r"ModuleNotFoundError: No module named 'blobnett' \(.*\.py:3\)",
     ),
-    "an error in the body": (('name = "mine"', "name = nameless"), r"NameError: name 'nameless'.* \(.*\.py:19\)"),
+    "an error in the body": (('name = "mine"', "name = nameless"), r"NameError: name 'nameless'.* \(.*\.py:20\)"),
     "options that are no dataclass": (
         ("@dataclass(frozen=True, kw_only=True)\n", ""),
         r"Mine\.sampling must be a dataclass: put @dataclass\(frozen=True, kw_only=True\) above Sampling",
@@ -316,16 +316,16 @@ def test_where_nothing_says_how_it_is_built_the_line_is_shown(mine):
 WRONG_METHODS = {
     "images without channels": (
         ("return x, None", "return x[:, 0], None"),
-        r"FAIL  images: mine\.sample must return float images .* is missing: return x\[:, None\]",
+        r"FAIL  images: Mine\.sample must return float images .* is missing: return x\[:, None\]",
     ),
-    "images in [0, 1]": (("return x, None", "return x.sigmoid(), None"), r"mine\.sample must return \[-1, 1\]"),
+    "images in [0, 1]": (("return x, None", "return x.sigmoid(), None"), r"Mine\.sample must return \[-1, 1\]"),
     "the batch in the shape of noise": (
         ("x = rng.normal((1, 28, 28))", "x = rng.normal((4, 1, 28, 28))"),
-        r"FAIL  images: Mine\.sample: R.*12\); with x \(4, 4, 1, 28, 28\); rng\.normal .* shape of one image",
+        r"FAIL  images: Mine\.sample: R.*13\); with x \(4, 4, 1, 28, 28\); rng\.normal .* shape of one image",
     ),
     "draws of another shape": (
         ("rng.uniform((1, 1, 1))", "rng.uniform(())"),
-        r'FAIL  loss per image: Mine\.loss: R.*32\); with draws\["t"\] \(4,\), draws\["noise"\] \(4, 1, 28, 28\)',
+        r'FAIL  loss per image: Mine\.loss: R.*33\); with draws\["t"\] \(4,\), draws\["noise"\] \(4, 1, 28, 28\)',
     ),
     "labels that are none": (
         ("x = rng.normal((1, 28, 28))", "x = rng.normal((1, 28, 28)) + labels % 10"),
@@ -344,3 +344,28 @@ def test_a_mistake_in_a_method_is_told_with_what_was_written(mine, change, said)
     (config.parent / "base.pth").unlink(missing_ok=True)
     done = invoke(main, "check", config, "--device", "cpu")
     assert re.search(said, done.stderr), done.stderr
+
+
+@pytest.mark.parametrize("command", [["check"], ["synth", "--out", "run"], ["sample", "--out", "images"]])
+@pytest.mark.parametrize(("wrote", "reads"), [("theirs:Theirs", "edm"), ("edm", "MODULE:Mine")])
+def test_a_family_that_fails_on_the_file_of_another_names_both(mine, command, wrote, reads):
+    config = mine()
+    reads = reads.replace("MODULE", re.search(r'"(\w+):', config.read_text())[1])
+    written = {"family": wrote, "arch": {"model_channels": 8}, "weights": "raw"}
+    checkpoint.write(Path("base.safetensors"), {"layers.weight": torch.zeros(8, 8)}, metadata=written)
+    config.write_text(config.read_text().replace("[model]\nwidth = 8\n", ""))
+    about, chosen = config, ["--set", f"family={reads}", "--set", "base.checkpoint=base.safetensors"]
+    if command[0] == "sample":
+        about, chosen = "base.safetensors", ["--family", reads]
+    done = invoke(main, command[0], about, *command[1:], *chosen, "--device", "cpu")
+    assert done.exit_code == 1
+    assert f"base.safetensors was written by the family {wrote!r} and cannot be read by {reads!r}" in done.stderr
+    assert f"name {wrote!r} (family in a config, --family of a command)" in done.stderr
+    assert "model_channels" in done.stderr if wrote == "edm" else "arch.class_name" in done.stderr, "and why"
+
+
+def test_the_example_refuses_steps_that_would_leave_noise(mine):
+    config = mine()
+    done = invoke(main, "check", config, "--set", "sampling.num_steps=-4", "--device", "cpu")
+    assert done.exit_code == 1
+    assert "sampling.num_steps must be >= 1, got -4" in done.stderr
