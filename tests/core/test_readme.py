@@ -49,20 +49,18 @@ def test_the_demos_table_is_its_result():
     assert f"made by `{found['command']}` (commit {found['commit'][:9]}, {found['machine']}" in README
     real = found["real_against_real"]
     assert f"2,000 real images score\n{real['fd2k[fashion-cnn]']:.2f} ({real['fd2k[pixel-pca64]']:.2f} on" in README
-    sizes = {steps: next(iter(runs[0]["select"]["points"][0]["metrics"])) for steps, runs in found["steps"].items()}
-    assert sizes == {"8": "fd500[fashion-cnn]", "18": "fd250[fashion-cnn]"}
-    assert "w was chosen on other noise (500 images at 8 steps, 250 at 18)" in README
+    images = {run["select"]["images"] for runs in found["steps"].values() for run in runs}
+    assert f"w was found by the search on other noise ({' or '.join(f'{n:,}' for n in sorted(images))} images" in README
 
 
 def test_the_caption_says_how_the_figure_was_made():
-    """docs/demo.png is the first run of results/demo.json: its axis says fd500, its titles are that run's numbers."""
+    """docs/demo.png is the first run of results/demo.json."""
     found = result("demo.json")
     first = found["steps"]["8"][0]
-    caption = README.split("](docs/demo.png)")[1].split("\n\n")[1]
+    caption = README.split("](docs/demo.png)")[1].split("\n\n")[1].replace("\n", " ")
     assert f"`{found['command']}`" in caption
-    assert first["select"]["metric"] == "fd500[fashion-cnn]"
-    assert "w chosen on 500 images" in caption
-    assert "2,000 images of held-out noise" in caption.replace("\n", " ")
+    assert f"w found with {first['select']['images']:,} images" in caption
+    assert "2,000 images of held-out noise" in caption
 
 
 def test_the_published_numbers_are_those_of_the_reproductions():
