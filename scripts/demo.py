@@ -85,7 +85,7 @@ def base_and_neon(steps: int, seed: int, folder: Path) -> dict:
             labels="balanced", first_seed=config.report.first_seed, num_images=2_000, num_shown=config.report.num_shown
         )
         points = {"base": replace(choice.point, w=0.0), "neon": choice.point}
-        rows = {name: run.grid.score(point, report) for name, point in points.items()}
+        rows = {name: run.ledger.score(point, report) for name, point in points.items()}
     return {
         "synth_seed": seed,
         "w": choice.point.w,

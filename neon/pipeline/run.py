@@ -199,7 +199,7 @@ class Run:
         return open_yardsticks(self.config.need("report", Report), self.world.device)
 
     @cached_property
-    def grid(self) -> Ledger:
+    def ledger(self) -> Ledger:
         shots = {path.stem.removeprefix("snapshot-"): path for path in snapshots(self.folder / "finetune")}
         if not shots:
             raise ValueError(f"{self.folder / 'finetune'}: no snapshots; run `neon finetune` first")
@@ -213,7 +213,7 @@ class Run:
 
     @cached_property
     def judge(self) -> Judge:
-        return Judge(self.config, self.grid, self.yardsticks, self.num_classes, self.world, self.folder)
+        return Judge(self.config, self.ledger, self.yardsticks, self.num_classes, self.world, self.folder)
 
     def select(self) -> Choice:
         """Stage 3: the search, or the grid, on the selection block."""

@@ -239,12 +239,13 @@ class Measurement:
         main = self.found.get("main", {})
         cfg_scale = main.get("cfg_scale")
         select, report = blocks(run)
-        scores = [run.grid.score(Point(w=w, snapshot=snapshot, cfg_scale=cfg_scale), select) for w in CURVE]
+        scores = [run.ledger.score(Point(w=w, snapshot=snapshot, cfg_scale=cfg_scale), select) for w in CURVE]
         metric = next(iter(scores[0].metrics))
         winner = best(scores, metric)
         rows = {"self-trained": -1.0, "neon": winner.point.w}
         held_out = {
-            name: run.grid.score(Point(w=w, snapshot=snapshot, cfg_scale=cfg_scale), report) for name, w in rows.items()
+            name: run.ledger.score(Point(w=w, snapshot=snapshot, cfg_scale=cfg_scale), report)
+            for name, w in rows.items()
         }
         return {
             "w": winner.point.w,
@@ -265,7 +266,7 @@ class Measurement:
         for path in run.finetune():
             snapshot = path.stem.removeprefix("snapshot-")
             scores = [
-                run.grid.score(Point(w=w, snapshot=snapshot, cfg_scale=cfg_scale), select) for w in (*CURVE[2:], 4.0)
+                run.ledger.score(Point(w=w, snapshot=snapshot, cfg_scale=cfg_scale), select) for w in (*CURVE[2:], 4.0)
             ]
             metric = next(iter(scores[0].metrics))
             curve = [plain(score) for score in scores]

@@ -89,7 +89,7 @@ def test_every_digit_of_the_ledger_counts(finished):
         ledger.write_text(whole[:i] + str((int(whole[i]) + 1) % 10) + whole[i + 1 :])
         number = whole[:i].count("\n") + 1
         with pytest.raises(ValueError, match=rf"ledger\.jsonl, line {number}: damaged.*Delete this line"):
-            Run(load(config), folder, World()).grid  # noqa: B018
+            Run(load(config), folder, World()).ledger  # noqa: B018
     lines = whole.splitlines(keepends=True)
     ledger.write_text("".join(lines[:2] + lines[3:]))
     assert again(config, folder) == result
