@@ -64,7 +64,10 @@ class Collector:
             )
 
     def update(self, images: Tensor, indices: Sequence[int]) -> None:
-        """Add the images `indices`, uint8 (B, C, H, W). Raises ValueError if a kept one comes twice."""
+        """Add the images `indices`, uint8 (B, C, H, W). Raises ValueError if a kept one comes twice, or for
+        another number of indices."""
+        if len(indices) != len(images):
+            raise ValueError(f"{len(images)} images came with {len(indices)} indices: each has its place in the set")
         pool, logits = self.extractor(images)
         if "features" in self.stores:
             self.stores["features"].put(indices, pool)

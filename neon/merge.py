@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Mapping
+from numbers import Real
 from typing import Literal
 
 import torch
@@ -48,7 +49,8 @@ def reverse_merge(
 
 def check_w(w: float) -> None:
     """Raises ValueError for what is no number, and for numbers too large for the arithmetic of a float32."""
-    if not abs(w) <= MOST_W:
+    is_number = isinstance(w, Real) or (isinstance(w, Tensor) and w.numel() == 1)
+    if not (is_number and abs(w) <= MOST_W):
         raise ValueError(f"w must be a finite number of at most {MOST_W:g}, got {w}")
 
 

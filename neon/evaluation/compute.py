@@ -185,6 +185,8 @@ def check(
     question: Question,
 ) -> None:
     """Raise ValueError for everything that would fail after the pass and can be known before it."""
+    if isinstance(question.metrics, str) or not question.metrics:
+        raise ValueError(f"metrics must be a list of names, for example ('fid',), got {question.metrics!r}")
     if unknown := sorted(set(question.metrics) - set(METRICS)):
         raise ValueError(f"unknown metrics {', '.join(unknown)}; there are {', '.join(METRICS)}")
     if statistics is not None:

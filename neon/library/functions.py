@@ -89,9 +89,10 @@ class Functions(Family[nn.Module, Objective, Sampler]):
 
     def loss(self, model: nn.Module, codes: Tensor, labels: Tensor | None, draws: Draws, how: Objective) -> Tensor:
         losses = self._loss(model, codes, labels, torch.Generator().manual_seed(int(draws["seed"][0])))
-        if losses.shape != (len(codes),):
+        if not isinstance(losses, Tensor) or losses.shape != (len(codes),):
+            found = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
             raise ValueError(
-                f"loss: expected one number per image, shape ({len(codes)},), got {tuple(losses.shape)}; "
+                f"loss: expected one number per image, shape ({len(codes)},), got {found}; "
                 "take the mean over the other dimensions only"
             )
         return losses
@@ -188,7 +189,14 @@ class FunctionScore(Yardstick):
 
     def values(self, collector: Collector) -> dict[str, float]:
         images = collector.features.view(-1, *self.example.shape[1:]).to(self.example.dtype)
-        value = float(self.function(images))
+        found = self.function(images)
+        try:
+            value = float(found)
+        except (TypeError, ValueError, RuntimeError) as error:
+            what = f"a tensor {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+            raise ValueError(
+                f"score: {self.extractor.name} must return one number for all images, it returned {what}"
+            ) from error
         if not math.isfinite(value):
             raise ValueError(f"score: {self.extractor.name} gave {value} for {len(images)} images")
         return {self.headline(len(images)): value}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,6 +98,12 @@ def improve(
     depend on their batch or (with a reference file) are floats outside of [-1, 1], or a folder that was begun with
     another model, function or setting.
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be the network, a torch.nn.Module, not {_kind(model)}")
+    if not isinstance(w, Iterable):
+        raise ValueError(f"w must be a list of the steps to try, for example w=[0.5, 1.0], not {_kind(w)}")
+    if named := sorted({"images", "batch", "lr", "objective"} & set(finetune or {})):
+        raise ValueError(f"finetune: {named[0]} is said by an argument of neon.improve (updates, batch, lr, loss)")
     device = next(model.parameters(), torch.empty(0)).device
     check_names(model)
     example = check_per_image(sample, model, [synth_seed, synth_seed + 1])
@@ -162,6 +168,10 @@ def improved(details: dict, weights: dict[str, Tensor]) -> Improved:
     curve = sorted((p["w"], p["metrics"][select["metric"]]) for p in select["points"] if p["direction"] == "synth")
     scores = {name: row["metrics"][details["metric"]] for name, row in details["rows"].items()}
     return Improved(weights=weights, w=details["w"], curve=curve, scores=scores, details=details)
+
+
+def _kind(value: object) -> str:
+    return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
 
 
 def check_names(model: nn.Module) -> None:

@@ -228,3 +228,9 @@ def test_a_w_that_no_float_can_be_multiplied_by_is_refused(w):
         LiveMerge(model, {"0": torch.zeros(2)}, {"0": torch.ones(2)}).set_w(w)
     with pytest.raises(ValueError, match="w must be a finite number of at most 1e"):
         output_names(Path("out.safetensors"), [0.5, w])
+
+
+@pytest.mark.parametrize("w", ["1.5", [1.5], {}, None])
+def test_a_w_that_is_no_number_is_said(w):
+    with pytest.raises(ValueError, match="w must be a finite number"):
+        reverse_merge(state(0, torch.float32), state(1, torch.float32), w)

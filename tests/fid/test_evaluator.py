@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fid.evaluator import Collector, measure
-from fid.features import Extractor, Features
+from fid.features import Extractor, Features, open_extractor
 from fid.frechet import Gaussian, frechet_distance
 from fid.metrics import inception_score
 from fid.names import METRICS
@@ -159,3 +159,10 @@ def test_what_a_metric_needs_is_named():
     silent.num_classes = 0
     with pytest.raises(ValueError, match="stub has no classes"):
         Collector(silent, N, ("is",))
+
+
+def test_every_image_has_one_index():
+    """A set that keeps no features has nothing else to see it by."""
+    collector = Collector(open_extractor("fashion-cnn"), num_images=4, metrics=("fid",))
+    with pytest.raises(ValueError, match="4 images came with 3 indices"):
+        collector.update(torch.zeros(4, 1, 28, 28, dtype=torch.uint8), range(3))

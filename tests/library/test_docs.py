@@ -74,6 +74,12 @@ def test_evaluate_refuses_floats_and_unnamed_references(in_root):
         neon.evaluate(torch.zeros(4, 1, 28, 28, dtype=torch.uint8), "nowhere.npz")
 
 
+@pytest.mark.parametrize("metrics", ["fid", ()])
+def test_metrics_are_a_list_of_names(in_root, metrics):
+    with pytest.raises(ValueError, match="metrics must be a list of names, for example"):
+        neon.evaluate(torch.zeros(4, 1, 28, 28, dtype=torch.uint8), "demo/reference_fashion-cnn.npz", metrics=metrics)
+
+
 def test_evaluate_gives_the_same_of_a_file_and_of_a_tensor(in_root, tmp_path):
     images = open_images(ROOT / "demo/fashion_base.npz").read(range(70))
     np.savez(tmp_path / "images.npz", images=images.numpy())

@@ -205,6 +205,14 @@ def shared_noise(model, seeds):
         ({"sample": lambda model, seeds: sample(model, seeds) * torch.nan}, "sample: .*not finite"),
         ({"sample": lambda model, seeds: (sample(model, seeds), torch.zeros(2))}, "sample: expected integer labels"),
         ({"loss": lambda *a: loss(*a).mean()}, r"loss: expected one number per image, shape \(250,\), got \(\)"),
+        ({"loss": lambda *a: None}, r"loss: expected one number per image, shape \(250,\), got NoneType"),
+        ({"score": lambda points: None}, "score: score must return one number for all images, it returned NoneType"),
+        (
+            {"score": lambda points: points[:, 0]},
+            r"must return one number for all images, it returned a tensor \(2000,\)",
+        ),
+        ({"w": 1.0}, r"w must be a list of the steps to try, for example w=\[0\.5, 1\.0\], not float"),
+        ({"finetune": {"lr": 1.0}}, "finetune: lr is said by an argument of neon.improve"),
         ({"score": lambda points: float("nan")}, "score: score gave nan for 2000 images"),
         ({"score": 3}, "expected a reference file or {extractor: file}, found 3"),
         ({"updates": 0}, r"finetune\.images must be >= 1"),
@@ -217,6 +225,12 @@ def shared_noise(model, seeds):
 def test_what_would_not_be_neon_is_refused_in_one_line(toy, changes, message):
     with pytest.raises(ValueError, match=message):
         improve_toy(toy, **changes)
+
+
+@pytest.mark.parametrize(("model", "said"), [(Plane, "the class Plane"), ({}, "dict")], ids=["class", "state dict"])
+def test_a_model_that_is_no_network_is_said(model, said):
+    with pytest.raises(ValueError, match=f"model must be the network, a torch.nn.Module, not {said}"):
+        improve_toy(model)
 
 
 @pytest.mark.parametrize(
