@@ -42,7 +42,7 @@ from scripts.evidence.jobs import FAMILIES, JOBS, base_overrides  # noqa: E402
 from scripts.search.study import RESULTS, toy_replicas  # noqa: E402
 
 NUM_POINTS, NUM_BATCHES = 32_000, 32
-IMAGES = {"demo": 1_280, "edm": 1_280, "flow": 1_280, "var": 2_560, "xar": 1_280, "imm": 1_280}
+IMAGES = {"demo": 1_280, "edm": 1_280, "flow": 1_280, "var": 2_560, "imm": 640, "xar": 640}
 """Real ones, and synthetic ones, of every small model: some minutes of one core each."""
 LOSS_WS, LOSS_IMAGES = (-1.0, -0.5, 0.0, 0.5, 1.0, 1.5), 2_048
 HELD_OUT = ROOT / "data" / "fashion_test.npz"
