@@ -173,19 +173,20 @@ def why_it_ended(choice: Choice) -> str:
     spent = f"{search.images_spent:,} images"
     at_edge = plan.is_plane and plan.cfg_scale is not None and search.place.cfg_scale in plan.cfg_scale
     edge = f"; guidance {search.place.cfg_scale:g} lies at the edge of select.cfg_scale: widen it" if at_edge else ""
-    return edge_free_reason(search, plan, spent) + edge
+    return _ended_by(search, plan, spent) + edge
 
 
-def edge_free_reason(search: Found, plan: Plan, spent: str) -> str:
+def _ended_by(search: Found, plan: Plan, spent: str) -> str:
+    edge = f"the lowest distance lies at the edge, w = {search.place.w:g}"
+    left = f"a better place could gain about {search.gain:.3g}"
     return {
-        "gain": f"{spent}; a better place could gain about {search.gain:.3g}, less than the report's images could show "
-        f"({search.noise:.3g})",
-        "budget": f"the budget of {plan.budget_images:,} images was used ({spent}); a better place could gain about "
-        f"{search.gain:.3g}",
-        "images": f"{spent}; every point that decides used the whole selection block of {plan.most_images:,}; a better "
-        f"place could gain about {search.gain:.3g}: make select.num_images larger",
+        "gain": f"{spent}; {left}, less than the report's images could show ({search.noise:.3g})",
+        "budget": f"the budget of {plan.budget_images:,} images was used ({spent}); "
+        + (f"{edge}: a larger budget (select.budget_images) looks beyond" if search.is_at_edge else left),
+        "images": f"{spent}; every point that decides used the whole selection block of {plan.most_images:,}; "
+        + (f"{edge}: widen w (select.w)" if search.is_at_edge else f"{left}: make select.num_images larger"),
         "flat": f"{spent}; the curve is flat: no two values of w can be told apart",
-        "edge": f"{spent}; the lowest distance lies at the edge, w = {search.place.w:g}: widen w (select.w)",
+        "edge": f"{spent}; {edge}: widen w (select.w)",
     }[search.reason]
 
 
@@ -231,8 +232,13 @@ def verdict(choice: Choice, rows: Mapping[str, Score], metric: str, difference: 
     if difference.value < 0:
         return Verdict("worse", f"worse on held-out noise: {numbers}, although it was best on the selection seeds")
     numbers += _share_of_any_step(rows, metric, difference)
-    if ended == "edge" or (ended is None and _at_edge(choice)):
-        return Verdict("edge", f"{numbers}, and w lies at the edge of what was tried: widen w (select.w) for more")
+    if _at_edge(choice):
+        more = (
+            "a larger budget (select.budget_images) looks beyond"
+            if ended == "budget"
+            else "widen w (select.w) for more"
+        )
+        return Verdict("edge", f"{numbers}, and w lies at the edge of what was tried: {more}")
     return Verdict("helps", f"Neon helps: {numbers}")
 
 
@@ -266,5 +272,7 @@ def _share_of_any_step(rows: Mapping[str, Score], metric: str, difference: Diffe
 
 
 def _at_edge(choice: Choice) -> bool:
+    if choice.found is not None:
+        return choice.found.is_at_edge
     tried = sorted(s.point.w for s in _curve(choice))
     return choice.point.w in (tried[0], tried[-1])

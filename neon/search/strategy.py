@@ -82,6 +82,8 @@ class Found:
     """Expected gain of knowing the curve exactly."""
     noise: float
     """What the report's images can tell apart."""
+    is_at_edge: bool
+    """Whether a lower distance may lie beyond the range: nothing was looked at there."""
 
 
 Evaluate = Callable[[Place, range], Tensor | None]
@@ -268,6 +270,7 @@ class Search:
         base = bases.places[bases.best]
         if reason == "flat":
             place = base
+        ws = [p.w for p in fit.places]
         return Found(
             place,
             base,
@@ -280,6 +283,7 @@ class Search:
             self._spent,
             final.expected_gain,
             self._report_noise(final, count),
+            reason != "flat" and self._edge(place, min(ws), max(ws)) != 0,
         )
 
 

@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 
 from fid.frechet import Gaussian
+from neon.report.result import Difference, verdict, why_it_ended
+from neon.search.choose import Choice
+from neon.search.points import Point, Score
 from neon.search.strategy import Plan, Search, first_places
 from neon.search.surface import Place, Surface, polynomial_weights, surface
 
@@ -174,8 +177,22 @@ def test_an_optimum_beyond_the_edge_extends_the_range_on_that_side_and_says_so(b
 def test_a_range_that_the_budget_does_not_reach_is_not_said_to_be_searched():
     search, told = searched(plan(budget_images=700), model(5.0), unit_noise(20_000)), []
     search.tell = told.append
-    assert search.run().reason == "budget"
+    found = search.run()
+    assert (found.reason, found.is_at_edge) == ("budget", True)
     assert told == []
+    choice = Choice(
+        Point(w=found.place.w, snapshot="1"), None, "fd200[x]", [], found=found, plan=plan(budget_images=700)
+    )
+    assert why_it_ended(choice).endswith("lies at the edge, w = 3: a larger budget (select.budget_images) looks beyond")
+    rows = {
+        name: Score(Point(w=w, snapshot="1"), {"fd": 1 - w / 9}, {}, key=name) for name, w in (("base", 0), ("neon", 3))
+    }
+    assert verdict(choice, rows, "fd", Difference(1 / 3, 0.01)).kind == "edge"
+
+
+def test_an_optimum_inside_that_the_budget_leaves_open_is_not_said_to_lie_at_the_edge():
+    found = searched(plan(budget_images=700), model(1.3), unit_noise(20_000)).run()
+    assert (found.reason, found.is_at_edge) == ("budget", False)
 
 
 def test_an_optimum_that_runs_away_is_said_to_lie_at_the_edge():
