@@ -25,7 +25,7 @@ class Mine(Family):
         x = rng.normal((1, 28, 28))
         for k in range(how.num_steps):
             x = x + model(x, torch.full((len(x), 1), k / how.num_steps)) / how.num_steps
-        return x, None
+        return x.clamp(-1, 1), None                       # images in [-1, 1]
     def draw(self, rng, codes, labels, how):              # every random number of a training step
         return {"t": rng.uniform((1, 1, 1)), "noise": rng.normal(codes.shape[1:])}
     def loss(self, model, codes, labels, draws, how):     # one number per image

@@ -87,6 +87,13 @@ def sample(request: Request, world: World) -> dict[str, object]:
 
 def _family(found: checkpoint.Checkpoint, name: str | None) -> Family:
     """The named one, or a shipped one that the file names or looks like; a file decides nothing else."""
+    path = Path(found.path)
+    if "diffusers" in (name, found.family) or (path / "model_index.json").is_file():
+        folder = path if path.is_dir() else path.parent / "pipeline"  # where `neon run` leaves the whole pipeline
+        raise ValueError(
+            f"{path}: a pipeline is sampled with diffusers itself: DiffusionPipeline.from_pretrained('{folder}'), "
+            "with the scheduler and the steps of the run's [sampling]"
+        )
     if name is not None:
         return resolve(name)
     if found.family in shipped():

@@ -100,6 +100,10 @@ def test_what_is_wrong_is_said(tmp_path):
     checkpoint.write(tmp_path / "own.safetensors", {"a": torch.ones(1)}, metadata={"family": "os:Own", "arch": {}})
     said = refused(tmp_path / "own.safetensors", "--out", out)
     assert "is of the family 'os:Own': name it with --family" in said
+    checkpoint.write(tmp_path / "unet.safetensors", {"a": torch.ones(1)}, metadata={"family": "diffusers", "arch": {}})
+    for options in ((), ("--family", "diffusers")):
+        said = refused(tmp_path / "unet.safetensors", *options, "--out", out)
+        assert f"DiffusionPipeline.from_pretrained('{tmp_path / 'pipeline'}')" in said
     assert not out.exists()
     out.mkdir()
     assert f"{out} is there already" in refused(base, "--out", out)
