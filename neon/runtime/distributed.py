@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from neon.runtime import TIMEOUT_S
-from neon.runtime.waiting import Meeting, Store
+from neon.runtime.waiting import BEAT_S, Meeting, Store
 
 T = TypeVar("T")
 JOIN_S = 600.0
@@ -147,6 +148,8 @@ def world(device: str | None = None, timeout_s: float = TIMEOUT_S) -> Iterator[W
         _exit_code = 130 if isinstance(error, KeyboardInterrupt) else int(getattr(error, "exit_code", 1))
         why = f"{type(error).__name__}: {error}"
         _meeting.end(why)
+        if rank == 0 and not isinstance(error, KeyboardInterrupt):
+            time.sleep(2 * BEAT_S)  # without torchrun the store ends with rank 0: those that wait read first why
         if rank > 0 and not isinstance(error, KeyboardInterrupt):  # rank 0's error is printed by the command
             print(f"rank {rank} of {size} stops: {why}", file=sys.stderr, flush=True)
         raise

@@ -11,6 +11,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from neon import own_code
 from neon.cli.main import main
 from neon.cli.messages import PlainCommand
 from neon.cli.published_flags import published_command
@@ -95,7 +96,9 @@ def test_help_and_completion_import_nothing_slow(words):
 
 @pytest.mark.parametrize("error", [ValueError, FileNotFoundError, FloatingPointError, ImportError])
 @pytest.mark.parametrize("kind", ["verb", "published"])
-def test_a_users_mistake_is_one_line_whoever_raises_it(error, kind):
+def test_a_users_mistake_is_one_line_whoever_raises_it(error, kind, monkeypatch):
+    monkeypatch.setattr(own_code, "is_own", lambda file: False)  # as if this function were one of the project
+
     def fails() -> None:
         raise error("expected this, found that")
 
@@ -105,7 +108,9 @@ def test_a_users_mistake_is_one_line_whoever_raises_it(error, kind):
     assert done.stderr == "Error: expected this, found that\n"
 
 
-def test_a_mistake_of_ours_keeps_its_traceback():
+def test_a_mistake_of_ours_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr(own_code, "is_own", lambda file: False)
+
     @click.command(cls=PlainCommand)
     def fails() -> None:
         raise KeyError("a bug")
