@@ -106,8 +106,10 @@ def test_initial_weights(file):
 def test_timestep_embedding(file):
     _, arrays = goldens.load(file)
     t = tensor(arrays.pop("t"))
+    rounding = 2**-23 * t[:, None].abs()  # a frequency's last bit, which differs between processors, times t
     for name, expected in arrays.items():
-        assert_close(timestep_embedding(t, int(name.removeprefix("d"))), expected, atol=1e-6, what=name)
+        found = timestep_embedding(t, int(name.removeprefix("d")))
+        assert ((found - tensor(expected)).abs() <= 1e-6 + rounding).all(), name
 
 
 def recorded(velocity, calls):
@@ -213,7 +215,9 @@ def test_dopri5_on_fields(file):
 
         calls = []
         states = dopri5(recorded(field, calls), x, None, (sign * times).tolist(), tol=float(tol), error_norm="batch")
-        assert len(calls) == nfe == 2 + 6 * (accepted + rejected), case
+        assert nfe == 2 + 6 * (accepted + rejected)
+        # in float32 the error estimate is near rounding: on other processors one step more or less is tried
+        assert abs(len(calls) - nfe) in ((0, 6) if x.dtype == torch.float32 else (0,)), case
         expected = arrays[f"y_{case}"]
         atol = 1e-12
         if (
