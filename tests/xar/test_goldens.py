@@ -33,6 +33,9 @@ NETWORK_TOLERANCE = 2e-5
 SAMPLE_TOLERANCE = 1e-5
 TRAINING_TOLERANCE = 2e-6
 FLOAT64_TOLERANCE = 1e-12
+PURE_TOLERANCE = 3e-8
+"""Of the integrators: the analytic velocity takes tanh in float32, whose last bit differs between processors (1e-12 on
+the recording one, 1.4e-8 on an Intel Xeon). A float32 state is off by 1e-7."""
 
 
 def model_of(config: dict) -> XARTransformer:
@@ -220,12 +223,10 @@ def test_integrators_with_an_analytic_velocity(file):
     start = goldens.tensor(arrays["latents"])
     noise = rng.normals(num_steps - 1, start.shape[1:], torch.float64)
     assert_relative(sampler.time_grid(num_steps, "sde"), arrays["t_steps"], FLOAT64_TOLERANCE, "time grid")
-    assert_relative(
-        sampler.integrate_sde(velocity, start, noise), arrays["em_out"], FLOAT64_TOLERANCE, "Euler-Maruyama"
-    )
+    assert_relative(sampler.integrate_sde(velocity, start, noise), arrays["em_out"], PURE_TOLERANCE, "Euler-Maruyama")
     assert times == [call[2] for call in config["em_calls"]]
     times.clear()
-    assert_relative(sampler.integrate_ode(velocity, start, num_steps), arrays["euler_out"], FLOAT64_TOLERANCE, "Euler")
+    assert_relative(sampler.integrate_ode(velocity, start, num_steps), arrays["euler_out"], PURE_TOLERANCE, "Euler")
     assert times == [call[2] for call in config["euler_calls"]]
 
 
