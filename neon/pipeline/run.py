@@ -145,7 +145,7 @@ class Run:
         corpus = self.synth()
         folder = self.folder / "finetune"
         synth_manifest = records.read_manifest(self.folder / "synth")
-        identity = {"recipe": to_plain(recipe), "synth": synth_manifest}
+        identity = {"finetune": to_plain(recipe), "synth": synth_manifest}
         if self.world.broadcast(self.world.is_main and is_finished(folder, recipe, identity)):
             say(self.world, f"finetune: found finished in {folder}")
             return snapshots(folder)

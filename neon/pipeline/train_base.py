@@ -57,7 +57,7 @@ def train_base(config: Experiment, folder: Path, world: World) -> dict[str, obje
     source = source_sha256(type(family))
     identity = {
         "model": to_plain(config.model),
-        "recipe": to_plain(recipe),
+        "train": to_plain(recipe),
         "data": to_plain(data),
         "num_images": len(images),
         **inputs,

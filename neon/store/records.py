@@ -169,6 +169,8 @@ ADDED = frozenset({"family_source", "data_sha256", "autoencoder_sha256"})
 
 RENAMED = {"label_dropout": "label_drop"}
 """Keys of an `objective` table in folders of earlier versions (IMM's)."""
+RECIPES = ("finetune", "train")
+"""Sections whose table is `recipe` in training states of earlier versions."""
 
 
 def identity_of(value: object, inside: str = "") -> object:
@@ -193,13 +195,22 @@ def made_with(world: World) -> dict[str, object]:
 def check_same(found: object, expected: object, where: Path) -> None:
     """Raise ValueError naming the first key in which a half-done folder differs from what this command would do."""
     found, expected = identity_of(json.loads(json.dumps(found))), identity_of(json.loads(json.dumps(expected)))
-    difference = _difference(found, expected, "")
+    difference = _difference(_recipe_named(found, expected), expected, "")
     if difference is not None:
         key, old, new = difference
+        key = key.replace("sampling.options.", "sampling.")  # as the config has it
         raise ValueError(
             f"{where} was begun with another setting: {key} is {old!r} there and {new!r} now. "
-            "Give back the old setting to continue, or choose another --out"
+            "Give back the old setting to continue, or choose another folder (--out)"
         )
+
+
+def _recipe_named(found: object, expected: object) -> object:
+    """`found` with its recipe under the section's name, as `expected` has it."""
+    if not (isinstance(found, dict) and isinstance(expected, dict)):
+        return found
+    section = next((name for name in RECIPES if name in expected), "recipe")
+    return {section if key == "recipe" else key: value for key, value in found.items()}
 
 
 def _difference(found: object, expected: object, key: str) -> tuple[str, object, object] | None:

@@ -202,13 +202,15 @@ def test_saving_takes_a_twentieth_of_the_time(tmp_path, monkeypatch):
 
 
 def test_a_folder_from_before_a_key_was_renamed_goes_on(tmp_path):
-    now = {"recipe": {"lr": 1e-6, "objective": {"a": 2.0, "label_drop": 0.1}, "arch": {"label_dropout": 0.3}}}
-    before = {"recipe": {**now["recipe"], "objective": {"a": 2.0, "label_dropout": 0.1}}}
+    now = {"finetune": {"lr": 1e-6, "objective": {"a": 2.0, "label_drop": 0.1}, "arch": {"label_dropout": 0.3}}}
+    before = {"recipe": {**now["finetune"], "objective": {"a": 2.0, "label_dropout": 0.1}}}
     records.check_same(before, now, tmp_path)
-    with pytest.raises(ValueError, match=r"recipe\.objective\.label_drop is 0\.2 there and 0\.1 now"):
-        records.check_same({"recipe": {**now["recipe"], "objective": {"a": 2.0, "label_dropout": 0.2}}}, now, tmp_path)
-    with pytest.raises(ValueError, match=r"recipe\.arch\.label_dropout is 0\.3 there and 0\.4 now"):
-        records.check_same(now, {"recipe": {**now["recipe"], "arch": {"label_dropout": 0.4}}}, tmp_path)
+    records.check_same({"recipe": {"lr": 1.0}, "data": {}}, {"train": {"lr": 1.0}, "data": {}}, tmp_path)
+    other = {"recipe": {**now["finetune"], "objective": {"a": 2.0, "label_dropout": 0.2}}}
+    with pytest.raises(ValueError, match=r": finetune\.objective\.label_drop is 0\.2 there and 0\.1 now"):
+        records.check_same(other, now, tmp_path)
+    with pytest.raises(ValueError, match=r": finetune\.arch\.label_dropout is 0\.3 there and 0\.4 now"):
+        records.check_same(now, {"finetune": {**now["finetune"], "arch": {"label_dropout": 0.4}}}, tmp_path)
 
 
 def test_a_file_in_the_place_of_a_run_folder_is_said(tmp_path):

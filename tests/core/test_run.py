@@ -109,15 +109,15 @@ def test_a_finished_run_repeats_nothing(line_config, tmp_path):
     ("override", "key"),
     [
         ("synth.first_seed=5", "first_seed"),
-        ("finetune.lr=0.02", "recipe.lr"),
-        ("sampling.spread=0.3", "sampling.options.spread"),
-        ("finetune.images=192", "recipe.images"),
+        ("finetune.lr=0.02", r"finetune\.lr is 0\.01"),
+        ("sampling.spread=0.3", r"sampling\.spread is"),
+        ("finetune.images=192", r"finetune\.images"),
     ],
 )
 def test_a_config_changed_under_a_half_done_run_is_refused_by_key(line_config, tmp_path, override, key):
     run(line_config, tmp_path / "run")
     merged = (tmp_path / "run/neon.safetensors").read_bytes()
-    with pytest.raises(ValueError, match=f"begun with another setting: .*{key}"):
+    with pytest.raises(ValueError, match=f"begun with another setting: {key}"):
         run(line_config, tmp_path / "run", override)
     assert (tmp_path / "run/neon.safetensors").read_bytes() == merged
 

@@ -171,7 +171,7 @@ def test_a_folder_resumes_and_refuses_another_setting(toy, tmp_path):
     assert (tmp_path / "run/ledger.jsonl").read_text() == ledger
     assert again.scores == first.scores
     assert all(torch.equal(value, first.weights[name]) for name, value in again.weights.items())
-    with pytest.raises(ValueError, match=r"begun with another setting: .*recipe\.lr"):
+    with pytest.raises(ValueError, match=r"begun with another setting: finetune\.lr is"):
         improve_toy(toy, **{**small, "lr": 1e-4})
     with pytest.raises(ValueError, match=r"begun with another setting: .*function"):
         improve_toy(toy, **small, sample=lambda model, seeds: sample(model, seeds))
