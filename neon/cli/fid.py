@@ -13,7 +13,7 @@ import click
 
 from fid.names import METRICS
 from neon.cli.located import STATISTICS
-from neon.cli.options import PATH, RANK_OPTIONS, REPLACES, gathered
+from neon.cli.options import PATH, RANK_OPTIONS, REPLACES, NewFile, gathered
 
 if TYPE_CHECKING:
     from fid.features import Extractor
@@ -81,7 +81,9 @@ extraction_options = gathered(
 
 @fid.command()
 @click.option("--data", "source", type=PATH, required=True, help=DATA_HELP)
-@click.option("--out", type=PATH, required=True, help=f"The .npz to write (mu, sigma, count, provenance). {REPLACES}")
+@click.option(
+    "--out", type=NewFile(".npz"), required=True, help=f"The .npz to write (mu, sigma, count, provenance). {REPLACES}"
+)
 @extraction_options
 def ref(source: Path, out: Path, how: Extraction) -> None:
     """Make reference statistics of an image set, streaming: no feature matrix is kept.
@@ -126,7 +128,7 @@ def warn(notes: Sequence[str]) -> None:
 )
 @click.option(
     "--out",
-    type=PATH,
+    type=NewFile(".safetensors"),
     required=True,
     help=f"The .safetensors file of sums to write; `neon fid merge` adds them up. {REPLACES}",
 )
@@ -173,7 +175,7 @@ def parse_span(text: str) -> range:
 
 @fid.command("merge")
 @click.argument("parts", nargs=-1, type=PATH, required=True)
-@click.option("--out", type=PATH, required=True, help=f"The .npz to write. {REPLACES}")
+@click.option("--out", type=NewFile(".npz"), required=True, help=f"The .npz to write. {REPLACES}")
 def merge_parts(parts: Sequence[Path], out: Path) -> None:
     """Add the sums of `neon fid part` up to statistics (.npz). An image that is in two parts is an error, so is a
     gap."""
@@ -309,7 +311,7 @@ def compare(a: Path, b: Path) -> None:
 @click.option(
     "--extractor", default="dinov2-vitl14", show_default=True, help="Feature network that they were made with."
 )
-@click.option("--out", type=PATH, required=True, help=f"The .npz to write. {REPLACES}")
+@click.option("--out", type=NewFile(".npz"), required=True, help=f"The .npz to write. {REPLACES}")
 def convert(pickled: Path, entry: str, extractor: str, out: Path) -> None:
     """EDM2's pickled reference statistics as an .npz; nothing in the pickle is executed.
 

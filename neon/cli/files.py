@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from neon.cli.options import PATH, REPLACES
+from neon.cli.options import PATH, REPLACES, NewFile
 
 if TYPE_CHECKING:
     from neon.merge import OnMismatch
@@ -129,7 +129,7 @@ def merge_files(
 @click.command("diff")
 @click.argument("base", type=PATH)
 @click.argument("synth", type=PATH, nargs=-1, required=True)
-@click.option("--out", type=PATH, help=f"A .png to draw the table into. {REPLACES}")
+@click.option("--out", type=NewFile(".png"), help=f"A .png to draw the table into. {REPLACES}")
 @click.option("--base-weights", help=WEIGHTS_HELP)
 @click.option("--synth-weights", help="Weight set of every SYNTH.")
 @click.option("--variant", help="Which files of a folder: fp16 for model.fp16.safetensors.")
@@ -152,8 +152,6 @@ def diff_files(
     from neon.merge_files import difference
     from neon.merge_files.pairing import Request
 
-    if out is not None and out.suffix != ".png":
-        raise click.UsageError(f"--out {out}: expected a name ending in .png")
     request = Request(
         w=(1.0,),
         base_weights=base_weights,
@@ -220,7 +218,9 @@ def convert(source: Path, out: Path, weights: str) -> None:
 
 @click.command()
 @click.argument("source", type=PATH)
-@click.option("--out", type=PATH, required=True, help=f"The .zip to write: PNG files and dataset.json. {REPLACES}")
+@click.option(
+    "--out", type=NewFile(".zip"), required=True, help=f"The .zip to write: PNG files and dataset.json. {REPLACES}"
+)
 @click.option(
     "--split", type=click.Choice(["train", "test"]), default="train", show_default=True, help="Of sets that have one."
 )
@@ -241,8 +241,6 @@ def data(source: Path, out: Path, split: str, size: int | None, no_labels: bool)
     from neon.images.npm import open_source
     from neon.store import files
 
-    if out.suffix.lower() != ".zip":
-        raise click.UsageError(f"--out {out}: expected a name ending in .zip")
     files.check_writable(out, inputs=[source])
     images = open_source(source, split, size, use_labels=not no_labels)
     count = write_zip(out, images.batches(256), images.labels)

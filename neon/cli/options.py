@@ -29,6 +29,22 @@ class LocalPath(click.Path):
 
 PATH = LocalPath(path_type=Path)
 
+
+class NewFile(click.Path):
+    """The path of a file to write, whose ending says what it is."""
+
+    def __init__(self, ending: str):
+        super().__init__(path_type=Path)
+        self._ending = ending
+
+    def convert(
+        self, value: str | PathLike[str], param: click.Parameter | None, ctx: click.Context | None
+    ) -> str | bytes | PathLike[str]:
+        if Path(value).suffix.lower() != self._ending:
+            self.fail(f"{value}: expected a name ending in {self._ending}", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 REPLACES = "A file that is there is replaced, once the new one is complete."
 """What --out of a command that writes one file says: like cp, where a folder is never overwritten."""
 

@@ -113,6 +113,27 @@ def test_statistics_of_unknown_weights_are_not_compared_with_the_shipped_one_s(c
     assert neon("compare", tmp_path / "b.npz", tmp_path / "b.npz")["frechet_distance"] < 1e-6
 
 
+@pytest.mark.parametrize(
+    ("command", "ending"),
+    [
+        (("fid", "ref", "--data", "tiny.npz"), ".npz"),
+        (("fid", "part", "--data", "tiny.npz", "--images", "0:9"), ".safetensors"),
+        (("fid", "merge", "a.safetensors"), ".npz"),
+        (("fid", "convert", "a.pkl"), ".npz"),
+        (("diff", "a.safetensors", "b.safetensors"), ".png"),
+        (("data", "tiny.npz"), ".zip"),
+    ],
+)
+def test_a_name_without_its_ending_is_refused_before_any_work(tmp_path, monkeypatch, command, ending):
+    """The commands that read such a file go by its name."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("out", f"out{ending}.bak"):
+        done = CliRunner().invoke(main, [*command, "--out", name])
+        assert done.exit_code == 2
+        assert f"Invalid value for '--out': {name}: expected a name ending in {ending}" in done.output
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("command", ["ref", "calc"])
 def test_a_killed_pass_goes_on_and_ends_with_the_same_bits(tmp_path, tiny, monkeypatch, command):
     neon("ref", "--data", tiny, "--out", tmp_path / "whole.npz", "--batch", 10, *EXACT)
@@ -360,9 +381,11 @@ def test_parts_of_several_machines_add_up_to_the_whole(tmp_path, tiny):
     assert "in two of the parts" in refused("merge", *parts, parts[0], "--out", tmp_path / "twice.npz")
     assert not (tmp_path / "gap.npz").exists()
     assert "holds the images 0 to 101" in refused(
-        "part", "--data", tiny, "--images", "90:102", "--out", tmp_path / "x", *EXACT
+        "part", "--data", tiny, "--images", "90:102", "--out", tmp_path / "x.safetensors", *EXACT
     )
-    assert "expected START:STOP" in refused("part", "--data", tiny, "--images", "90", "--out", tmp_path / "x", *EXACT)
+    assert "expected START:STOP" in refused(
+        "part", "--data", tiny, "--images", "90", "--out", tmp_path / "x.safetensors", *EXACT
+    )
 
 
 def write_fashion_mnist(root: Path, images: torch.Tensor) -> None:
