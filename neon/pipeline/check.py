@@ -16,7 +16,7 @@ from neon.own_code import place, source_sha256
 from neon.pipeline.experiment import Experiment
 from neon.pipeline.family_errors import told
 from neon.pipeline.probe import Probe
-from neon.pipeline.trial import Doubtful, NotKept, OutOfRange, Trial
+from neon.pipeline.trial import Doubtful, NotKept, OutOfRange, Trial, Untried
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +44,8 @@ def check(config: Experiment, config_path: Path, device: torch.device) -> Iterat
             yield Finding(name, True, attempt())
         except Doubtful as doubt:
             yield Finding(name, True, str(doubt), is_caution=True)
+        except Untried as cause:
+            untried.setdefault(str(cause), []).append(name)
         except Exception as error:  # whatever a family of one's own raises is what its author wants to read
             is_ours = isinstance(error, (NotKept, ValueError, OSError)) and not place(error)
             text = str(error) if is_ours else told(error)

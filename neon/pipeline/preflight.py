@@ -21,27 +21,38 @@ def preflight(config: Experiment, family: Family, stages: Sequence[Stage]) -> No
     Raises ValueError for a section that is absent, guidance that is not named or not searched, and a batch that would
     split images whose loss is computed together.
     """
+    _check_sections(config, family, stages)
+    check_guidance(config, family, stages)
+
+
+def _check_sections(config: Experiment, family: Family, stages: Sequence[Stage]) -> None:
+    """What needs no model."""
     missing = [f"[{stage}]" for stage in stages if getattr(config, stage) is None]
     if missing:
         raise ValueError(f"the config has no {' and no '.join(missing)} section, which this command needs")
-    for stage in stages:
-        if stage != "finetune":
-            need_guidance(family, stage, getattr(config, stage).cfg_scale)
     if config.finetune is not None and "finetune" in stages:
         check_groups("finetune", family, config.finetune)
     if config.select is not None and config.report is not None and "report" in stages:
         _check_reported_guidance(config.select, config.report.cfg_scale)
 
 
+def check_guidance(config: Experiment, family: Family, stages: Sequence[Stage]) -> None:
+    """Raise ValueError as `need_guidance`. A family of many kinds of models knows whether this one is guided once it
+    has read the base."""
+    for stage in stages:
+        if stage != "finetune":
+            need_guidance(family, stage, getattr(config, stage).cfg_scale)
+
+
 def described(config: Experiment, family: Family) -> str:
     """Which stages the config has and what else `neon run` needs, in a line.
 
-    Raises ValueError if a stage that it has lacks a section, or as `preflight` does for them.
+    Raises ValueError if a stage that it has lacks a section, or as `preflight` does for them, guidance aside.
     """
-    present = [stage for stage in STAGES if getattr(config, stage) is not None]
+    present = stages_of(config)
     if lacking := [f"[{one}]" for one in _needed_by(present) if getattr(config, one) is None]:
         raise ValueError(f"there is no {' and no '.join(lacking)}, which [{'], ['.join(present)}] need")
-    preflight(config, family, present)
+    _check_sections(config, family, present)
     absent = [f"[{stage}]" for stage in STAGES if stage not in present]
     updates = [
         f"{name}: {-(-recipe.images // recipe.batch):,} updates of {recipe.batch}"
@@ -52,6 +63,11 @@ def described(config: Experiment, family: Family) -> str:
     if config.sampling is None:
         parts.append("no [sampling]: nothing that needs images of the model is tried")
     return "; ".join(parts)
+
+
+def stages_of(config: Experiment) -> list[Stage]:
+    """Those that the config has a section for."""
+    return [stage for stage in STAGES if getattr(config, stage) is not None]
 
 
 def _needed_by(stages: Sequence[Stage]) -> list[str]:

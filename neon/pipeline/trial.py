@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -13,11 +13,14 @@ from torch import Tensor, nn
 
 from neon import first_batch
 from neon.checkpoints import checkpoint
+from neon.evaluation.evaluate import Yardstick
+from neon.evaluation.options import Report
 from neon.evaluation.yardsticks import open_yardsticks
 from neon.images.formats import open_images
+from neon.images.image_set import ImageSet
 from neon.pipeline.experiment import Data, Experiment
 from neon.pipeline.needs import Part, missing
-from neon.pipeline.preflight import described, doubts, few_images
+from neon.pipeline.preflight import check_guidance, described, doubts, few_images, stages_of
 from neon.pipeline.probe import Probe
 from neon.training.recipe import Training
 from neon.training.step_data import group_of
@@ -43,6 +46,10 @@ class Doubtful(Exception):  # noqa: N818 - as above
     """Nothing is broken, but it is hardly what was meant."""
 
 
+class Untried(Exception):  # noqa: N818 - as above
+    """What a check needs is not there, as the check that this names has said."""
+
+
 class Trial:
     """The checks on one config; what one of them makes is made once."""
 
@@ -55,8 +62,13 @@ class Trial:
         return type(self.probe.family).__name__
 
     def checks(self) -> dict[str, Callable[[], str]]:
-        """In the order in which a run would meet them."""
-        chosen: dict[str, Callable[[], str]] = {"files": self.files, "network": self.network, "sections": self.sections}
+        """What costs nothing, then the rest in the order in which a run would meet it."""
+        chosen: dict[str, Callable[[], str]] = {"files": self.files, "sections": self.sections}
+        if self.config.data is not None:
+            chosen["data"] = self.data
+        if self.config.report is not None:
+            chosen["references"] = self.references
+        chosen |= {"network": self.network, "guidance": self.guidance}
         if self.config.sampling is not None:
             chosen |= {
                 "images": self.images,
@@ -67,8 +79,8 @@ class Trial:
         if self.probe.recipe is not None and (self.config.sampling or self.config.data):
             chosen |= {"loss per image": self.loss, "gradients": self.gradients}
         if self.config.data is not None:
-            chosen["data"] = self.data
-        if self.config.report is not None:
+            chosen["model and data"] = self.model_and_data
+        if self.config.report is not None and self.config.sampling is not None:
             chosen["features"] = self.features
         return chosen
 
@@ -81,10 +93,7 @@ class Trial:
             yield
 
     def files(self) -> str:
-        parts: list[Part] = ["base", "autoencoder", "report"]
-        if self.config.train is not None or self.config.autoencoder is not None:
-            parts.append("data")
-        absent = missing(self.config, parts, self.config_path)
+        absent = missing(self.config, ["base", "autoencoder", "report", "data"], self.config_path)
         to_train = [one for one in absent if one.key == "base.checkpoint" and one.how.startswith("make it: neon train")]
         if lacking := [one for one in absent if one not in to_train]:
             raise NotKept(f"{len(lacking)} missing:\n" + "\n".join(f"  {one}" for one in lacking))
@@ -97,10 +106,15 @@ class Trial:
         return f"{type(model).__name__}, {sum(p.numel() for p in model.parameters()):,} parameters ({origin})"
 
     def sections(self) -> str:
-        found = described(self.config, self.probe.family)
+        found = described(self.config, self.config.family())
         if doubtful := doubts(self.config):
             raise Doubtful("; ".join(doubtful))
         return found
+
+    def guidance(self) -> str:
+        stages = stages_of(self.config)
+        check_guidance(self.config, self.probe.family, stages)
+        return "named where images are made" if self.probe.family.is_guided else "the model has none"
 
     @cached_property
     def codes(self) -> Tensor:
@@ -275,33 +289,54 @@ class Trial:
         unused = f"; {len(without)} have none, first {without[0]}" if without else ""
         return f"finite in {len(trained) - len(without)} of {len(trained)} parameters{unused}"
 
-    def data(self) -> str:
+    def _need(self, part: Part) -> None:
+        if missing(self.config, [part], self.config_path):
+            raise Untried("files")
+
+    @cached_property
+    def real(self) -> ImageSet:
+        """The images of [data]."""
+        self._need("data")
         data = self.config.need("data", Data)
-        images = open_images(data.path, use_labels=data.use_labels, size=data.size, pad=data.pad)
+        return open_images(data.path, use_labels=data.use_labels, size=data.size, pad=data.pad)
+
+    def data(self) -> str:
+        return f"{len(self.real):,} images {tuple(self.real.shape)}, {self.real.num_classes} classes"
+
+    def model_and_data(self) -> str:
+        images, path = self.real, self.config.need("data", Data).path
         if self.config.sampling is not None:
             made = tuple(self.pictures.shape[1:])
             if made != tuple(images.shape):
-                raise NotKept(f"{data.path} holds images {tuple(images.shape)}, the model makes {made}")
+                raise NotKept(f"{path} holds images {tuple(images.shape)}, the model makes {made}")
         classes = self.probe.num_classes
         if classes and images.num_classes > classes:
-            raise NotKept(f"{data.path}: labels up to {images.num_classes - 1}, the model has {classes} classes")
+            raise NotKept(f"{path}: labels up to {images.num_classes - 1}, the model has {classes} classes")
         if classes and images.labels is None:
-            raise NotKept(f"{data.path} has no labels, the model needs them ({classes} classes)")
-        return f"{len(images):,} images {tuple(images.shape)}, {images.num_classes} classes"
+            raise NotKept(f"{path} has no labels, the model needs them ({classes} classes)")
+        return f"the model has {classes} classes"
 
-    def features(self) -> str:
-        assert self.config.report is not None  # chosen only where there is one
-        found, few = [], []
-        yardsticks = open_yardsticks(self.config.report, self.probe.device)
-        for name, yardstick in zip(self.config.report.extractors, yardsticks, strict=True):
-            if self.config.sampling is not None:
-                self.pictures  # noqa: B018 - what is no image has no features
-                yardstick.extractor(self.probe.bytes_of(self.codes))
-            found.append(f"{yardstick.extractor.name}: {yardstick.extractor.dim}, as its reference")
-            few += few_images(self.config, name, yardstick.extractor.dim)
+    @cached_property
+    def yardsticks(self) -> Sequence[Yardstick]:
+        self._need("report")
+        return open_yardsticks(self._report, self.probe.device)
+
+    @property
+    def _report(self) -> Report:
+        return self.config.need("report", Report)
+
+    def references(self) -> str:
+        pairs = list(zip(self._report.extractors, self.yardsticks, strict=True))
+        few = [one for name, yardstick in pairs for one in few_images(self.config, name, yardstick.extractor.dim)]
         if few:
             raise Doubtful("; ".join(few))
-        return "; ".join(found)
+        return "; ".join(f"{y.extractor.name}: {y.extractor.dim} features, as its reference" for _, y in pairs)
+
+    def features(self) -> str:
+        yardsticks, _ = self.yardsticks, self.pictures  # what is no image has no features
+        for yardstick in yardsticks:
+            yardstick.extractor(self.probe.bytes_of(self.codes))
+        return f"{NUM_IMAGES} images through {', '.join(y.extractor.name for y in yardsticks)}"
 
 
 def _gap(a: Tensor, b: Tensor) -> float:

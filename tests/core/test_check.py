@@ -96,8 +96,10 @@ def test_a_family_that_keeps_the_contract_passes(line_config):
     assert code == 0
     assert list(found) == [
         "files",
-        "network",
         "sections",
+        "references",
+        "network",
+        "guidance",
         "images",
         "same seed, same image",
         "batch independence",
@@ -158,7 +160,34 @@ def test_all_missing_files_are_said_with_their_commands(line_config):
 def test_images_of_another_size_than_the_data_are_said(line_config, tmp_path):
     np.savez(tmp_path / "data.npz", images=np.zeros((5, 1, 8, 8), np.uint8))
     _, found = checks(line_config, "--set", f"data.path={tmp_path / 'data.npz'}")
-    assert "holds images (1, 8, 8), the model makes (1, 4, 4)" in found["data"]["text"]
+    assert found["data"]["text"] == "5 images (1, 8, 8), 0 classes"
+    assert "holds images (1, 8, 8), the model makes (1, 4, 4)" in found["model and data"]["text"]
+
+
+def test_what_costs_nothing_is_said_before_the_network_is_made(line_config, tmp_path, monkeypatch):
+    """And what is missing is said once."""
+
+    def slow(*arguments):
+        raise AssertionError("the network is made")
+
+    monkeypatch.setattr(Mean, "__init__", slow)
+    (tmp_path / "reference.npz").unlink()
+    line_config.write_text(re.sub(r"\[synth\]\n(.+\n)*?(?=\[)", "", line_config.read_text()))
+    (tmp_path / "data.npz").write_bytes(b"no archive")
+    done = invoke(main, "check", line_config, "--device", "cpu", "--set", f"data.path={tmp_path / 'data.npz'}")
+    lines = re.split(r"\n(?=ok|warn|FAIL)", done.stderr)
+    assert [line.partition(":")[0] for line in lines] == [
+        "FAIL  files", "FAIL  sections", "FAIL  data", "FAIL  network", "FAIL  not tried", "FAIL  not tried"
+    ]  # fmt: skip
+    assert "there is no [synth], which" in lines[1]
+    assert str(tmp_path / "data.npz") in lines[2]
+    assert done.stderr.count("reference.npz  (") == 1
+    assert "1 check that needs 'files': references" in lines[4]
+    (tmp_path / "data.npz").unlink()
+    done = invoke(main, "check", line_config, "--device", "cpu", "--set", f"data.path={tmp_path / 'data.npz'}")
+    assert "FAIL  files: 2 missing:" in done.stderr
+    assert done.stderr.count("data.npz") == 1
+    assert "2 checks that need 'files': data; references" in done.stderr
 
 
 def test_one_cause_is_said_once(line_config, monkeypatch):
@@ -184,7 +213,7 @@ def test_images_that_are_not_numbers_accuse_no_seed(line_config, monkeypatch):
 def test_without_a_network_the_others_are_counted(line_config):
     _, found = checks(line_config, "--set", "base.weights=raw")
     assert not found["network"]["is_ok"]
-    assert found["not tried"]["text"].startswith("8 checks that need 'network': sections; images;")
+    assert found["not tried"]["text"].startswith("8 checks that need 'network': guidance; images;")
 
 
 @pytest.mark.parametrize(
@@ -216,8 +245,8 @@ def test_what_only_trains_lacks_nothing_and_says_what_is_not_tried(line_config, 
     [
         ("finetune.images=8", "sections", "finetune.images = 8 is less than one batch: a single update is made, on 16"),
         ("synth.num_images=12", "sections", "finetune.batch = 16 is more than the 12 images of [synth]"),
-        ("select.num_images=16", "features", "select.num_images = 16 for the 16 features of"),
-        ("report.num_images=10", "features", "report.num_images = 10 for the 16 features of"),
+        ("select.num_images=16", "references", "select.num_images = 16 for the 16 features of"),
+        ("report.num_images=10", "references", "report.num_images = 10 for the 16 features of"),
     ],
 )
 def test_what_is_hardly_meant_is_a_warning(line_config, override, check, said):
@@ -226,6 +255,14 @@ def test_what_is_hardly_meant_is_a_warning(line_config, override, check, said):
     assert f"warn  {check}: {said}" in done.stderr
     cautions = [one for one in last_object(done.stdout)["checks"] if one["is_caution"]]
     assert [one["name"] for one in cautions] == [check]
+
+
+def test_a_guidance_that_is_not_named_is_said_before_any_image(line_config):
+    line_config.write_text(re.sub(r"(\[synth\]\n(.+\n)*?)cfg_scale.*\n", r"\1", line_config.read_text()))
+    _, found = checks(line_config)
+    assert found["sections"]["is_ok"]
+    assert "synth.cfg_scale: this family is guided, name the scale" in found["guidance"]["text"]
+    assert list(found).index("guidance") < list(found).index("images")
 
 
 def test_sixteen_features_and_seventeen_images_are_no_warning(line_config):
