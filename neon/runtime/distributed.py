@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from neon.runtime import TIMEOUT_S
+from neon.runtime import INTERRUPTED, TIMEOUT_S
 from neon.runtime.waiting import BEAT_S, Meeting, Store
 
 T = TypeVar("T")
@@ -94,11 +94,15 @@ _exit_code: int | None = None
 def _leave() -> None:
     """The process group of ranks that ended with an error cannot be taken down (the others may be stuck in a
     collective), and with it alive torch now and then aborts while the interpreter ends: SIGABRT in place of exit code
-    1."""
+    1. By now this rank has said why. It stays two beats more, so that the others can say theirs: torchrun ends them
+    with the first rank that leaves, and without torchrun the store, where those that wait read why, ends with rank
+    0."""
     if _exit_code is not None:
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError, AttributeError):  # closed or full
                 stream.flush()
+        if _exit_code != INTERRUPTED:
+            time.sleep(2 * BEAT_S)
         os._exit(_exit_code)
 
 
@@ -145,11 +149,9 @@ def world(device: str | None = None, timeout_s: float = TIMEOUT_S) -> Iterator[W
         dist.barrier(group=_control_group)
         _meeting.end()
     except BaseException as error:
-        _exit_code = 130 if isinstance(error, KeyboardInterrupt) else int(getattr(error, "exit_code", 1))
+        _exit_code = INTERRUPTED if isinstance(error, KeyboardInterrupt) else int(getattr(error, "exit_code", 1))
         why = f"{type(error).__name__}: {error}"
         _meeting.end(why)
-        if rank == 0 and not isinstance(error, KeyboardInterrupt):
-            time.sleep(2 * BEAT_S)  # without torchrun the store ends with rank 0: those that wait read first why
         if rank > 0 and not isinstance(error, KeyboardInterrupt):  # rank 0's error is printed by the command
             print(f"rank {rank} of {size} stops: {why}", file=sys.stderr, flush=True)
         raise

@@ -10,11 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from neon.runtime import INTERRUPTED
 from neon.runtime.distributed import World
 from neon.runtime.progress import say
-
-EXIT_CODE = 130
-"""Of a process that Ctrl-C ended, as shells report it."""
 
 
 @contextmanager
@@ -28,8 +26,8 @@ def told_how_to_go_on(world: World) -> Iterator[None]:
         say(world, "stopped. What was made is kept: run the same command to go on")
         if world.size > 1:  # the other ranks may be stuck in a collective, and leaving the group waits for them
             sys.stdout.flush()
-            os._exit(EXIT_CODE)
-        raise SystemExit(EXIT_CODE) from None
+            os._exit(INTERRUPTED)
+        raise SystemExit(INTERRUPTED) from None
     finally:
         if is_main_thread:
             signal.signal(signal.SIGTERM, before)
