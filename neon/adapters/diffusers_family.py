@@ -51,6 +51,8 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.num_steps < 1:
             raise ValueError(f"num_steps must be >= 1, got {self.num_steps}")
+        if self.scheduler is not None:
+            class_of_diffusers(self.scheduler, diffusers.SchedulerMixin, "scheduler")
 
 
 @dataclass(frozen=True, kw_only=True)

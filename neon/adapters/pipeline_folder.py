@@ -9,6 +9,7 @@ import shutil
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 
@@ -38,9 +39,10 @@ class PipelineFolder:
         """Raises FileNotFoundError if it is no pipeline folder, ValueError if a component needs code of its own."""
         file = path / "model_index.json"
         if not file.is_file():
+            near = [folder for folder in (path.parent, path / "pipeline") if (folder / file.name).is_file()]
+            advice = f"Did you mean {near[0]}?" if near else "Save one with pipeline.save_pretrained(FOLDER)"
             raise FileNotFoundError(
-                f"{path}: expected a diffusers pipeline folder, but there is no model_index.json in it. Save one with "
-                "pipeline.save_pretrained(FOLDER)"
+                f"{path}: expected a diffusers pipeline folder, but there is no model_index.json in it. {advice}"
             )
         index = read_table(file)
         name = index.get("_class_name")
@@ -181,6 +183,14 @@ def read_table(file: Path) -> Mapping[str, object]:
 def class_of_diffusers(name: object, kind: type, where: str) -> diffusers.ConfigMixin:
     """The class called `name`, a subclass of diffusers' `kind`. Raises ValueError, naming `where` it was read."""
     found = getattr(diffusers, str(name), None)
-    if not (isinstance(found, type) and issubclass(found, kind)):
-        raise ValueError(f"{where}: {name!r} is no {kind.__name__} class of diffusers")
-    return found
+    if _is_kind(found, kind):
+        return found
+    known = {one.lower(): one for one in dir(diffusers)}
+    near = [known[one] for one in get_close_matches(str(name).lower(), list(known), n=5, cutoff=0.8)]
+    meant = [one for one in near if _is_kind(getattr(diffusers, one), kind)]
+    advice = f" (did you mean {meant[0]!r}?)" if meant else ""
+    raise ValueError(f"{where}: {name!r} is no {kind.__name__} class of diffusers{advice}")
+
+
+def _is_kind(found: object, kind: type) -> bool:
+    return isinstance(found, type) and issubclass(found, kind)

@@ -11,10 +11,8 @@ from neon.published.table import TABLE, near_names
 def how_to_get(path: Path) -> str:
     """Advice on a missing file, "" if nothing is known about it."""
     advice = []
-    if path.parent.is_dir():
-        lower = {other.name.lower(): other.name for other in path.parent.iterdir()}
-        if near := get_close_matches(path.name.lower(), list(lower), n=1, cutoff=0.8):
-            advice.append(f"did you mean {path.with_name(lower[near[0]])}?")
+    if (near_path := _near(path)) is not None:
+        advice.append(f"did you mean {near_path}?")
     here = next((item for item in TABLE if item.name == path.name), None)
     if here is not None:
         target = here.target(Path())
@@ -23,6 +21,20 @@ def how_to_get(path: Path) -> str:
     elif near := near_names(path.name):
         advice.append(f"a published file is called {near[0]}: neon download {near[0]}")
     return "; ".join(advice)
+
+
+def _near(path: Path) -> Path | None:
+    """The path with a near name for the first part of it that is not there."""
+    above = next((folder for folder in path.parents if folder.is_dir()), None)
+    if above is None:
+        return None
+    wrong, *rest = path.relative_to(above).parts
+    lower = {other.name.lower(): other for other in above.iterdir()}
+    near = get_close_matches(wrong.lower(), list(lower), n=1, cutoff=0.8)
+    if not near:
+        return None
+    whole = lower[near[0]].joinpath(*rest)
+    return whole if whole.exists() else lower[near[0]]
 
 
 def need_file(path: Path, what: str) -> Path:

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from neon.family import resolve
 from neon.seeds import ImageRng, SharedRng
-from tests.adapters.pipelines import KINDS, PROMPTS, diffusers, flow_scheduler, saved, scheduler, unet
+from tests.adapters.pipelines import KINDS, PROMPTS, diffusers, flow_scheduler, saved, scheduler, unconditional, unet
 
 from neon.adapters import lora  # isort: skip
 from neon.adapters.diffusers_family import Diffusers, Objective, Sampling, read_prompts  # isort: skip
@@ -226,6 +226,13 @@ def shards_elsewhere(path):
     names = load_file(path.parent / "elsewhere.safetensors")
     index = {"metadata": {}, "weight_map": dict.fromkeys(names, "../../elsewhere.safetensors")}
     (path / "unet/diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(("given", "meant"), [("mine/unet", "mine"), ("run", "run/pipeline")])
+def test_a_folder_near_a_pipeline_is_told_with_the_pipelines_own(tmp_path, given, meant):
+    unconditional().save_pretrained(tmp_path / meant)
+    with pytest.raises(FileNotFoundError, match=f"no model_index.json in it. Did you mean {tmp_path / meant}\\?"):
+        PipelineFolder.open(tmp_path / given)
 
 
 @pytest.mark.parametrize(

@@ -253,7 +253,11 @@ def test_a_finished_run_repeats_nothing_and_another_prompt_is_another_run(tmp_pa
         ("unconditional", "synth.cfg_scale=2.0", "guidance"),
         ("class", "synth.store=codes", "synth.store = 'images'"),
         ("class", f"base.autoencoder={__file__}", "a pipeline brings its own"),
-        ("unconditional", "sampling.scheduler=Nothing", "sampling.scheduler: 'Nothing' is no SchedulerMixin class"),
+        (
+            "unconditional",
+            "sampling.scheduler=Nothing",
+            r"\[sampling\] scheduler: 'Nothing' is no SchedulerMixin",
+        ),
         ("unconditional", "sampling.num_steps=0", "num_steps must be >= 1"),
         ("unconditional", "finetune.objective.lora_rank=-1", "lora_rank must be >= 0"),
         ("text", "finetune.objective.label_drop=2.0", "label_drop must be in 0 .. 1"),
@@ -262,3 +266,12 @@ def test_a_finished_run_repeats_nothing_and_another_prompt_is_another_run(tmp_pa
 def test_settings_that_do_not_fit_are_refused_in_one_line(kind, setting, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         Run(load(config(tmp_path, kind), [setting]), tmp_path / "run", World()).all()
+
+
+def test_a_near_name_is_told_before_anything_is_loaded(tmp_path):
+    file = config(tmp_path, "unconditional")
+    for wrong, near in (("DDIMSchedular", "DDIMScheduler"), ("eulerdiscretescheduler", "EulerDiscreteScheduler")):
+        with pytest.raises(ValueError, match=rf"'{wrong}' is no SchedulerMixin class .* \(did you mean '{near}'\?\)"):
+            load(file, [f"sampling.scheduler={wrong}"])
+    with pytest.raises(ValueError, match=r"'UNet2DModel' is no SchedulerMixin class of diffusers$"):
+        load(file, ["sampling.scheduler=UNet2DModel"])

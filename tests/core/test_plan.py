@@ -11,6 +11,7 @@ from neon.cli.main import main
 from neon.pipeline.experiment import load
 from neon.pipeline.measure import measure
 from neon.pipeline.probe import Probe
+from neon.published.hints import how_to_get
 from tests.commands import ROOT, invoke, last_object, started
 from tests.core.line_family import Line
 
@@ -82,6 +83,16 @@ def test_seconds_are_shared_by_ranks(line_config):
     together = started("-m", "neon", "run", line_config, "--device", "cpu", "--dry-run", "--json", ranks=2)
     assert together["ranks"] == 2
     assert together["stages"][0]["images"] == alone["stages"][0]["images"]
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [("my_pipelin/unet", "my_pipeline/unet"), ("my_pipelin/vae", "my_pipeline"), ("elsewhere/a", "")],
+)
+def test_a_wrong_folder_on_the_way_to_a_file_is_told_with_the_near_name(tmp_path, given, meant):
+    (tmp_path / "my_pipeline/unet").mkdir(parents=True)
+    (tmp_path / "myfile").touch()
+    assert how_to_get(tmp_path / given) == (f"did you mean {tmp_path / meant}?" if meant else "")
 
 
 def test_a_run_and_its_dry_run_name_all_missing_files_at_once(line_config, tmp_path):
