@@ -90,7 +90,8 @@ def checked_keys(keys: Iterable[object]) -> None:
 class Machine:
     """One pickle, from the file's position to its STOP.
 
-    rebuilders: name -> what stands for a call of it; persistent: what stands for data outside of the pickle.
+    rebuilders: name -> the function of ours that runs instead of the named one; persistent: the function that runs for
+    every reference to data outside of the pickle.
     """
 
     def __init__(self, file: Bounded, rebuilders: Mapping[str, Rebuilder], persistent: Rebuilder | None = None) -> None:
