@@ -191,31 +191,39 @@ def test_an_output_that_cannot_be_written_is_said_before_the_pass(tmp_path, monk
     monkeypatch.setattr("neon.evaluation.on_disk.pass_over", lambda *_: pytest.fail("images were read"))
     np.save(tmp_path / "data.npy", MADE[:, 0])
     (tmp_path / "file").write_text("x")
-    (tmp_path / "folder").mkdir()
-    extra = () if command == "ref" else ("--images", "0:9")
+    ending, extra = (".npz", ()) if command == "ref" else (".safetensors", ("--images", "0:9"))
+    (tmp_path / f"folder{ending}").mkdir()
     reasons = {"folder": "it is a folder", "file/below": "file is a file, not a folder", "file/a/b": "not a folder"}
     for name, reason in reasons.items():
-        out = tmp_path / name
+        out = tmp_path / f"{name}{ending}"
         words = ("fid", command, "--data", tmp_path / "data.npy", "--out", out, *extra, "--extractor", PIXELS)
         done = CliRunner().invoke(main, list(map(str, words)))
         assert done.exit_code == 1
         assert f"cannot write {out}: " in done.output
         assert reason in done.output
-    words = (*words[:5], tmp_path / "out", *words[6:], "--resume", tmp_path / "file")
+    words = (*words[:5], tmp_path / f"out{ending}", *words[6:], "--resume", tmp_path / "file")
     done = CliRunner().invoke(main, list(map(str, words)))
     assert done.exit_code == 2
     assert "file' is a file" in done.output
 
 
-@pytest.mark.parametrize("command", [("fid", "ref"), ("fid", "part", "--images", "0:9"), ("data",)])
-def test_the_set_that_is_read_is_not_replaced(tmp_path, command):
+@pytest.mark.parametrize(
+    ("command", "outs"),
+    [
+        (("fid", "ref"), ["link.npz"]),
+        (("fid", "part", "--images", "0:9"), ["link.safetensors"]),
+        (("data",), ["set.zip", "link.zip"]),
+    ],
+)
+def test_the_set_that_is_read_is_not_replaced(tmp_path, command, outs):
     save(tmp_path / "set", MADE[:9])
     with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
         for file in sorted((tmp_path / "set").iterdir()):
             archive.write(file, file.name)
-    (tmp_path / "link.zip").symlink_to(tmp_path / "set.zip")
+    for link in {*outs} - {"set.zip"}:
+        (tmp_path / link).symlink_to(tmp_path / "set.zip")
     before = (tmp_path / "set.zip").read_bytes()
-    for out in ("set.zip", "link.zip"):
+    for out in outs:
         source = () if command == ("data",) else ("--data",)
         words = (*command, *source, tmp_path / "set.zip", "--out", tmp_path / out)
         done = CliRunner().invoke(main, list(map(str, words)))
