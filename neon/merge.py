@@ -47,6 +47,14 @@ def reverse_merge(
     return dict(merged_entries(base, synth, w, parameters=parameters, on_mismatch=on_mismatch))
 
 
+def check_states(base: object, synth: object) -> None:
+    """Raises ValueError for what is no state dict. (Its tensors may lie in a file: they are looked at one by one.)"""
+    for name, given in (("base", base), ("synth", synth)):
+        if not isinstance(given, Mapping):
+            advice = f": give {name}.state_dict()" if isinstance(given, nn.Module) else ""
+            raise ValueError(f"{name} must be a state dict, tensors by name, not {type(given).__name__}{advice}")
+
+
 def check_w(w: float) -> None:
     """Raises ValueError for what is no number, and for numbers too large for the arithmetic of a float32."""
     is_number = isinstance(w, Real) or (isinstance(w, Tensor) and w.numel() == 1)
@@ -76,6 +84,11 @@ def merged_entries(
 def merge_tensor(name: str, base: Tensor, synth: Tensor, w: float, on_mismatch: OnMismatch) -> Tensor:
     """base - w (synth - base) of one parameter, or the base where there is nothing to extrapolate. Raises ValueError,
     which names it, if it cannot be extrapolated."""
+    for where, value in (("base", base), ("self-trained model", synth)):
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                f"{name}: expected a tensor, found {type(value).__name__} in the {where}: name the state dict itself"
+            )
     if base.shape != synth.shape:
         raise ValueError(
             f"{name}: the base has shape {tuple(base.shape)}, the self-trained model {tuple(synth.shape)}; not the "
@@ -164,6 +177,7 @@ def extrapolate(base: Tensor, step: Tensor, w: float, out: Tensor | None = None)
 
 
 def check_same_names(base: Mapping[str, Tensor], synth: Mapping[str, Tensor], on_mismatch: OnMismatch) -> None:
+    check_states(base, synth)
     if on_mismatch not in ("error", "keep_base"):
         raise ValueError(f"on_mismatch must be 'error' or 'keep_base', got {on_mismatch!r}")
     missing = [name for name in base if name not in synth]
@@ -187,6 +201,7 @@ class LiveMerge:
     """
 
     def __init__(self, model: nn.Module, base: Mapping[str, Tensor], synth: Mapping[str, Tensor]):
+        check_states(base, synth)
         self._parameters, self._base, self._synth = dict(model.named_parameters()), base, synth
         missing = [name for name in self._parameters if name not in base or name not in synth]
         if missing:

@@ -100,21 +100,32 @@ def compute(
     return found
 
 
-def open_side(images: Images) -> ImageSet:
-    """One side of the comparison as an image set, without labels."""
+def open_side(images: Images, what: str = "images") -> ImageSet:
+    """One side of the comparison as an image set, without labels. what: its name, for messages."""
     if isinstance(images, ImageSet):
         return images
     if isinstance(images, Tensor):
         images = images.cpu().numpy()
     if isinstance(images, np.ndarray):
         return from_array(Path("images in memory"), images)
+    _check_is_path(images, what)
     return open_images(images, use_labels=False)
+
+
+def _check_is_path(images: object, what: str) -> None:
+    if not isinstance(images, (str, Path)):
+        advice = "; a list of tensors becomes one by torch.stack" if isinstance(images, (list, tuple)) else ""
+        kind = type(images).__name__
+        raise ValueError(f"{what}: expected a path or one uint8 tensor or array (N, C, H, W), not {kind}{advice}")
 
 
 def open_reference(source: Images) -> Reference | ImageSet:
     """Statistics, if the file holds mu and sigma, else images. Raises ValueError naming what was found instead."""
-    path = None if isinstance(source, Tensor | np.ndarray | ImageSet) else hub.local(source)
-    if path is not None and path.is_file() and path.suffix.lower() not in (".zip", ".npy") and "idx" not in path.name:
+    if isinstance(source, Tensor | np.ndarray | ImageSet):
+        return open_side(source)
+    _check_is_path(source, "reference")
+    path = hub.local(source)
+    if path.is_file() and path.suffix.lower() not in (".zip", ".npy") and "idx" not in path.name:
         try:
             with zipfile.ZipFile(path) as archive:
                 keys = {name.removesuffix(".npy") for name in archive.namelist()}

@@ -234,3 +234,16 @@ def test_a_w_that_no_float_can_be_multiplied_by_is_refused(w):
 def test_a_w_that_is_no_number_is_said(w):
     with pytest.raises(ValueError, match="w must be a finite number"):
         reverse_merge(state(0, torch.float32), state(1, torch.float32), w)
+
+
+def test_what_is_no_state_dict_is_refused_by_its_argument():
+    model, good = nn.Linear(7, 5), nn.Linear(7, 5).state_dict()
+    for merge in (lambda base, synth: reverse_merge(base, synth, 1.0), lambda *both: LiveMerge(model, *both)):
+        with pytest.raises(ValueError, match=r"base must be a state dict.* not Linear: give base\.state_dict\(\)"):
+            merge(model, good)
+        with pytest.raises(ValueError, match=r"synth must be .* not Linear: give synth\.state_dict\(\)"):
+            merge(good, model)
+        with pytest.raises(ValueError, match="synth must be a state dict, tensors by name, not str"):
+            merge(good, "synth.pt")
+    with pytest.raises(ValueError, match="model: expected a tensor, found OrderedDict in the base: name"):
+        reverse_merge({"model": good}, {"model": good}, 1.0)

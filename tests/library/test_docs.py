@@ -80,6 +80,28 @@ def test_metrics_are_a_list_of_names(in_root, metrics):
         neon.evaluate(torch.zeros(4, 1, 28, 28, dtype=torch.uint8), "demo/reference_fashion-cnn.npz", metrics=metrics)
 
 
+@pytest.mark.parametrize(
+    ("images", "reference", "message"),
+    [
+        (
+            [torch.zeros(1, 28, 28)] * 2,
+            "demo/reference_fashion-cnn.npz",
+            r"images: .*, not list; a list of tensors bec",
+        ),
+        (
+            None,
+            "demo/reference_fashion-cnn.npz",
+            r"images: expected a path or one uint8 .* \(N, C, H, W\), not NoneType",
+        ),
+        (torch.zeros(4, 1, 28, 28, dtype=torch.uint8), [torch.zeros(1, 28, 28)], r"reference: .*, not list; a list of"),
+        (torch.zeros(4, 1, 28, 28, dtype=torch.uint8), {"fashion-cnn": 3}, r"reference: expected a path .*, not int"),
+    ],
+)
+def test_evaluate_takes_one_tensor_or_a_path(in_root, images, reference, message):
+    with pytest.raises(ValueError, match=message):
+        neon.evaluate(images, reference)
+
+
 def test_evaluate_gives_the_same_of_a_file_and_of_a_tensor(in_root, tmp_path):
     images = open_images(ROOT / "demo/fashion_base.npz").read(range(70))
     np.savez(tmp_path / "images.npz", images=images.numpy())
