@@ -18,6 +18,7 @@ from neon.evaluation.collect import Wanted, collect
 from neon.own_code import source_sha256
 from neon.runtime.distributed import World
 from neon.sampling.generate import Source, generate, to_images
+from neon.store.shards import Corpus
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +45,10 @@ class Yardstick(Wanted):
             reference_features=self.reference_features,
             k=self.k,
         )
+
+    def try_out(self, images: Corpus, num_images: int) -> None:
+        """Raise, before the fine-tune, what can be told from images of the base (the set will have num_images of them):
+        nothing where features are compared."""
 
     @property
     def identity(self) -> dict[str, str | None]:

@@ -22,6 +22,7 @@ from neon.family import Draws, Family
 from neon.first_batch import lies_in_unit_interval
 from neon.quantize import Rule, to_uint8
 from neon.seeds import ImageRng, Rng, SharedRng
+from neon.store.shards import Corpus
 
 Sample = Callable[[nn.Module, Sequence[int]], Tensor | tuple[Tensor, Tensor]]
 """(model, seeds) -> images (B, ...), or (images, labels (B,) int64). Image b depends on the weights and on seeds[b]
@@ -88,7 +89,10 @@ class Functions(Family[nn.Module, Objective, Sampler]):
         return {"seed": torch.full((len(codes),), rng.generator.initial_seed())}
 
     def loss(self, model: nn.Module, codes: Tensor, labels: Tensor | None, draws: Draws, how: Objective) -> Tensor:
-        losses = self._loss(model, codes, labels, torch.Generator().manual_seed(int(draws["seed"][0])))
+        return self._losses(model, codes, labels, int(draws["seed"][0]))
+
+    def _losses(self, model: nn.Module, codes: Tensor, labels: Tensor | None, seed: int) -> Tensor:
+        losses: object = self._loss(model, codes, labels, torch.Generator().manual_seed(seed))
         if not isinstance(losses, Tensor) or losses.shape != (len(codes),):
             found = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
             raise ValueError(
@@ -96,6 +100,12 @@ class Functions(Family[nn.Module, Objective, Sampler]):
                 "take the mean over the other dimensions only"
             )
         return losses
+
+    def try_loss(self, images: Tensor, labels: Tensor | None, batch: int) -> None:
+        """The loss of a whole batch of these images, on a copy of the network. Raises ValueError."""
+        model, chosen = self.build({}).eval(), torch.arange(batch) % len(images)
+        device = next(model.parameters()).device
+        self._losses(model, images[chosen].to(device), None if labels is None else labels[chosen].to(device), 0)
 
     def group(self, how: Objective) -> int:
         return how.batch
@@ -115,12 +125,27 @@ def images_and_labels(found: object, count: int) -> tuple[Tensor, Tensor | None]
     return images, labels
 
 
-def check_per_image(sample: Sample, model: nn.Module, seeds: Sequence[int]) -> Tensor:
-    """The images of two seeds, if the second one is the same when it is drawn alone; ValueError if it is not."""
+def check_takes(name: str, function: object, arguments: str) -> None:
+    """Raise ValueError unless `function` can be called with these arguments, "model, seeds", one after the other."""
+    if not callable(function):
+        raise ValueError(f"{name} must be a function {name}({arguments}), not {type(function).__name__}")
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # some that are written in C do not say
+        return
+    try:
+        signature.bind(*arguments.split(", "))
+    except TypeError as error:
+        raise ValueError(f"expected {name}({arguments}), it is {name}{signature}: {error}") from error
+
+
+def check_per_image(sample: Sample, model: nn.Module, seeds: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+    """The images and labels of two seeds, if the second image is the same when it is drawn alone; ValueError if it is
+    not."""
     was_training = model.training
     model.eval()
     with torch.inference_mode():
-        together, _ = images_and_labels(sample(model, seeds), 2)
+        together, labels = images_and_labels(sample(model, seeds), 2)
         alone, _ = images_and_labels(sample(model, seeds[1:]), 1)
     model.train(was_training)
     moved = (alone[0].double() - together[1].double()).abs().mean()
@@ -133,7 +158,7 @@ def check_per_image(sample: Sample, model: nn.Module, seeds: Sequence[int]) -> T
             f"seed {seeds[0]}. Give every image a generator of its own, seeded with its seed: "
             "neon.ImageRng(seeds, device).normal(shape)"
         )
-    return together
+    return together, labels
 
 
 def check_range(images: Tensor) -> None:
@@ -189,6 +214,14 @@ class FunctionScore(Yardstick):
 
     def values(self, collector: Collector) -> dict[str, float]:
         images = collector.features.view(-1, *self.example.shape[1:]).to(self.example.dtype)
+        return {self.headline(len(images)): self._value(images)}
+
+    def try_out(self, images: Corpus, num_images: int) -> None:
+        """The score of images of S, if there are as many as it will get later."""
+        if len(images) >= num_images:
+            self._value(images.read(range(num_images)))
+
+    def _value(self, images: Tensor) -> float:
         found = self.function(images)
         try:
             value = float(found)
@@ -199,7 +232,7 @@ class FunctionScore(Yardstick):
             ) from error
         if not math.isfinite(value):
             raise ValueError(f"score: {self.extractor.name} gave {value} for {len(images)} images")
-        return {self.headline(len(images)): value}
+        return value
 
 
 def function_score(function: Score, example: Tensor) -> FunctionScore:

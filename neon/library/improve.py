@@ -21,6 +21,7 @@ from neon.library.functions import (
     Score,
     check_per_image,
     check_range,
+    check_takes,
     fingerprint,
     function_score,
 )
@@ -94,9 +95,10 @@ def improve(
     folder: keeps everything that was computed, the page report.html included; the same call goes on where it was
         interrupted. None: a temporary folder.
 
-    Raises ValueError, before anything is computed, for arguments that do not fit together, a `sample` whose images
-    depend on their batch or (with a reference file) are floats outside of [-1, 1], or a folder that was begun with
-    another model, function or setting.
+    Raises ValueError, before anything is computed, for arguments that do not fit together, functions that take other
+    arguments, a `sample` whose images depend on their batch or (with a reference file) are floats outside of [-1, 1], a
+    `loss` that gives no number per image, or a folder that was begun with another model, function or setting; and
+    before the fine-tune for a function `score` that gives no number.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model must be the network, a torch.nn.Module, not {_kind(model)}")
@@ -106,8 +108,12 @@ def improve(
         raise ValueError(f"finetune: {named[0]} is said by an argument of neon.improve (updates, batch, lr, loss)")
     device = next(model.parameters(), torch.empty(0)).device
     check_names(model)
-    example = check_per_image(sample, model, [synth_seed, synth_seed + 1])
+    check_takes("sample", sample, "model, seeds")
+    check_takes("loss", loss, "model, images, labels, generator")
+    example, labels = check_per_image(sample, model, [synth_seed, synth_seed + 1])
     is_function = callable(score)
+    if is_function:
+        check_takes("score", score, "images")
     if isinstance(score, (str, Path, Mapping)):
         check_range(example)
     if is_function and strategy == "search":
@@ -153,6 +159,7 @@ def improve(
         config = parse(table, family)
         keep_base(model, place / "base.safetensors")
         stack.enter_context(torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]))
+        family.try_loss(example, labels, batch)
         yardsticks = None if yardstick is None else [yardstick]
         world, is_kept = World(device=device), folder is not None
         run = Run(config, place, world, family=family, yardsticks=yardsticks, is_kept=is_kept)

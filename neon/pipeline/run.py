@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -140,8 +140,8 @@ class Run:
         self._preflight(["synth", "finetune"])
         recipe = self.config.need("finetune", Training)
         synth_config = self.config.need("synth", Synth)
-        if recipe.arch:
-            self._trainable_model(recipe)  # whether the arguments fit is said before S is made
+        if recipe.arch or source_sha256(type(self.family)) is not None:  # the shipped ones' tests have done this
+            self._plain(self._trainable_model(recipe).state_dict())  # what does not fit is said before S is made
         corpus = self.synth()
         folder = self.folder / "finetune"
         synth_manifest = records.read_manifest(self.folder / "synth")
@@ -149,6 +149,8 @@ class Run:
         if self.world.broadcast(self.world.is_main and is_finished(folder, recipe, identity)):
             say(self.world, f"finetune: found finished in {folder}")
             return snapshots(folder)
+        for yardstick in self._yardsticks or ():
+            yardstick.try_out(corpus, self.config.need("select", Select).num_images)
         codes: Corpus = corpus
         if synth_config.store == "images":
             codes = encoded(
@@ -165,22 +167,26 @@ class Run:
 
     def _trainable_model(self, recipe: Training) -> torch.nn.Module:
         """The base's weights in the network that the recipe trains."""
+        kind = type(self.family).__name__
         try:
-            model = self.family.build({**self.family.arch_of(self.base), **recipe.arch})
+            built = self.family.build({**self.family.arch_of(self.base), **recipe.arch})
+            model = contract.network(f"{kind}.build", built)
             self.base.load_into(model)
         except (TypeError, ValueError) as error:
             if recipe.arch:
                 raise ValueError(f"finetune.arch: {error}") from error
             raise
-        return contract.network(f"{type(self.family).__name__}.adapted", self.family.adapted(model, recipe.objective))
+        return contract.network(f"{kind}.adapted", self.family.adapted(model, recipe.objective))
 
     def _snapshot_writer(self, recipe: Training) -> Callable[[Trainer, Path], None]:
         def write(trainer: Trainer, path: Path) -> None:
             metadata = {**self._metadata("ema" if recipe.has_ema else "raw"), "images_seen": trainer.images_seen}
-            weights = contract.state(f"{type(self.family).__name__}.plain", self.family.plain(trainer.weights()))
-            checkpoint.write(path, weights, metadata=metadata)
+            checkpoint.write(path, self._plain(trainer.weights()), metadata=metadata)
 
         return write
+
+    def _plain(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return contract.state(f"{type(self.family).__name__}.plain", self.family.plain(state))
 
     def _metadata(self, weights: str) -> dict[str, object]:
         return {

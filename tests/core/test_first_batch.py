@@ -76,6 +76,25 @@ def test_the_unit_interval_is_told_from_the_right_one():
     assert not first_batch.lies_in_unit_interval(torch.full((8, 3, 4, 4), 0.5)), "one grey says nothing"
 
 
+@pytest.mark.parametrize(
+    ("method", "does", "said"),
+    [
+        ("plain", lambda self, state: None, "plain must return a state dict, tensors by name; it returned NoneType"),
+        ("plain", lambda self, state: list(state), "plain must return a state dict, tensors by name; it returned list"),
+        ("adapted", lambda self, model, how: None, "adapted must return the network, a torch.nn.Module; it returned"),
+    ],
+)
+def test_what_is_first_used_after_hours_is_tried_before_any_image(
+    line_config, tmp_path, monkeypatch, method, does, said
+):
+    monkeypatch.setattr(Line, method, does)
+    for command in ("run", "finetune"):
+        done = invoke(main, command, line_config, "--out", tmp_path / "run", "--device", "cpu")
+        assert done.exit_code == 1
+        assert f"Line.{said}" in done.stderr
+        assert not (tmp_path / "run/synth").exists()
+
+
 def run_with(line_config, tmp_path, monkeypatch, sample):
     monkeypatch.setattr(Line, "sample", sample)
     return invoke(main, "run", line_config, "--out", tmp_path / "run", "--device", "cpu")

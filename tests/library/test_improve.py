@@ -227,6 +227,73 @@ def test_what_would_not_be_neon_is_refused_in_one_line(toy, changes, message):
         improve_toy(toy, **changes)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"sample": lambda model: None},
+            r"expected sample\(model, seeds\), it is sample\(model\): too many positional",
+        ),
+        (
+            {"loss": lambda model, points, generator: None},
+            r"expected loss\(model, images, labels, generator\), it is loss\(model, points, generator\): too many",
+        ),
+        ({"score": lambda points, reference: 0.0}, r"expected score\(images\), .*missing a required argument: 'refer"),
+        ({"sample": torch.zeros(3)}, r"sample must be a function sample\(model, seeds\), not Tensor"),
+        ({"loss": None}, r"loss must be a function loss\(model, images, labels, generator\), not NoneType"),
+        ({"loss": lambda *a: None}, r"loss: expected one number per image, shape \(64,\), got NoneType"),
+        ({"loss": lambda *a: loss(*a).mean()}, r"loss: expected one number per image, shape \(64,\), got \(\)"),
+        ({"score": lambda points: None}, "score: score must return one number for all images, it returned NoneType"),
+        ({"score": lambda points: torch.inf}, "score: score gave inf for 40 images"),
+    ],
+)
+def test_functions_that_return_something_else_are_refused_before_the_fine_tune(toy, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        improve_toy(toy, **{**SMALL, "batch": 64, "folder": tmp_path / "run", **changes})
+    assert not (tmp_path / "run/finetune").exists()
+    if "score" not in changes:
+        assert not (tmp_path / "run/synth").exists()
+
+
+def test_the_first_loss_changes_neither_the_model_nor_what_follows(toy, found):
+    """It is tried on a copy, on images that `sample` made; a loss may differentiate by itself."""
+    network, seen = nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 2)), []
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+
+    def by_gradient(model, points, labels, generator):
+        seen.append((len(points), model is network))
+        model.train()
+        points = points.requires_grad_()
+        (slope,) = torch.autograd.grad(model(points).sum(), points, create_graph=True)
+        return slope.square().sum(1) + torch.rand(()) * 0
+
+    def draw(model, seeds):
+        return model(neon.ImageRng(seeds).normal((2,)))
+
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    settings = {**SMALL, "sample": draw, "loss": by_gradient, "score": lambda points: points.mean().abs(), "batch": 8}
+    improve_toy(network, **settings)
+    assert torch.equal(torch.rand(3), expected)
+    assert seen == [(8, False)] * 5, "one before S, four updates"
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+def test_a_loss_that_draws_from_torchs_own_generator_repeats_too(toy):
+    """Every update seeds it: what is drawn there instead of from `generator` is as reproducible."""
+
+    def careless(model, points, labels, generator):
+        return loss(model, points, labels, torch.Generator().manual_seed(int(torch.randint(2**31, ()))))
+
+    runs = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        runs.append(improve_toy(toy, **SMALL, loss=careless))
+    assert runs[0].scores == runs[1].scores
+    assert all(torch.equal(value, runs[1].weights[name]) for name, value in runs[0].weights.items())
+
+
 @pytest.mark.parametrize(("model", "said"), [(Plane, "the class Plane"), ({}, "dict")], ids=["class", "state dict"])
 def test_a_model_that_is_no_network_is_said(model, said):
     with pytest.raises(ValueError, match=f"model must be the network, a torch.nn.Module, not {said}"):
