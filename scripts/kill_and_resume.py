@@ -35,10 +35,10 @@ def start(config: Path, folder: Path) -> subprocess.Popen[str]:
 
 def finish(config: Path, folder: Path) -> dict:
     process = start(config, folder)
-    out, _ = process.communicate()
+    process.communicate()
     if process.returncode != 0:
         raise click.ClickException(f"neon run {config} --out {folder} ended with exit code {process.returncode}")
-    return json.loads(out.splitlines()[-1])
+    return json.loads((folder / "result.json").read_text())
 
 
 def progress(folder: Path) -> int:

@@ -34,7 +34,8 @@ class OnConfig:
     as_json: bool
 
     def do(self, work: Callable[[Experiment, Path, World], dict[str, object]], *, reads: Sequence[Part]) -> None:
-        """Load and check the config, own the run's folder, do the work on all ranks, print the result.
+        """Load and check the config, own the run's folder, do the work on all ranks, print the result. The
+        verdict comes last: it is for people.
 
         reads: the parts of the config whose files the work needs; all that are missing are said before it begins.
         """
@@ -43,6 +44,7 @@ class OnConfig:
         from neon.pipeline.trackers import tracked
         from neon.runtime.distributed import world
         from neon.runtime.interrupt import told_how_to_go_on
+        from neon.runtime.progress import say
         from neon.store.files import folder_lock
 
         experiment = load(self.config, self.overrides)
@@ -59,6 +61,8 @@ class OnConfig:
                     result = work(experiment, folder, ranks)
                     ranks.barrier()
                 click.echo(json.dumps(result))
+                if "verdict" in result:
+                    say(ranks, str(result["verdict"]))
             else:
                 work(experiment, folder, ranks)
                 ranks.barrier()
@@ -119,14 +123,18 @@ config_options = gathered(
 )
 @config_options
 def run(on: OnConfig, synth_seeds: int) -> None:
-    """Everything: synth, finetune, select w, report on held-out noise, merged file, one page."""
+    """Everything: synth, finetune, select w, report on held-out noise, merged file, one page.
+
+    Prints a summary; everything else lies in the folder's result.json.
+    """
     from neon.pipeline.experiment import load
     from neon.pipeline.repeat import overrides_of, repeated
     from neon.pipeline.run import Run
+    from neon.report.result import summary
 
     def work(experiment: Experiment, folder: Path, ranks: World) -> dict[str, object]:
         if synth_seeds == 1:
-            return Run(experiment, folder, ranks).all()
+            return summary(Run(experiment, folder, ranks).all(), folder)
 
         def numbered(number: int) -> Experiment:
             return load(on.config, [*on.overrides, *overrides_of(experiment, number)])

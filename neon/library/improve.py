@@ -29,6 +29,7 @@ from neon.pipeline.experiment import parse
 from neon.pipeline.run import Run
 from neon.quantize import Rule
 from neon.runtime.distributed import World
+from neon.runtime.progress import say
 from neon.store.files import folder_lock
 
 FAMILY = "neon.improve"
@@ -164,6 +165,7 @@ def improve(
         world, is_kept = World(device=device), folder is not None
         run = Run(config, place, world, family=family, yardsticks=yardsticks, is_kept=is_kept)
         details = run.all()
+        say(world, str(details["verdict"]))
         merged = checkpoint.read(place / "neon.safetensors", weights="any").tensors
         weights = {name: value.clone() for name, value in merged.items()}
     return improved(details, weights)

@@ -38,9 +38,13 @@ def repeated(experiments: Callable[[int], Experiment], count: int, folder: Path,
         world.barrier()
         say(world, f"synthetic set {number + 1} of {count}: {own}")
         results.append(Run(experiment, own, world).all())
+        say(world, str(results[-1]["verdict"]))
     values = [float(str(result["value"])) for result in results]
     metric, base = str(results[0]["metric"]), float(str(results[0]["base_value"]))
+    mean, error = sum(values) / count, spread(values)["std"]
+    around = "" if error is None else f" +- {float(str(error)):.2g}"
     found: dict[str, object] = {
+        "verdict": f"over {count} synthetic sets: {metric} {base:.4g} -> {mean:.4g}{around} (mean and spread)",
         "metric": metric,
         "base_value": base,
         "value": spread(values),
@@ -51,9 +55,6 @@ def repeated(experiments: Callable[[int], Experiment], count: int, folder: Path,
     if world.is_main:
         records.write_json(found, folder / "result.json")
     world.barrier()
-    mean, error = sum(values) / count, spread(values)["std"]
-    around = "" if error is None else f" +- {float(str(error)):.2g}"
-    say(world, f"over {count} synthetic sets: {metric} {base:.4g} -> {mean:.4g}{around} (mean and spread)")
     return found
 
 

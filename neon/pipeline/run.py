@@ -249,7 +249,7 @@ class Run:
         return path
 
     def all(self) -> dict[str, object]:
-        """Everything; returns the result that is also written to result.json."""
+        """Everything; returns the result that is also written to result.json. Its verdict is the caller's to say."""
         started = time.perf_counter()
         self._preflight(["synth", "finetune", "select", "report"])
         self.yardsticks  # noqa: B018 - a missing reference or extractor is said before any image is made
@@ -268,7 +268,6 @@ class Run:
                 if not partial.name.startswith("partial-eval-"):  # of `neon eval`, which may go on
                     shutil.rmtree(partial)
         self.world.barrier()
-        say(self.world, result.verdict.text)
         where = f": {self.folder / 'report.html'}" if self.is_kept else ""
         say(self.world, f"done in {time.perf_counter() - started:.0f} s{where}")
         return result.as_json()

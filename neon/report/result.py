@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -114,6 +115,19 @@ class Result:
         if score.made_with != self.neon.made_with:
             found["made_with"] = score.made_with
         return found | ({"error": self.errors[name]} if name in self.errors else {}) | _failure(score)
+
+
+IN_FILE = frozenset({"formula", "select", "neighbours", "config", "hashes", "references", "step", "versions"})
+"""Keys that only result.json holds."""
+
+
+def summary(result: Mapping[str, object], folder: Path) -> dict[str, object]:
+    """What `neon run` prints of its result (`as_json`): verdict, rows, costs, and the files that hold the rest."""
+    rows = result["rows"]
+    assert isinstance(rows, Mapping)
+    short = {name: {k: v for k, v in row.items() if k not in ("seconds", "made_with")} for name, row in rows.items()}
+    said = {key: value for key, value in result.items() if key not in IN_FILE}
+    return {**said, "rows": short, "result": str(folder / "result.json"), "page": str(folder / "report.html")}
 
 
 def _failure(score: Score) -> dict[str, object]:

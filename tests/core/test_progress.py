@@ -100,10 +100,11 @@ def test_an_interrupted_run_says_how_to_go_on_and_does(line_config, tmp_path, nu
     assert "Traceback" not in errors
     assert errors.splitlines()[-1] == "stopped. What was made is kept: run the same command to go on"
     process = start(line_config, tmp_path / "run", LONG)
-    out, errors = process.communicate()
+    _, errors = process.communicate()
     assert "synth: found 50 of 50 images" in errors
     assert "finetune: found finished" in errors
-    assert without_times(json.loads(out)) == without_times(json.loads(json.dumps(whole)))
+    found = json.loads((tmp_path / "run/result.json").read_text())
+    assert without_times(found) == without_times(json.loads(json.dumps(whole)))
 
 
 def test_ranks_that_are_interrupted_say_so_once_and_without_a_traceback_of_ours(line_config, tmp_path):

@@ -175,8 +175,35 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(line_config, tmp_pa
     process = start(line_config, folder)
     out, errors = process.communicate()
     assert process.returncode == 0, errors
-    assert without_times(json.loads(out.splitlines()[-1])) == without_times(json.loads(json.dumps(unbroken)))
+    assert json.loads(out.splitlines()[-1])["value"] == unbroken["value"]
+    kept = json.loads((folder / "result.json").read_text())
+    assert without_times(kept) == without_times(json.loads(json.dumps(unbroken)))
     assert (folder / "neon.safetensors").read_bytes() == (tmp_path / "unbroken/neon.safetensors").read_bytes()
+
+
+def test_the_command_ends_with_a_summary_and_the_verdict_is_said_last(line_config, tmp_path):
+    """Both streams in one, as a terminal shows them. Everything else lies in the file that the summary names."""
+    command = f"{sys.executable} -m neon run {line_config} --out {tmp_path}/run --device cpu 2>&1"
+    done = subprocess.run(["sh", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    *_, line, verdict = done.stdout.splitlines()
+    assert len(line) < 2500
+    summary = json.loads(line)
+    whole = json.loads(Path(summary["result"]).read_text())
+    assert verdict == summary["verdict"] == whole["verdict"]
+    assert done.stdout.count(verdict) == 2, "in the summary, and said"
+    assert summary["rows"] == {
+        name: {key: row[key] for key in row if key != "seconds"} for name, row in whole["rows"].items()
+    }
+    own = {"rows", "result", "page"}
+    assert {key: value for key, value in summary.items() if key not in own} == {
+        key: whole[key] for key in summary if key not in own
+    }
+    assert set(summary) >= {"metric", "value", "base_value", "w", "costs", "comparable", "merged"}
+    assert Path(summary["page"]).is_file()
+    assert Path(summary["merged"]).is_file()
+    assert set(whole) - set(summary) == {
+        "formula", "select", "neighbours", "config", "hashes", "references", "step", "versions"
+    }  # fmt: skip
 
 
 def test_two_runs_on_one_folder(line_config, tmp_path):

@@ -24,7 +24,7 @@ from neon.pipeline.run import Run
 from neon.runtime.distributed import World
 from neon.search import choose
 from neon.seeds import Rng
-from tests.commands import ROOT, start, started
+from tests.commands import ROOT, last_object, start, started
 from tests.core.line_family import Line, Sampling
 
 SEARCH = (
@@ -221,10 +221,9 @@ def test_the_merged_file_says_whether_it_is_the_base(line_config, tmp_path):
 def test_two_ranks_search_as_one(line_config, tmp_path):
     """Rank 0 keeps the features, both choose by them."""
     settings = [word for setting in SEARCH for word in ("--set", setting)]
-    found = [
+    for n in (1, 2):
         started("-m", "neon", "run", line_config, "--out", tmp_path / f"{n}", "--device", "cpu", *settings, ranks=n)
-        for n in (1, 2)
-    ]
+    found = [json.loads((tmp_path / f"{n}/result.json").read_text()) for n in (1, 2)]
     assert found[0]["select"]["chosen"] == found[1]["select"]["chosen"]
     assert found[0]["select"]["ended_by"] == found[1]["select"]["ended_by"]
 
@@ -232,7 +231,11 @@ def test_two_ranks_search_as_one(line_config, tmp_path):
 def test_several_synthetic_sets_share_the_base_and_report_their_spread(line_config, tmp_path):
     settings = [word for setting in SEARCH for word in ("--set", setting)]
     command = ("-m", "neon", "run", line_config, "--out", tmp_path / "run", "--device", "cpu", *settings)
-    found = started(*command, "--synth-seeds", 2)
+    done = start(*command, "--synth-seeds", 2)
+    found = last_object(done.stdout)
+    assert done.stderr.splitlines()[-1] == found["verdict"]
+    assert found["verdict"].startswith(f"over 2 synthetic sets: {found['metric']} ")
+    assert all(verdict in done.stderr for verdict in found["verdicts"])
     results = [json.loads((tmp_path / f"run/synth-seed-{n}/result.json").read_text()) for n in (0, 1)]
     assert found["value"]["values"] == [result["value"] for result in results]
     assert found["value"]["std"] > 0
