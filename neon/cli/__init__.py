@@ -1,2 +1,9 @@
 """The command line. Its modules import click and nothing slow at the top; a command imports what it works with when it
 is invoked, so that help and completion answer at once (tests/core/test_cli.py holds them to it)."""
+
+import os
+
+# Torch reads it at its first tensor: on Linux large ones then lie in huge pages. The system takes the memory of every
+# freed one back, and fetching it again in pages of 4 KiB was a seventh of a decoder's time. "0" leaves it off. Here and
+# not in a room below: where neon.library is called the process is the caller's.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")

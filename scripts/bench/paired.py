@@ -10,6 +10,7 @@ disturb less. With torch-fidelity on the path, its KID and precision/recall take
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import os
@@ -223,6 +224,7 @@ class Side:
 
 def work(case: str, is_after: bool, threads: int, out: Path) -> None:
     sys.path.insert(0, str(Path.cwd()))  # the checkout; before it stands this script's own folder
+    importlib.import_module("neon.cli")  # what a command does first: it chooses how torch fetches memory
     torch.set_num_threads(threads)
     action = CASES[case][is_after]()
     result = None

@@ -1,6 +1,7 @@
 """sampling.speed: what compiled blocks change, and that nothing stays behind."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import fields
@@ -72,6 +73,25 @@ def test_compiled_blocks_agree_to_rounding_and_leave_the_exact_mode_as_it_was():
     moved = codes(sampling())
     assert not torch.equal(moved, exact)
     torch.testing.assert_close(codes(sampling(speed="compiled")), moved, rtol=0, atol=1e-4 * moved.std().item())
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").is_dir(), reason="a kernel without huge pages")
+@pytest.mark.parametrize(
+    ("module", "wanted"), [("neon.cli.main", True), ("var.calculate_fid", True), ("neon.library.improve", False)]
+)
+def test_a_command_asks_for_huge_pages_and_the_library_leaves_that_to_its_caller(module, wanted):
+    """The kernel's own answer: the flags of the mapping in which a tensor of 64 MiB lies."""
+    code = f"""
+import {module}, re, torch
+large = torch.empty(1 << 24)
+maps = re.findall(r"^([0-9a-f]+)-([0-9a-f]+) .*?^VmFlags: (.*?)$", open("/proc/self/smaps").read(), re.M | re.S)
+print(*(flags for start, end, flags in maps if int(start, 16) <= large.data_ptr() < int(end, 16)))
+"""
+    environ = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environ, check=True, capture_output=True, text=True
+    )
+    assert ("hg" in done.stdout.split()) == wanted
 
 
 @pytest.mark.slow
