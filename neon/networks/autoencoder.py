@@ -104,7 +104,7 @@ class Attention(nn.Module):
         projections = self.qkv(h).chunk(3, dim=1) if self._is_fused else (self.q(h), self.k(h), self.v(h))
         q, k, v = (p.flatten(2).transpose(1, 2)[:, None] for p in projections)  # (B, 1, N, C)
         out = F.scaled_dot_product_attention(q, k, v)[:, 0]  # (B, N, C)
-        return self.proj_out(out.transpose(1, 2).reshape(x.shape)).add_(x)
+        return x + self.proj_out(out.transpose(1, 2).reshape(x.shape))  # in place it could have another layout than x
 
 
 COMPILED = (ResBlock, Attention)

@@ -51,6 +51,16 @@ def test_attention_is_softmax_of_scaled_products():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_attention_keeps_the_layout_of_its_input(batch, layout):
+    """Or everything after it would be computed, and rounded, in another one than sampling.channels_last says."""
+    attention = Attention(64, arch(ch=64, has_fused_qkv=True)).to(memory_format=layout)
+    x = torch.randn(batch, 64, 16, 16).to(memory_format=layout)
+    assert attention(x).is_contiguous(memory_format=layout)
+
+
+@torch.no_grad()
 def test_downsampling_pads_right_and_bottom():
     down = Downsample(1)
     down.conv.bias.zero_()
