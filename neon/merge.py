@@ -81,6 +81,7 @@ def merged_entries(
             yield name, base[name]
 
 
+@torch.no_grad()  # parameters themselves are as good as a state dict
 def merge_tensor(name: str, base: Tensor, synth: Tensor, w: float, on_mismatch: OnMismatch) -> Tensor:
     """base - w (synth - base) of one parameter, or the base where there is nothing to extrapolate. Raises ValueError,
     which names it, if it cannot be extrapolated."""

@@ -236,6 +236,17 @@ def test_a_w_that_is_no_number_is_said(w):
         reverse_merge(state(0, torch.float32), state(1, torch.float32), w)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_parameters_themselves_are_merged_like_a_state_dict(dtype):
+    """named_parameters() in place of state_dict(): nothing is differentiated."""
+    models = [nn.Linear(7, 5).to(dtype) for _ in range(2)]
+    expected = reverse_merge(*(model.state_dict() for model in models), 1.5)
+    found = reverse_merge(*(dict(model.named_parameters()) for model in models), 1.5)
+    for name, value in expected.items():
+        assert torch.equal(found[name], value)
+        assert not found[name].requires_grad
+
+
 def test_what_is_no_state_dict_is_refused_by_its_argument():
     model, good = nn.Linear(7, 5), nn.Linear(7, 5).state_dict()
     for merge in (lambda base, synth: reverse_merge(base, synth, 1.0), lambda *both: LiveMerge(model, *both)):
