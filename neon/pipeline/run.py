@@ -140,6 +140,7 @@ class Run:
         self._preflight(["synth", "finetune"])
         recipe = self.config.need("finetune", Training)
         synth_config = self.config.need("synth", Synth)
+        self.model  # noqa: B018 - opens the family, which comes before whatever it builds
         if recipe.arch or source_sha256(type(self.family)) is not None:  # the shipped ones' tests have done this
             self._plain(self._trainable_model(recipe).state_dict())  # what does not fit is said before S is made
         corpus = self.synth()

@@ -95,6 +95,20 @@ def test_what_is_first_used_after_hours_is_tried_before_any_image(
         assert not (tmp_path / "run/synth").exists()
 
 
+def test_the_network_is_made_after_open(line_config, tmp_path, monkeypatch):
+    """A family may know its network's size, or what to train of it, from its autoencoder."""
+    opened = []
+
+    def adapted(self, model, how):
+        assert opened, "adapted was called before open"
+        return model
+
+    monkeypatch.setattr(Line, "open", lambda self, autoencoder, device: opened.append(device))
+    monkeypatch.setattr(Line, "adapted", adapted)
+    done = invoke(main, "finetune", line_config, "--out", tmp_path / "run", "--device", "cpu")
+    assert done.exit_code == 0, done.stderr
+
+
 def run_with(line_config, tmp_path, monkeypatch, sample):
     monkeypatch.setattr(Line, "sample", sample)
     return invoke(main, "run", line_config, "--out", tmp_path / "run", "--device", "cpu")
