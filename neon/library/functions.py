@@ -7,6 +7,7 @@ import hashlib
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from neon.evaluation.evaluate import Yardstick
 from neon.family import Draws, Family
 from neon.first_batch import lies_in_unit_interval
 from neon.quantize import Rule, to_uint8
+from neon.runtime.precision import Precision, arithmetic
 from neon.seeds import ImageRng, Rng, SharedRng
 from neon.store.shards import Corpus
 
@@ -101,11 +103,14 @@ class Functions(Family[nn.Module, Objective, Sampler]):
             )
         return losses
 
-    def try_loss(self, images: Tensor, labels: Tensor | None, batch: int) -> None:
-        """The loss of a whole batch of these images, on a copy of the network. Raises ValueError."""
-        model, chosen = self.build({}).eval(), torch.arange(batch) % len(images)
+    def try_loss(self, images: Tensor, labels: Tensor | None, batch: int, precision: Precision) -> None:
+        """The loss of a whole batch of these images, on a copy of the network, as the fine-tune will ask for it. Raises
+        ValueError."""
+        model, chosen = self.build({}).train(), torch.arange(batch) % len(images)
         device = next(model.parameters()).device
-        self._losses(model, images[chosen].to(device), None if labels is None else labels[chosen].to(device), 0)
+        of_labels = None if labels is None else labels[chosen].to(device)
+        with arithmetic(device, precision), suppress(torch.linalg.LinAlgError):  # a few images, repeated: singular
+            self._losses(model, images[chosen].to(device), of_labels, 0)
 
     def group(self, how: Objective) -> int:
         return how.batch
@@ -130,7 +135,7 @@ def check_takes(name: str, function: object, arguments: str) -> None:
     if not callable(function):
         raise ValueError(f"{name} must be a function {name}({arguments}), not {type(function).__name__}")
     try:
-        signature = inspect.signature(function)
+        signature = inspect.signature(function, follow_wrapped=False)  # a decorator may give further arguments
     except (TypeError, ValueError):  # some that are written in C do not say
         return
     try:
@@ -142,12 +147,15 @@ def check_takes(name: str, function: object, arguments: str) -> None:
 def check_per_image(sample: Sample, model: nn.Module, seeds: Sequence[int]) -> tuple[Tensor, Tensor | None]:
     """The images and labels of two seeds, if the second image is the same when it is drawn alone; ValueError if it is
     not."""
-    was_training = model.training
+    modes = {module: module.training for module in model.modules()}
     model.eval()
-    with torch.inference_mode():
-        together, labels = images_and_labels(sample(model, seeds), 2)
-        alone, _ = images_and_labels(sample(model, seeds[1:]), 1)
-    model.train(was_training)
+    try:
+        with torch.no_grad():  # not inference mode: what the network keeps of a first call must serve training too
+            together, labels = images_and_labels(sample(model, seeds), 2)
+            alone, _ = images_and_labels(sample(model, seeds[1:]), 1)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
     moved = (alone[0].double() - together[1].double()).abs().mean()
     apart = (together[0].double() - together[1].double()).abs().mean()
     if not together.double().isfinite().all():

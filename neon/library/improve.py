@@ -31,6 +31,7 @@ from neon.quantize import Rule
 from neon.runtime.distributed import World
 from neon.runtime.progress import say
 from neon.store.files import folder_lock
+from neon.training.recipe import Training
 
 FAMILY = "neon.improve"
 
@@ -160,7 +161,7 @@ def improve(
         config = parse(table, family)
         keep_base(model, place / "base.safetensors")
         stack.enter_context(torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]))
-        family.try_loss(example, labels, batch)
+        family.try_loss(example, labels, batch, config.need("finetune", Training).precision)
         yardsticks = None if yardstick is None else [yardstick]
         world, is_kept = World(device=device), folder is not None
         run = Run(config, place, world, family=family, yardsticks=yardsticks, is_kept=is_kept)

@@ -1,6 +1,7 @@
 """neon.improve gives the numbers of `neon run`, on the notebook's toy and on the demo's EDM, and refuses what would not
 be Neon."""
 
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -15,6 +16,7 @@ from edm.family import EDM
 from edm.options import Objective, Sampling
 from neon.checkpoints import checkpoint
 from neon.library import functions
+from neon.library.functions import check_takes
 from neon.pipeline.experiment import load
 from neon.pipeline.run import Run
 from neon.quantize import to_uint8
@@ -68,6 +70,7 @@ def score(points):
     return distance(points[None]).item()
 
 
+LOSS = "model, images, labels, generator"
 SMALL = {"num_synth": 40, "updates": 4, "num_select": 40, "num_report": 40, "w": [1.0]}
 
 
@@ -278,6 +281,55 @@ def test_the_first_loss_changes_neither_the_model_nor_what_follows(toy, found):
     assert torch.equal(torch.rand(3), expected)
     assert seen == [(8, False)] * 5, "one before S, four updates"
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+class Aside(nn.Module):
+    """It returns something else while it is trained, as networks with auxiliary heads do; one part stays frozen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.frozen, self.kept = nn.Linear(2, 2), nn.BatchNorm1d(2).eval(), None
+
+    def forward(self, points):
+        self.kept = torch.ones(2) if self.kept is None else self.kept  # made at the first call
+        moved = self.frozen(self.layer(points)) * self.kept
+        return (moved, points) if self.training else moved
+
+
+def test_the_first_loss_is_that_of_the_fine_tune(toy):
+    """Its mode, its precision; and two images, repeated, are no reason to refuse a loss that decorrelates a batch."""
+    seen = []
+
+    def loss_of_training(model, points, labels, generator):
+        moved, _ = model(points.bfloat16())  # autocast makes it fit
+        factor = torch.linalg.cholesky(torch.cov(torch.cat([points, points**2], 1).double().T))
+        seen.append(model.training)
+        return moved.float().square().mean(1) + 0 * factor.sum()
+
+    network = Aside()
+    modes = [module.training for module in network.modules()]
+
+    def draw(model, seeds):
+        return model(neon.ImageRng(seeds).normal((2,)))
+
+    settings = {"sample": draw, "loss": loss_of_training, "score": lambda points: points.std(), "batch": 8}
+    improve_toy(network, **{**SMALL, **settings}, finetune={"precision": "bf16"})
+    assert seen == [True] * 4, "the one before S found no covariance; four updates"
+    assert modes == [module.training for module in network.modules()]
+    network(torch.ones(3, 2))[0].sum().backward()  # what the network kept of its first call can be differentiated
+    with pytest.raises(ZeroDivisionError):
+        improve_toy(network, **{**SMALL, **settings, "sample": lambda model, seeds: 1 / 0})
+    assert modes == [module.training for module in network.modules()]
+
+
+def test_a_decorator_that_gives_further_arguments_hides_them():
+    def with_sigma(function):
+        return functools.wraps(function)(lambda *arguments: function(*arguments, 1.0))
+
+    check_takes("loss", with_sigma(lambda model, images, labels, generator, sigma: None), LOSS)
+    check_takes("loss", functools.partial(lambda sigma, model, images, labels, generator: None, 1.0), LOSS)
+    with pytest.raises(ValueError, match=r"expected loss\(model, images, labels, generator\), it is loss\(model\)"):
+        check_takes("loss", functools.partial(lambda sigma, model: None, 1.0), LOSS)
 
 
 def test_a_loss_that_draws_from_torchs_own_generator_repeats_too(toy):
