@@ -25,16 +25,16 @@ def how_to_get(path: Path) -> str:
 
 def _near(path: Path) -> Path | None:
     """The path with a near name for the first part of it that is not there."""
-    above = next((folder for folder in path.parents if folder.is_dir()), None)
-    if above is None:
+    try:
+        above = next((folder for folder in path.parents if folder.is_dir()), None)
+        if above is None:
+            return None
+        wrong, *rest = path.relative_to(above).parts
+        lower = {other.name.lower(): other for other in above.iterdir()}
+        near = [lower[name] for name in get_close_matches(wrong.lower(), list(lower), n=1, cutoff=0.8)]
+        return next((one for part in near for one in (part.joinpath(*rest), part) if one.exists()), None)
+    except OSError:  # a folder that may not be listed, as those above the folders of other users
         return None
-    wrong, *rest = path.relative_to(above).parts
-    lower = {other.name.lower(): other for other in above.iterdir()}
-    near = get_close_matches(wrong.lower(), list(lower), n=1, cutoff=0.8)
-    if not near:
-        return None
-    whole = lower[near[0]].joinpath(*rest)
-    return whole if whole.exists() else lower[near[0]]
 
 
 def need_file(path: Path, what: str) -> Path:

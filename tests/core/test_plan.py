@@ -3,6 +3,7 @@ at once, by the run too."""
 
 import json
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -93,6 +94,22 @@ def test_a_wrong_folder_on_the_way_to_a_file_is_told_with_the_near_name(tmp_path
     (tmp_path / "my_pipeline/unet").mkdir(parents=True)
     (tmp_path / "myfile").touch()
     assert how_to_get(tmp_path / given) == (f"did you mean {tmp_path / meant}?" if meant else "")
+
+
+def test_no_near_name_is_sought_in_a_folder_that_may_not_be_listed(tmp_path, monkeypatch):
+    """As the folders above those of other users are; what is said is that the file is not there."""
+
+    def refuse(self):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    assert how_to_get(tmp_path / "theirs/base.safetensors") == ""
+
+
+def test_a_link_to_nowhere_is_not_proposed_in_place_of_itself(tmp_path):
+    (tmp_path / "base.safetensors").symlink_to(tmp_path / "moved.safetensors")
+    assert how_to_get(tmp_path / "base.safetensors") == ""
+    assert how_to_get(tmp_path / "base.safetensor") == ""
 
 
 def test_a_run_and_its_dry_run_name_all_missing_files_at_once(line_config, tmp_path):
