@@ -10,6 +10,7 @@ import time
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 
 import numpy as np
@@ -113,7 +114,7 @@ def open_side(images: Images, what: str = "images") -> ImageSet:
 
 
 def _check_is_path(images: object, what: str) -> None:
-    if not isinstance(images, (str, Path)):
+    if not isinstance(images, (str, PathLike)):
         advice = "; a list of tensors becomes one by torch.stack" if isinstance(images, (list, tuple)) else ""
         kind = type(images).__name__
         raise ValueError(f"{what}: expected a path or one uint8 tensor or array (N, C, H, W), not {kind}{advice}")

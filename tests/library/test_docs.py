@@ -3,13 +3,17 @@
 import re
 import subprocess
 import sys
+from pathlib import PurePath
 
 import numpy as np
 import pytest
 import torch
 
 import neon
+from fid.reference import Reference
+from neon.evaluation.compute import open_reference, open_side
 from neon.images.formats import open_images
+from neon.images.image_set import ImageSet
 from tests.commands import ROOT
 
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "library.md").read_text(), re.S)
@@ -100,6 +104,15 @@ def test_metrics_are_a_list_of_names(in_root, metrics):
 def test_evaluate_takes_one_tensor_or_a_path(in_root, images, reference, message):
     with pytest.raises(ValueError, match=message):
         neon.evaluate(images, reference)
+
+
+def test_any_path_will_do(tmp_path):
+    """os.PathLike, as pathlib's pure paths and those of other libraries are."""
+    np.savez(tmp_path / "images.npz", images=np.zeros((2, 1, 28, 28), np.uint8))
+    path = PurePath(tmp_path / "images.npz")
+    assert len(open_side(path)) == 2
+    assert isinstance(open_reference(PurePath(ROOT / "demo/reference_pixel-pca64.npz")), Reference)
+    assert isinstance(open_reference(path), ImageSet)
 
 
 def test_evaluate_gives_the_same_of_a_file_and_of_a_tensor(in_root, tmp_path):
