@@ -142,7 +142,8 @@ class Run:
         synth_config = self.config.need("synth", Synth)
         self.model  # noqa: B018 - opens the family, which comes before whatever it builds
         if recipe.arch or source_sha256(type(self.family)) is not None:  # the shipped ones' tests have done this
-            self._plain(self._trainable_model(recipe).state_dict())  # what does not fit is said before S is made
+            with torch.random.fork_rng(devices=[]):  # what is made here is thrown away
+                self._plain(self._trainable_model(recipe).state_dict())  # what does not fit is said before S is made
         corpus = self.synth()
         folder = self.folder / "finetune"
         synth_manifest = records.read_manifest(self.folder / "synth")

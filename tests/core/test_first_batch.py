@@ -109,6 +109,23 @@ def test_the_network_is_made_after_open(line_config, tmp_path, monkeypatch):
     assert done.exit_code == 0, done.stderr
 
 
+def test_what_is_tried_before_the_images_changes_nothing_after(line_config, tmp_path, monkeypatch):
+    """A family of one's own may draw its first weights, a LoRA's for example, from torch's own generator."""
+    drawn = []
+
+    def adapted(self, model, how):
+        drawn.append(torch.rand(()))
+        return model
+
+    monkeypatch.setattr(Line, "adapted", adapted)
+    torch.manual_seed(3)
+    expected = torch.rand(())
+    torch.manual_seed(3)
+    done = invoke(main, "finetune", line_config, "--out", tmp_path / "run", "--device", "cpu")
+    assert done.exit_code == 0, done.stderr
+    assert drawn == [expected, expected], "once to try it, once to train it"
+
+
 def run_with(line_config, tmp_path, monkeypatch, sample):
     monkeypatch.setattr(Line, "sample", sample)
     return invoke(main, "run", line_config, "--out", tmp_path / "run", "--device", "cpu")
