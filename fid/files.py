@@ -63,7 +63,7 @@ def named_in_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.filename is not None:
             raise
-        kept = "the old file is untouched" if path.exists() else "no half of it is left"
+        kept = "what was there before is kept" if path.exists() else "no half of it is left"
         advice = "Make room or choose another folder, then run the same command again"
         message = f"{error.strerror} while it was written; {kept}. {advice}"
         raise OSError(error.errno, message, str(path)) from error

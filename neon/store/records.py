@@ -61,8 +61,8 @@ def unsealed(value: dict, where: str) -> dict:
 
 
 def append_line(path: Path, value: Mapping[str, object]) -> None:
-    """Add one sealed JSON line and flush it to the disk."""
-    with path.open("a") as stream:
+    """Add one sealed JSON line and flush it to the disk. On a full disk half of it may stay, for `repair_lines`."""
+    with files.named_in_errors(path), path.open("a") as stream:
         stream.write(json.dumps(sealed(value)) + "\n")
         stream.flush()
         os.fsync(stream.fileno())

@@ -127,7 +127,7 @@ def test_a_full_disk_is_said_with_the_path_and_leaves_the_old_file(tmp_path, nam
     old = path.read_bytes()
     with (
         no_file_longer_than(5000),
-        pytest.raises(OSError, match=f"File too large while it was written.*untouched.*{name}"),
+        pytest.raises(OSError, match=f"File too large while it was written.*before is kept.*{name}"),
     ):
         write(path, 100_000)
     assert path.read_bytes() == old
@@ -139,6 +139,16 @@ def test_a_full_disk_leaves_no_half_file_where_none_was(tmp_path, name):
     with no_file_longer_than(5000), pytest.raises(OSError, match="no half of it is left"):
         WRITERS[name](tmp_path / name, 100_000)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_line_that_finds_no_room_names_its_file_and_costs_no_earlier_line(tmp_path):
+    path = tmp_path / "points.jsonl"
+    records.append_line(path, {"w": 1})
+    with no_file_longer_than(1000), pytest.raises(OSError, match=r"File too large while it was written.*points\.jsonl"):
+        records.append_line(path, {"w": [2] * 1000})
+    records.repair_lines(path)
+    records.append_line(path, {"w": 3})
+    assert records.read_lines(path) == [{"w": 1}, {"w": 3}]
 
 
 def test_an_unwritable_folder_is_named(tmp_path):
