@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from neon.evaluation.yardsticks import open_yardsticks
@@ -85,7 +87,7 @@ def _sampling(probe: Probe) -> Cost:
     exact = replace(probe.source, sampling=replace(probe.source.sampling, speed="exact"))
     counted = Probe(probe.config, probe.device)
     counted.family, counted.model, counted.source = probe.family, probe.model, exact
-    with _counting_calls(probe.model) as calls, FlopCounterMode(display=False) as flop:
+    with _counting_calls(probe.model) as calls, FlopCounterMode(display=False) as flop, _Decomposed():
         counted.sample(range(1))  # graphs and compiled blocks would hide calls and products from the counters
 
     def work(count: int) -> None:
@@ -156,6 +158,19 @@ def _seconds(work: Callable[[int], None], count: int, device: torch.device) -> f
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - started
+
+
+class _Decomposed(TorchDispatchMode):
+    """Hands the counter below it the products that a linear layer or a matmul is made of: in inference mode, where
+    sampling runs, they arrive whole, and the counter of torch 2.5 takes them for nothing."""
+
+    def __torch_dispatch__(
+        self, func: OpOverload, types: Sequence[type], args: tuple = (), kwargs: Mapping[str, object] | None = None
+    ) -> object:
+        kwargs = dict(kwargs or {})
+        with self:
+            result = func.decompose(*args, **kwargs)
+        return func(*args, **kwargs) if result is NotImplemented else result
 
 
 @contextmanager
