@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -26,6 +27,14 @@ from neon.images.image_set import ImageSet
 FOLDER = Path(os.environ.get("NEON_GOLDENS") or Path(__file__).parent / "goldens")
 MANIFESTS = Path(__file__).parent / "manifests"
 KINDS: dict[str, list[tuple[str, str | None]]] = {}
+
+
+def skip_where_draws_are_mkls() -> None:
+    """For goldens with exponential or Bernoulli draws (multinomial, dropout): torch 2.5 takes them on a CPU from MKL's
+    stream, the torch that recorded the goldens from its own. Known by its first number after seed 0."""
+    drawn = torch.empty(20).exponential_(generator=torch.Generator().manual_seed(0))
+    if math.isclose(drawn[0].item(), 2.3266, abs_tol=1e-4):
+        pytest.skip("this torch draws exponential and Bernoulli numbers on a CPU from MKL's stream: not the recorded")
 
 
 def collect(family: str, *patterns: str, kind: str | None = None) -> list[Path]:

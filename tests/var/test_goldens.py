@@ -74,6 +74,7 @@ def golden_labels(config, rng):
 
 @pytest.mark.parametrize("file", goldens.collect("var", "var_*_infer*.npz"), ids=by_name)
 def test_sampled_tokens_and_images(file):
+    goldens.skip_where_draws_are_mkls()
     config, arrays = load(file)
     model, vqvae = golden_transformer(config).eval(), golden_vqvae(config)
     rng = golden_rng(config)
@@ -114,6 +115,9 @@ def test_filtered_draws(file):
     for n, (top_k, top_p) in enumerate(config["combos"]):
         likely = keep_likely(logits, top_k=top_k, top_p=top_p)
         assert torch.equal(likely, tensor(arrays[f"masked_{n}"])), f"filter {top_k}, {top_p}"
+    goldens.skip_where_draws_are_mkls()
+    for n, (top_k, top_p) in enumerate(config["combos"]):
+        likely = keep_likely(logits, top_k=top_k, top_p=top_p)
         rng = SharedRng(len(logits), torch.Generator().manual_seed(config["seed"] + n))
         assert torch.equal(rng.categorical(likely.softmax(-1)), tensor(arrays[f"idx_{n}"])), f"draws {top_k}, {top_p}"
     rng = SharedRng(len(logits), torch.Generator().manual_seed(config["seed"] + 50))
@@ -135,6 +139,8 @@ def golden_draws(config):
 @pytest.mark.parametrize("file", goldens.collect("var", "var_*train_step*.npz"), ids=by_name)
 def test_training_steps(file):
     config, arrays = load(file)
+    if config["drop_path_rate"]:
+        goldens.skip_where_draws_are_mkls()
     model, vqvae = golden_transformer(config), golden_vqvae(config)
     parameters = dict(model.named_parameters())
     family = FAMILY()
