@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -87,7 +88,7 @@ def _sampling(probe: Probe) -> Cost:
     exact = replace(probe.source, sampling=replace(probe.source.sampling, speed="exact"))
     counted = Probe(probe.config, probe.device)
     counted.family, counted.model, counted.source = probe.family, probe.model, exact
-    with _counting_calls(probe.model) as calls, FlopCounterMode(display=False) as flop, _Decomposed():
+    with _counting_calls(probe.model) as calls, _counting() as flop:
         counted.sample(range(1))  # graphs and compiled blocks would hide calls and products from the counters
 
     def work(count: int) -> None:
@@ -116,7 +117,7 @@ def _training(probe: Probe) -> Cost:
     try:
         for p in parameters:
             p.requires_grad_(True)
-        with FlopCounterMode(display=False) as flop:
+        with _counting() as flop:
             work(group)
         seconds, batch = _timed(work, recipe.micro_batch or recipe.batch, probe.device, least=group)
     finally:
@@ -137,7 +138,7 @@ def _features(probe: Probe) -> tuple[Cost, int]:
         for yardstick in yardsticks:
             yardstick.extractor(_repeated(image, count))
 
-    with FlopCounterMode(display=False) as flop:
+    with _counting() as flop:
         work(1)
     seconds, size = _timed(work, probe.source.sampling.batch, probe.device)
     return Cost(seconds=seconds, flop=float(flop.get_total_flops()), batch=size), yardsticks[0].extractor.dim
@@ -171,6 +172,13 @@ class _Decomposed(TorchDispatchMode):
         with self:
             result = func.decompose(*args, **kwargs)
         return func(*args, **kwargs) if result is NotImplemented else result
+
+
+@contextmanager
+def _counting() -> Iterator[FlopCounterMode]:
+    """Attention as its two products: the counter knows none of the CPU's fused ones."""
+    with FlopCounterMode(display=False) as flop, _Decomposed(), sdpa_kernel(SDPBackend.MATH):
+        yield flop
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import torch
 
 from neon.cli.main import main
 from neon.pipeline.experiment import load
-from neon.pipeline.measure import measure
+from neon.pipeline.measure import _counting, measure
 from neon.pipeline.probe import Probe
 from neon.published.hints import how_to_get
 from tests.commands import ROOT, invoke, last_object, started
@@ -75,6 +75,15 @@ lr = 1e-3
     assert rates.weights_bytes == 4 * (785 * width + width + width * width + width + width * 784 + 784)
     assert rates.features is None
     assert rates.peak_bytes is None
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_attention_is_counted_as_its_two_products(mode):
+    heads, tokens, width = 3, 10, 8
+    values = torch.randn(1, heads, tokens, width)
+    with mode(), _counting() as flop:
+        torch.nn.functional.scaled_dot_product_attention(values, values, values)
+    assert flop.get_total_flops() == 2 * (2 * heads * tokens * tokens * width)
 
 
 def test_seconds_are_shared_by_ranks(line_config):
