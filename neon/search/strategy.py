@@ -238,13 +238,24 @@ class Search:
         free = next((i for i in order if self._distance(fit.places[i], low, high) > near), None)
         return None if free is None else (fit.places[free], float(fit.values[free]))
 
-    def _distance(self, place: Place, low: float, high: float) -> float:
-        """To the nearest point, as a share of the ranges."""
+    def _is_refuted(self, place: Place, low: float, high: float, count: int) -> bool:
+        """Whether a point near the place, of too few images to be in the fit, shows that the fit is wrong there: points
+        that lie together may have a parabola with a second, lower minimum far away."""
+        for other, rows in self._features.items():
+            if len(rows) < count and self._distance(place, low, high, [other]) <= NEAR:
+                own = self._surface([other], [other], len(rows), None)
+                fitted = self._surface(self._points(count), [other], count, self._trust(count))
+                if float(own.values[0]) - 3 * own.noise > float(fitted.values[0]):
+                    return True
+        return False
+
+    def _distance(self, place: Place, low: float, high: float, points: Sequence[Place] | None = None) -> float:
+        """To the nearest point (of all that were evaluated), as a share of the ranges."""
         cfgs = self.plan.cfg_scale
         width = 1.0 if cfgs is None else 2 * (cfgs[1] - cfgs[0]) or 1.0
         return min(
             math.hypot((place.w - other.w) / (high - low), (place.cfg_scale - other.cfg_scale) / width)
-            for other in [*self._features, *self._failed]
+            for other in (points or [*self._features, *self._failed])
         )
 
     def _best_points(self, count: int) -> list[Place]:
@@ -268,9 +279,11 @@ class Search:
         scales = [0.0] if cfgs is None else _spaced(*cfgs, 25)
         bases = self._surface(self._points(count), [Place(0.0, c) for c in scales], count, self._trust(count))
         base = bases.places[bases.best]
+        ws = [p.w for p in fit.places]
         if reason == "flat":
             place = base
-        ws = [p.w for p in fit.places]
+        elif self._is_refuted(place, min(ws), max(ws), count):
+            place = min(self._points(count), key=lambda p: self._value(p, count))
         return Found(
             place,
             base,
@@ -310,10 +323,10 @@ def _is_flat(fit: Surface, noise: float) -> Literal["no", "so far", "certainly"]
     """Whether at the best guidance no two places over w are three standard errors apart; certainly, where that is less
     than `noise`, the standard error of the report's value."""
     scale = fit.places[fit.best].cfg_scale
-    own = [i for i, place in enumerate(fit.places) if place.cfg_scale == scale]
-    difference, error = fit.difference(max(own, key=lambda i: float(fit.values[i])), fit.best)
-    if difference > 3 * error and difference > 1e-9:
+    differences = [fit.difference(i, fit.best) for i, place in enumerate(fit.places) if place.cfg_scale == scale]
+    if any(difference > max(3 * error, 1e-9) for difference, error in differences):
         return "no"
+    difference, error = max(differences)
     return "certainly" if 3 * error <= noise or difference <= 1e-9 else "so far"
 
 

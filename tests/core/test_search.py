@@ -14,7 +14,7 @@ from fid.frechet import Gaussian
 from neon.report.result import Difference, verdict, why_it_ended
 from neon.search.choose import Choice
 from neon.search.points import Point, Score
-from neon.search.strategy import Plan, Search, first_places
+from neon.search.strategy import Plan, Search, _is_flat, first_places
 from neon.search.surface import Place, Surface, polynomial_weights, surface
 
 REFERENCE = Gaussian(torch.zeros(3), torch.eye(3))
@@ -208,6 +208,15 @@ def test_a_flat_curve_is_said_to_be_flat_and_the_base_stays():
     assert found.images_spent == 600
 
 
+def test_a_curve_is_not_flat_because_its_highest_place_is_uncertain():
+    """Two places are ten standard errors apart; a third, far outside, is higher still and known to a half."""
+    values, errors = torch.tensor([1.0, 2.0, 9.0], dtype=torch.float64), torch.tensor([0.0, 0.1, 4.0])
+    draws = values + torch.randn(400, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * errors
+    places = [Place(0.0), Place(1.0), Place(3.0)]
+    assert _is_flat(Surface(places, values, draws, torch.zeros(3)), noise=20.0) == "no"
+    assert _is_flat(Surface(places[::2], values[::2], draws[:, ::2], torch.zeros(2)), noise=20.0) == "certainly"
+
+
 @pytest.mark.parametrize(("best_w", "broken"), [(0.9, {"above": 1.5}), (-0.4, {"below": -0.8}), (1.4, {"above": 1.5})])
 def test_images_that_are_not_finite_bound_the_range_and_stop_nothing(best_w, broken):
     found = searched(plan(), model(best_w), unit_noise(20_000), **broken).run()
@@ -230,6 +239,25 @@ def test_the_budget_is_hard_and_named():
     assert costly.reason == "budget"
     assert 1_600 < costly.images_spent <= 5_000
     assert costly.num_images > 200
+
+
+def test_a_minimum_where_few_images_have_shown_none_is_not_chosen():
+    """A parabola through three points near the best place, -0.25, is exact there, and lower still at 2.2: where the
+    curve is high in truth, as 200 images at w = 2 had shown before the budget ended."""
+
+    def at(place: Place) -> tuple[Tensor, float]:
+        falling = 1 - place.w / 2.2
+        offset = 0.5 * (place.w + 0.25) * falling if place.w < 0.5 else 0.9
+        return torch.tensor([offset, 0.2 * falling, 0.0], dtype=torch.float64), 1.0
+
+    search = searched(plan(), at, unit_noise(20_000))
+    for w, count in ((-0.4, 2_000), (-0.2, 2_000), (0.0, 2_000), (2.0, 200)):
+        search._measure(Place(w), count)
+    fit, fine = search._fitted(-1.0, 3.0, 2_000)
+    assert fine.places[fine.best].w == pytest.approx(2.2, abs=0.3)
+    assert search._found(fit, fine, "budget", 2_000).place.w in (-0.4, -0.2)
+    del search._features[Place(2.0)]  # nothing known there
+    assert search._found(fit, fine, "budget", 2_000).place.w == pytest.approx(2.2, abs=0.3)
 
 
 def test_the_expected_gain_and_its_error_are_those_of_the_draws_own_minima():
