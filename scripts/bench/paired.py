@@ -83,24 +83,34 @@ def var_decoder_compiled() -> Action:
     return decode
 
 
-def kl_decoder(ch_mult: tuple[int, ...], z_channels: int, side: int) -> Action:
+def kl_decoder(
+    ch_mult: tuple[int, ...], z_channels: int, side: int, memory_format: torch.memory_format = torch.contiguous_format
+) -> Action:
     from neon.networks.autoencoder import ConvArch, KLAutoencoder
 
     torch.manual_seed(0)
     arch = ConvArch(ch=128, ch_mult=ch_mult, num_res_blocks=2, z_channels=z_channels, has_moments=True)
-    network = KLAutoencoder(arch).eval().requires_grad_(False)
+    network = KLAutoencoder(arch).eval().requires_grad_(False).to(memory_format=memory_format)
     latents = torch.randn(1, z_channels, side, side)
     return torch.inference_mode()(lambda: pixels(network.decode(latents)))
 
 
-def xar_decoder() -> Action:
+def xar_decoder(memory_format: torch.memory_format = torch.contiguous_format) -> Action:
     """KL-16 at its published size, one image of 256 x 256."""
-    return kl_decoder((1, 1, 2, 2, 4), 16, 16)
+    return kl_decoder((1, 1, 2, 2, 4), 16, 16, memory_format)
 
 
-def imm_decoder() -> Action:
+def xar_decoder_channels_last() -> Action:
+    return xar_decoder(torch.channels_last)
+
+
+def imm_decoder(memory_format: torch.memory_format = torch.contiguous_format) -> Action:
     """The SD VAE at its published size, one image of 256 x 256."""
-    return kl_decoder((1, 2, 4, 4), 4, 32)
+    return kl_decoder((1, 2, 4, 4), 4, 32, memory_format)
+
+
+def imm_decoder_channels_last() -> Action:
+    return imm_decoder(torch.channels_last)
 
 
 def features(seed: int) -> Tensor:
@@ -180,6 +190,8 @@ CASES: dict[str, tuple[Callable[[], Action], Callable[[], Action]]] = {
     "xar_decoder": (xar_decoder, xar_decoder),
     "imm_decoder": (imm_decoder, imm_decoder),
     "var_decoder, channels_last": (var_decoder, var_decoder_channels_last),
+    "xar_decoder, channels_last": (xar_decoder, xar_decoder_channels_last),
+    "imm_decoder, channels_last": (imm_decoder, imm_decoder_channels_last),
     "var_decoder, compiled": (var_decoder, var_decoder_compiled),
     "kid": (kid, kid),
     "precision_recall": (precision_recall, precision_recall),
