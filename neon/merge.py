@@ -193,6 +193,14 @@ def check_same_names(base: Mapping[str, Tensor], synth: Mapping[str, Tensor], on
         )
 
 
+def ties_of(model: nn.Module) -> dict[str, str]:
+    """later name -> first name of parameters that go by several names (tied weights, a module in two places). A state
+    dict holds them under each, `named_parameters` under the first alone."""
+    first: dict[nn.Parameter, str] = {}
+    every = model.named_parameters(remove_duplicate=False)
+    return {name: kept for name, parameter in every if (kept := first.setdefault(parameter, name)) != name}
+
+
 class LiveMerge:
     """Moves a resident model to any w in one pass over its parameters' memory.
 

@@ -122,6 +122,10 @@ def images_and_labels(found: object, count: int) -> tuple[Tensor, Tensor | None]
     if not isinstance(images, Tensor) or images.ndim < 2 or len(images) != count:
         what = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
         raise ValueError(f"sample: expected a tensor of {count} images, shape ({count}, ...), got {what}")
+    if images.is_complex():
+        raise ValueError(
+            "sample: complex images cannot be scored; return both parts as real numbers: torch.view_as_real(x)"
+        )
     if labels is not None and (
         not isinstance(labels, Tensor) or labels.shape != (count,) or labels.is_floating_point()
     ):

@@ -244,6 +244,7 @@ class Run:
             synth = checkpoint.read(shot, weights="any")
             parameters = {name for name, _ in self.model.named_parameters()}
             merged = merge.reverse_merge(self.base_tensors, synth.tensors, point.w, parameters=parameters)
+            merged |= {later: merged[first] for later, first in merge.ties_of(self.model).items()}
             metadata = {**self._metadata(self.base.weights), "w": point.w, "synth_sha256": synth.sha256, "note": note}
             checkpoint.write(path, merged, metadata=metadata | {"is_base": point.w == 0})
             self.family.export(merged, self.folder, self.config.need("finetune", Training).objective)

@@ -158,5 +158,4 @@ def _assemble(parts: Path, path: Path, indices: range) -> None:
         count += len(rows)
     if count != len(indices):
         raise ValueError(f"{parts}: {count} images for {path.name}, expected {len(indices)}. Run the command again")
-    tags = torch.from_numpy(found["labels"])
-    shards.write_shard(path, torch.from_numpy(found["codes"]), None if (tags < 0).any() else tags, indices)
+    shards.write_shard(path, torch.from_numpy(found["codes"]), shards.labels_of(found["labels"]), indices)

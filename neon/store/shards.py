@@ -71,6 +71,13 @@ def shard_path(folder: Path, shard: int) -> Path:
 
 
 def write_shard(path: Path, codes: Tensor, labels: Tensor | None, indices: Sequence[int]) -> None:
+    """labels: (B,) class indices, (B, K) vectors, or None. Raises ValueError for negative indices, which in a shard say
+    that there are none."""
+    if labels is not None and labels.ndim == 1 and (labels < 0).any():
+        raise ValueError(
+            f"labels must be class indices 0, 1, 2 ..., found {int(labels.min())}: give images without a class an "
+            "index of their own, for example the number of classes"
+        )
     tags = torch.full((len(codes),), -1) if labels is None else labels
     index = np.asarray(indices, dtype=np.int64)
     with files.replacing(path) as stream:
@@ -108,5 +115,9 @@ def open_shards(folder: Path, num_images: int, shard_images: int) -> Shards:
 
 def joined(paths: Sequence[Path]) -> Shards:
     """Shards that were checked, as one array."""
-    tags = np.concatenate([np.array(map_member(path, "labels")) for path in paths])
-    return Shards(paths, None if (tags < 0).any() else torch.from_numpy(tags))
+    return Shards(paths, labels_of(np.concatenate([np.array(map_member(path, "labels")) for path in paths])))
+
+
+def labels_of(tags: np.ndarray) -> Tensor | None:
+    """What `write_shard` was given."""
+    return None if tags.ndim == 1 and (tags < 0).any() else torch.from_numpy(tags)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from neon import first_batch
 from neon.family import Draws, Trainable
+from neon.merge import ties_of
 from neon.runtime.distributed import World
 from neon.runtime.precision import arithmetic
 from neon.training.recipe import Training
@@ -131,7 +132,10 @@ class Trainer:
     def weights(self) -> dict[str, Tensor]:
         """The state dict that is published: the moving average where there is one, buffers from the model."""
         state = self.model.state_dict()
-        return state if self.ema is None else {name: self.ema.get(name, value) for name, value in state.items()}
+        if self.ema is None:
+            return state
+        ties = ties_of(self.model)
+        return {name: self.ema.get(ties.get(name, name), value) for name, value in state.items()}
 
     def check_finite(self) -> None:
         """Raise FloatingPointError naming the first parameter that may not be published. (Infinities of buffers are

@@ -417,3 +417,53 @@ def test_the_demos_edm_gets_the_numbers_of_neon_run(tmp_path):
     merged = checkpoint.read(tmp_path / "run/neon.safetensors", weights="any").tensors
     assert all(torch.equal(value, merged[name]) for name, value in found.weights.items())
     assert json.loads(Path(tmp_path / "improved/result.json").read_text())["value"] == result["value"]
+
+
+class TwoNames(nn.Module):
+    """A layer that is used twice, and two layers with one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.out, self.tied = nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2)
+        self.again, self.tied.weight = self.first, self.out.weight
+
+    def forward(self, points):
+        return self.tied(torch.tanh(self.out(self.again(torch.tanh(self.first(points))))))
+
+
+@pytest.mark.parametrize("finetune", [{}, {"ema_decay": 0.5}])
+def test_tied_weights_move_under_all_of_their_names(tmp_path, finetune):
+    torch.manual_seed(0)
+    network, folder = TwoNames(), tmp_path / "run"
+
+    def draw(model, seeds):
+        return model(neon.ImageRng(seeds).normal((2,)))
+
+    def squares(model, points, labels, generator):
+        return (model(torch.randn(points.shape, generator=generator)) - points).square().mean(1)
+
+    settings = {"sample": draw, "loss": squares, "score": lambda points: -points.std(), "lr": 1e-2, "batch": 8}
+    found = improve_toy(network, **{**SMALL, **settings}, finetune=finetune, folder=folder)
+    (shot,) = (folder / "finetune").glob("snapshot-*")
+    tuned = checkpoint.read(shot, weights="any").tensors
+    assert found.w > 0
+    for first, later in (("out.weight", "tied.weight"), ("first.weight", "again.weight"), ("first.bias", "again.bias")):
+        base = network.state_dict()[first]
+        torch.testing.assert_close(found.weights[first], base - found.w * (tuned[first] - base), rtol=0, atol=1e-6)
+        assert torch.equal(tuned[later], tuned[first]), later
+        assert torch.equal(found.weights[later], found.weights[first]), later
+    network.load_state_dict(found.weights)
+    assert -draw(network, range(2_000_000, 2_000_040)).std().item() == pytest.approx(found.scores["neon"], rel=1e-5)
+    assert checkpoint.read(folder / "neon.safetensors", weights="any").ties.keys() >= {"tied.weight", "again.weight"}
+
+
+def test_labels_that_would_read_as_none_and_complex_images_are_refused(toy):
+    """-1 for "no class" would have made all labels None; a score would have seen the real parts."""
+
+    def labelled(model, seeds):
+        return sample(model, seeds), torch.tensor([seed % 3 - 1 for seed in seeds])
+
+    with pytest.raises(ValueError, match=r"labels must be class indices 0, 1, 2 \.\.\., found -1"):
+        improve_toy(toy, **SMALL, sample=labelled)
+    with pytest.raises(ValueError, match=r"sample: complex images .* torch\.view_as_real"):
+        improve_toy(toy, **SMALL, sample=lambda model, seeds: torch.complex(*[sample(model, seeds)] * 2))
