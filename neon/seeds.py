@@ -168,6 +168,13 @@ def overlap(a: range, b: range) -> bool:
     return (b.start - a.start) % NUM_SEEDS < len(a) or (a.start - b.start) % NUM_SEEDS < len(b)
 
 
+def at_random(total: int, count: int, seed: int) -> Tensor:
+    """`count` of the indices 0 .. total - 1, or all if there are no more, in rising order: images on disk are often
+    sorted by class, so that the first ones are no sample."""
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
+    return order[:count].sort().values
+
+
 def derived_seed(*parts: int | str) -> int:
     """A 63-bit seed that is a pure function of its parts, for streams that belong to no image (a training step, a
     control)."""

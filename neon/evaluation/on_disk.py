@@ -10,6 +10,7 @@ import neon
 from fid.features import Extractor
 from neon.evaluation.collect import Collected, Wanted, collect
 from neon.images.image_set import ImageSet
+from neon.own_code import source_sha256
 from neon.runtime.distributed import World
 from neon.store import files, records
 
@@ -37,6 +38,7 @@ def pass_over(
         network = wanted.extractor
         kept = [*sorted(wanted.metrics), *(["features"] if wanted.keep_features else [])]
         key = [identity(images, ranks), network.name, network.sha256, kept, [chosen.start, chosen.stop], batch]
+        key += [source for source in [source_sha256(type(network))] if source is not None]
         partial = resume / f"partial-{records.key_of(key)[:16]}"
     found = collect(images.parts, [wanted], chosen, batch, ranks, num_images=len(images), partial=partial, desc=desc)
     for other in ranks.gather(images.remarks):

@@ -11,6 +11,7 @@ from fid.features import open_extractor
 from fid.names import Metric
 from fid.reference import Reference, read_reference
 from neon.evaluation.compute import Images, Question, compare, open_reference, open_side
+from neon.evaluation.yardsticks import check_distinct
 from neon.runtime.distributed import World
 from neon.store import hub
 
@@ -37,12 +38,13 @@ def evaluate(
     world = World(device=torch.device(device))
     values: dict[str, float] = {}
     table = reference if isinstance(reference, Mapping) else {extractor: reference}
-    generated = open_side(images)
+    generated, entries = open_side(images), dict[str, str]()
     for name, source in table.items():
         opened = open_reference(source)
         if name is None:
             name = _own_extractor(opened, source)
         network = open_extractor(name, device=world.device)
+        check_distinct(entries, name, network.name)
         question = Question(metrics=metrics, batch=batch)
         found = compare(generated, opened, None, network, question, world)
         values |= {} if found is None else found.metrics

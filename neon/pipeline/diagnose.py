@@ -19,7 +19,7 @@ from neon.pipeline.run import DIAGNOSIS, Run
 from neon.runtime.distributed import World
 from neon.runtime.progress import progress, say
 from neon.sampling.options import Synth
-from neon.seeds import derived_seed
+from neon.seeds import at_random, derived_seed
 from neon.store import records
 from neon.store.shards import Corpus
 from neon.training.alignment import Alignment, Gradients, align, inner, num_gradients
@@ -49,9 +49,8 @@ class Chosen:
 
 
 def chosen(corpus: Corpus, count: int, seed: int) -> Chosen:
-    """`count` images at random: data on disk is often sorted by class."""
-    order = torch.randperm(len(corpus), generator=torch.Generator().manual_seed(seed))
-    return Chosen(corpus, order[:count].sort().values)
+    """`count` images at random."""
+    return Chosen(corpus, at_random(len(corpus), count, seed))
 
 
 def diagnose(run: Run, num_images: int) -> dict[str, object]:

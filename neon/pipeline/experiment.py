@@ -254,6 +254,11 @@ def _check_together(config: Experiment, family: Family) -> None:
             f"select.metric: {config.select.metric!r} is not among report.extractors "
             f"({', '.join(config.report.extractors)})"
         )
+    check_seeds(config)
+
+
+def check_seeds(config: Experiment) -> None:
+    """Raise ValueError if two blocks of images share a seed."""
     blocks = {
         name: range(section.first_seed, section.first_seed + section.num_images)
         for name in ("synth", "select", "report")

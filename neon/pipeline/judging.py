@@ -27,6 +27,7 @@ from neon.search.choose import Choice, by_grid, by_search, random_control
 from neon.search.ledger import Ledger
 from neon.search.options import Select
 from neon.search.points import Block, Score
+from neon.seeds import at_random
 from neon.store import files, records
 from neon.training.recipe import Training
 
@@ -50,9 +51,9 @@ class Judge:
 
     @property
     def yardstick(self) -> Yardstick:
-        """The one that chooses: select.metric, or the first."""
-        wanted = self.config.need("select", Select).metric
-        return next((y for y in self.yardsticks if y.extractor.name == wanted), self.yardsticks[0])
+        """The one that chooses: that of the extractor which select.metric names, or the first."""
+        wanted, named = self.config.need("select", Select).metric, list(self.config.need("report", Report).extractors)
+        return self.yardsticks[0 if wanted is None else named.index(wanted)]
 
     def choose(self, steps: Mapping[str, float]) -> Choice:
         """Stage 3. steps: snapshot -> length of its step from the base, in the order of training."""
@@ -143,9 +144,8 @@ class Judge:
 
     def _real_features(self, data: Data) -> Tensor:
         images = open_images(data.path, use_labels=False, size=data.size, pad=data.pad)
-        count = min(len(images), MAX_REAL)
-        parts = [range(start, min(start + 256, count)) for start in range(0, count, 256)]
-        return torch.cat([self.yardstick.extractor(images.read(part)).pool.cpu() for part in parts])
+        some = images.subset(at_random(len(images), MAX_REAL, seed=0).tolist())
+        return torch.cat([self.yardstick.extractor(part).pool.cpu() for part in some.batches(256)])
 
     def _costs(self, choice: Choice, rows: Mapping[str, Score], calls_per_image: int | None) -> list[Cost]:
         """What every stage took. A training image counts as three network passes, a sampled one as its calls."""

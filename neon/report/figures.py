@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
-from neon.report.result import Result
+from neon.report.result import Result, is_on
 from neon.search.choose import Choice, Measured
-from neon.search.points import Score
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -127,7 +126,7 @@ def _draw_grid(axes: Axes, result: Result, ink: Ink) -> None:
     finite = [s for s in choice.scores if s.failed is None]
     lines = {(s.point.snapshot, s.point.cfg_scale) for s in finite if s.point.direction == "synth"}
     for snapshot, cfg_scale in sorted(lines, key=lambda line: (int(line[0]), line[1] or 0.0)):
-        own = [s for s in finite if _is_on(s, snapshot, cfg_scale)]
+        own = [s for s in finite if is_on(s.point, snapshot, cfg_scale)]
         is_chosen = (snapshot, cfg_scale) == (chosen.snapshot, chosen.cfg_scale)
         label = f"{int(snapshot):,} images of fine-tuning" + ("" if cfg_scale is None else f", cfg {cfg_scale:g}")
         line = sorted((s.point.w, s.metrics[choice.metric]) for s in own)
@@ -148,11 +147,6 @@ def _draw_grid(axes: Axes, result: Result, ink: Ink) -> None:
     axes.set_ylabel(choice.metric, color=ink.text)
     low, high = axes.dataLim.intervaly
     axes.set_ylim(low - 0.08 * (high - low or 1), high + 0.08 * (high - low or 1))
-
-
-def _is_on(score: Score, snapshot: str, cfg_scale: float | None) -> bool:
-    point = score.point
-    return point.direction == "synth" and point.cfg_scale == cfg_scale and (point.snapshot == snapshot or point.w == 0)
 
 
 def draw_map(axes: Axes, result: Result, ink: Ink) -> None:

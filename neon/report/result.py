@@ -14,7 +14,7 @@ from torch import Tensor
 from neon.config_table import to_plain, to_table
 from neon.evaluation.evaluate import Yardstick
 from neon.search.choose import Choice
-from neon.search.points import Score, parabola_minimum
+from neon.search.points import Point, Score, parabola_minimum
 from neon.search.strategy import Found, Plan
 from neon.search.surface import Place, period_of, standard_error, surface
 
@@ -172,11 +172,13 @@ def _finite(value: float) -> float | None:
 def _curve(choice: Choice) -> list[Score]:
     """The grid's points at the chosen snapshot and guidance."""
     point = choice.point
-    return [
-        s
-        for s in choice.scores
-        if (s.point.snapshot, s.point.direction, s.point.cfg_scale) == (point.snapshot, "synth", point.cfg_scale)
-    ]
+    return [s for s in choice.scores if is_on(s.point, point.snapshot, point.cfg_scale)]
+
+
+def is_on(point: Point, snapshot: str, cfg_scale: float | None) -> bool:
+    """Whether a point lies on the curve over w of this snapshot and guidance; w = 0 is the base, whatever the
+    snapshot."""
+    return point.direction == "synth" and point.cfg_scale == cfg_scale and (point.snapshot == snapshot or point.w == 0)
 
 
 def why_it_ended(choice: Choice) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from neon.report.result import Difference, verdict
+from neon.report.result import Difference, selection, verdict
 from neon.search.choose import Choice
 from neon.search.points import Point, Score
 
@@ -57,3 +57,11 @@ def test_images_that_are_no_numbers_have_no_verdict():
     choice = Choice(point=Point(w=1.0, snapshot="1"), base_cfg_scale=None, metric=METRIC, scores=[])
     found = verdict(choice, rows, METRIC, Difference(float("nan"), None))
     assert (found.kind, found.text) == ("failed", "no verdict: the images of neon are no numbers")
+
+
+def test_the_parabola_of_an_earlier_snapshot_goes_through_the_base_too():
+    """w = 0 is entered under the last snapshot; (w - 0.4)^2 near the minimum, and something else at w = -1."""
+    points = [("2", 0.0, 1.16), ("1", -1.0, 50.0), ("1", 0.5, 1.01), ("1", 1.0, 1.36), ("2", 0.5, 3.0)]
+    scores = [Score(Point(w=w, snapshot=shot), {METRIC: value}, {}, key=f"{shot}{w}") for shot, w, value in points]
+    choice = Choice(point=Point(w=0.5, snapshot="1"), base_cfg_scale=None, metric=METRIC, scores=scores)
+    assert selection(choice)["parabola_w"] == pytest.approx(0.4)
