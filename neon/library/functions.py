@@ -71,7 +71,15 @@ class Functions(Family[nn.Module, Objective, Sampler]):
             raise ValueError("no parameter of the model requires a gradient, so there is nothing to fine-tune")
 
     def build(self, arch: Mapping[str, object]) -> nn.Module:
-        return copy.deepcopy(self._model)
+        try:
+            return copy.deepcopy(self._model)
+        except Exception as error:
+            if (part := uncopied(self._model)) is None:
+                raise
+            raise ValueError(
+                f"the model cannot be copied, and what is fine-tuned is a copy of it: {part}; take that out of the "
+                "model, `sample` and `loss` can hold it themselves"
+            ) from error
 
     def trains(self, name: str, parameter: nn.Parameter) -> bool:
         return name in self._trained
@@ -114,6 +122,20 @@ class Functions(Family[nn.Module, Objective, Sampler]):
 
     def group(self, how: Objective) -> int:
         return how.batch
+
+
+def uncopied(model: nn.Module) -> str | None:
+    """The first thing in a model that copy.deepcopy refuses, with its reason; None if each alone can be copied."""
+    others = {id(module): module for module in model.modules()}  # taken as copied: what they hold is their own
+    for name, module in model.named_modules():
+        for key, value in {**vars(module), **module._parameters, **module._buffers}.items():
+            if key in ("_parameters", "_buffers"):
+                continue
+            try:
+                copy.deepcopy(value, dict(others))
+            except Exception as error:
+                return f"{name}.{key} ({type(value).__name__}: {error})".lstrip(".")
+    return None
 
 
 def images_and_labels(found: object, count: int) -> tuple[Tensor, Tensor | None]:

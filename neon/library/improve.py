@@ -79,7 +79,8 @@ def improve(
     Samples `num_synth` images, fine-tunes a copy for `updates` updates on them, searches w on fresh seeds and reports
     the result, the base and two controls on held-out ones. The model itself is not changed.
 
-    model: any module; parameters that do not require a gradient stay what they are (a LoRA's base).
+    model: any module that copy.deepcopy copies; parameters that do not require a gradient stay what they are (a LoRA's
+        base).
     sample: (model, seeds) -> images (B, ...), or (images, labels). Image b depends on seeds[b] alone.
     loss: (model, images, labels, generator) -> (B,), the loss that the model was trained with. images are what `sample`
         returned; all randomness comes from the generator (on the CPU).
@@ -97,10 +98,10 @@ def improve(
     folder: keeps everything that was computed, the page report.html included; the same call goes on where it was
         interrupted. None: a temporary folder.
 
-    Raises ValueError, before anything is computed, for arguments that do not fit together, functions that take other
-    arguments, a `sample` whose images depend on their batch or (with a reference file) are floats outside of [-1, 1], a
-    `loss` that gives no number per image, or a folder that was begun with another model, function or setting; and
-    before the fine-tune for a function `score` that gives no number.
+    Raises ValueError, before anything is computed, for arguments that do not fit together, a model that cannot be
+    copied, functions that take other arguments, a `sample` whose images depend on their batch or (with a reference
+    file) are floats outside of [-1, 1], a `loss` that gives no number per image, or a folder that was begun with
+    another model, function or setting; and before the fine-tune for a function `score` that gives no number.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model must be the network, a torch.nn.Module, not {_kind(model)}")

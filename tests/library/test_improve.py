@@ -4,6 +4,7 @@ be Neon."""
 import functools
 import json
 import shutil
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -350,6 +351,39 @@ def test_a_loss_that_draws_from_torchs_own_generator_repeats_too(toy):
 def test_a_model_that_is_no_network_is_said(model, said):
     with pytest.raises(ValueError, match=f"model must be the network, a torch.nn.Module, not {said}"):
         improve_toy(model)
+
+
+def hold_a_lock(model):
+    model.inner = nn.Module()
+    model.inner.lock = threading.Lock()
+
+
+def hold_a_hook(model):
+    lock = threading.Lock()
+    model.inner = nn.Linear(2, 2)
+    model.inner.register_forward_hook(functools.partial(print, lock))
+
+
+def hold_what_was_computed(model):
+    model.last = model.layers["0_weight"] * 2
+
+
+@pytest.mark.parametrize(
+    ("hold", "part"),
+    [
+        (hold_a_lock, r"inner\.lock \(lock: cannot pickle '_thread\.lock' object\)"),
+        (hold_a_hook, r"inner\._forward_hooks \(OrderedDict: cannot pickle"),
+        (hold_what_was_computed, r"last \(Tensor: Only Tensors created explicitly by the user"),
+    ],
+)
+def test_a_model_that_cannot_be_copied_is_refused_by_the_part(toy, tmp_path, hold, part):
+    """Python's own words name neither the part nor why a copy is needed."""
+    model = Plane()
+    model.load_state_dict(toy.state_dict())
+    hold(model)
+    with pytest.raises(ValueError, match=rf"^the model cannot be copied, .*: {part}.*; take that out of the model"):
+        improve_toy(model, **SMALL, batch=8, folder=tmp_path / "run")
+    assert not (tmp_path / "run/synth").exists()
 
 
 @pytest.mark.parametrize(
