@@ -64,13 +64,25 @@ def _needed(config: Experiment, parts: Collection[Part], config_path: Path) -> I
     if config.report is not None and "report" in parts:
         for name, reference in config.report.extractors.items():
             path = Path(reference)
-            command = f"neon fid ref --extractor {shlex.quote(name)} --data IMAGES --out {shlex.quote(str(path))}"
-            yield Missing(path, f"report.extractors.{name!r}", how_to_get(path) or f"make it: {command}")
+            yield Missing(path, f"report.extractors.{name!r}", how_to_get(path) or _make_reference(name, path))
         if NAME in config.report.extractors:
             yield _inception(config.report.inception)
     if config.data is not None and "data" in parts and not config.data.path.startswith("torchvision:"):
         path = Path(config.data.path)
         yield Missing(path, "data.path", how_to_get(path))
+
+
+def _make_reference(extractor: str, path: Path) -> str:
+    """The command that makes it, under a name that `neon fid ref` writes."""
+    if path.suffix.lower() == ".npz":
+        out, name_it = path, ""
+    else:
+        out = path.with_name(f"{path.name}.npz")
+        if out.is_file():
+            return f"did you mean {out}?"
+        name_it = f", and name {out} in the config: a reference's name ends in .npz"
+    command = f"neon fid ref --extractor {shlex.quote(extractor)} --data IMAGES --out {shlex.quote(str(out))}"
+    return f"make it: {command}{name_it}"
 
 
 def _train(config: Experiment, path: Path, config_path: Path) -> str:
@@ -83,7 +95,8 @@ def _train(config: Experiment, path: Path, config_path: Path) -> str:
 def _train_autoencoder(path: Path, config_path: Path) -> str:
     """The command that trains it, if the config called like its folder lies beside this one."""
     recipe = config_path.with_name(f"{path.parent.name}.toml")
-    return f"make it: neon train-autoencoder {recipe} --out {path.parent}" if recipe.is_file() else ""
+    command = f"neon train-autoencoder {shlex.quote(str(recipe))} --out {shlex.quote(str(path.parent))}"
+    return f"make it: {command}" if recipe.is_file() else ""
 
 
 def _inception(named: str | None) -> Missing:

@@ -2,12 +2,16 @@
 at once, by the run too."""
 
 import json
+import re
+import shlex
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from fid.reference import read_reference
 from neon.cli.main import main
 from neon.pipeline.experiment import load
 from neon.pipeline.measure import _counting, measure
@@ -134,6 +138,23 @@ def test_a_run_and_its_dry_run_name_all_missing_files_at_once(line_config, tmp_p
         assert "neon fid ref --extractor tests.core.line_family:open_pixels --data IMAGES --out" in said
     assert "2 files are missing" in real.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["reference", "statistics.v2", "my reference.npz"])
+def test_the_command_that_makes_a_missing_reference_makes_it(line_config, tmp_path, name):
+    """`neon fid ref` writes names that end in .npz: for others its command was refused."""
+    named = f'report.extractors={{"tests.core.line_family:open_pixels" = "{tmp_path / name}"}}'
+    asked = ("run", line_config, "--dry-run", "--set", named)
+    (tmp_path / "reference.npz").unlink()
+    np.savez(tmp_path / "images.npz", images=np.random.default_rng(0).integers(0, 256, (40, 4, 4), dtype=np.uint8))
+    (command,) = re.findall(r"make it: neon (fid ref .*?)(?:, and name|$)", invoke(main, *asked).stdout, re.M)
+    words = [str(tmp_path / "images.npz") if word == "IMAGES" else word for word in shlex.split(command)]
+    done = invoke(main, *words)
+    assert done.exit_code == 0, done.output
+    made = Path(last_object(done.stdout)["out"])
+    assert read_reference(made).count == 40
+    if made != tmp_path / name:
+        assert f"did you mean {made}?" in invoke(main, *asked).stdout
 
 
 def test_synth_does_not_ask_for_what_only_the_report_reads(line_config, tmp_path):
