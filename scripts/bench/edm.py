@@ -1,14 +1,14 @@
 """Time sampling and fine-tuning of an EDM network: images per second and the share of the machine's own matmul rate.
 
+\b
     python scripts/bench/edm.py --out results/bench/edm_demo_cpu.json
     python scripts/bench/edm.py --model cifar10 --batch 8 --out results/bench/edm_cifar10_cpu.json
-    python scripts/bench/edm.py --model cifar10 --device cuda --batch 256 --mode fp32 --mode channels_last --mode bf16
-    --mode fp16
+    python scripts/bench/edm.py --model cifar10 --device cuda --batch 256 --mode fp32 --mode channels_last \\
+        --mode bf16 --mode fp16
 
-Modes: fp32 (exact), channels_last (another memory order), bf16, fp16 (autocast, and no change of the stored
-weights). For the demo model, which is trained, `metric` is fd[fashion-cnn] of --images images of the same noise in
-every mode. One to five
-minutes on a CPU.
+Modes: fp32 (exact), channels_last (another memory order), bf16, fp16 (autocast, and no change of the stored weights).
+For the demo model, which is trained, `metric` is fd[fashion-cnn] of --images images of the same noise in every mode.
+One to five minutes on a CPU.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """Time the evaluator at the size of the FID Inception: 2048 features.
 
+\b
     python scripts/bench/frechet.py --out results/bench/frechet.json
 
 Frechet distance (plain, and against a reference whose factor is cached) beside scipy's sqrtm, the statistics update
 beside the Inception's own time per image, and precision/recall within a stated memory budget. One to three minutes on 2
-idle
-cores.
+idle cores.
 """
 
 from __future__ import annotations

@@ -1,15 +1,19 @@
 """Every family at its published size on one GPU, in minutes: images per second in each mode, errors, memory.
 
+\b
     python scripts/bench/gpu.py --out results/bench/gpu_h100.json
     python scripts/bench/gpu.py --device cpu --tiny --out /tmp/gpu.json      (what CI runs)
 
 Random weights (speed does not depend on them). Rows are written as they are measured; a run that was cut goes on with
 the rows that are missing, and rows that do not fit into --minutes are named as dropped. Per network:
+
+\b
     plain      the module as the published script runs it: its precision, no graphs, nothing compiled
     exact      the same precision by our sampler with speed = "exact"; must give the same numbers as plain
     fp32       exact float32, our default
     compiled   the published precision with speed = "compiled"
     fast       speed = "fast"
+
 `error` is the root mean square difference to fp32 over the standard deviation (for tokens: the share that differs).
 """
 

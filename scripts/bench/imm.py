@@ -1,12 +1,12 @@
 """Time IMM's sampler at the published size: images per second and peak memory at 1, 2, 4 and 8 guided steps.
 
+\b
     python scripts/bench/imm.py --out results/bench/imm_cpu.json
     python scripts/bench/imm.py --device cuda --batch 64 --out results/bench/imm_cuda.json
 
 DiT-XL/2 with random weights (speed does not depend on them), exact (fp32) and fast (bf16 autocast); the fast mode's
 error is the root mean square difference of the latents over their standard deviation, from the same noise. The
-autoencoder is not
-included. About five minutes on 2 idle CPU cores.
+autoencoder is not included. About five minutes on 2 idle CPU cores.
 """
 
 from __future__ import annotations

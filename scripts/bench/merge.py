@@ -1,6 +1,7 @@
 """Time the reverse merge: GB/s of the resident model moving to another w, beside the plain way, and of `neon merge` on
 files.
 
+\b
     python scripts/bench/merge.py --out results/bench/merge_cpu.json
 
 Plain way: build theta_base - w (theta_syn - theta_base) as a dict of new tensors, then load_state_dict. Bytes: what

@@ -1,5 +1,6 @@
 """Time `neon merge` on sharded bfloat16 folders beside cp plus sync of the same bytes on the same disk.
 
+\b
     python scripts/bench/merge_files.py --gigabytes 4 --folder /tmp/merge --out results/bench/merge_files_cpu.json
 
 BASE is a LlamaForCausalLM of Llama 7B's width and as many layers as fit, saved by transformers in shards of 1 GB;

@@ -1,5 +1,6 @@
 """Time what changed in this checkout against another one, turn by turn: before, after, before, after.
 
+\b
     git worktree add --detach ../before COMMIT
     python scripts/bench/paired.py --before ../before --out results/bench/paired_cpu.json
 

@@ -1,5 +1,6 @@
 """Peak memory of the search for w on a large model: loading the base, and moving it to several w.
 
+\b
     python scripts/bench/search_memory.py --out results/bench/search_memory_imm_cpu.json
 
 IMM's DiT-XL/2 with random weights; base and self-trained model lie in files in --folder (2.7 GB each).

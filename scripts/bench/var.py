@@ -1,12 +1,12 @@
 """Time VAR's sampler at a published size: images per second and peak memory at several batch sizes.
 
+\b
     python scripts/bench/var.py --fast-batches 1 --out results/bench/var_d16_cpu.json
     python scripts/bench/var.py --device cuda --out results/bench/var_d16_cuda.json
 
 Random weights (speed does not depend on them), exact (fp32) and fast (bf16 autocast), guided, without the decoder. The
 fast mode's error is the largest difference of the logits on the same tokens. One image of d16 takes about 35 processor
-seconds in
-fp32 on a CPU.
+seconds in fp32 on a CPU.
 """
 
 from __future__ import annotations

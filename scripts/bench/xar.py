@@ -1,15 +1,14 @@
 """Time xAR's sampler at the published size: images per second, peak memory and the fast mode's error on the latents.
 
+\b
     python scripts/bench/xar.py --out results/bench/xar_base_cpu.json
-    python scripts/bench/xar.py --device cuda --model xar_large --batch 64 --num-steps 50 --out
-    results/bench/xar_large_cuda.json
+    python scripts/bench/xar.py --device cuda --model xar_large --batch 64 --num-steps 50 \\
+        --out results/bench/xar_large_cuda.json
 
 Random weights (speed does not depend on them); exact (fp32) and fast (bf16 autocast). The fast mode's error is the root
 mean square difference of the latents over their standard deviation, from the same noise. The autoencoder is not
-included. With
-fewer steps than published (the default, for a CPU) the published number of images per second is computed from the time
-per network
-call.
+included. With fewer steps than published (the default, for a CPU) the published number of images per second is computed
+from the time per network call.
 """
 
 from __future__ import annotations

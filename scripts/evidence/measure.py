@@ -1,5 +1,6 @@
 """Measure what Neon does for one trained base model of configs/small, with controls, and write it all as one JSON file.
 
+\b
     python scripts/evidence/measure.py edm --folder runs/small --out results/small
     python scripts/evidence/measure.py edm --base-only ...      # the base: samplers, classes recognised, a picture
 

@@ -1,5 +1,6 @@
 """Train the base models of configs/small side by side on one GPU (or the CPU) within a time limit.
 
+\b
     python scripts/evidence/train.py --folder /tmp/small --seconds 330
 
 Each job measures its own speed first, with all others running, and sets the length of its recipe (images, warm-up,

@@ -1,5 +1,6 @@
 """Take over what scripts/evidence/on_gpu.sh left in a folder: models, measurements, pictures; then make the page.
 
+\b
     python scripts/evidence/unpack.py FOLDER --given runs/given
 
 Models of jobs that are no repeats go to demo/small, JSON and pictures to results/small, docs/results.md is made again.

@@ -1,8 +1,10 @@
 """The dense grid that the search is judged by: features of the same noise at every (w, cfg_scale), kept in files.
 
+\b
 python scripts/search/dense.py configs/demo.toml --ws=0,0.8,1.2,1.6,2.2 --num-images 300 --out runs/search-study/demo
-python scripts/search/dense.py configs/small/var.toml --ws=0,0.75,1.5,2.25 --cfg-scales 0,1,2 --num-images 2000 \
+python scripts/search/dense.py configs/small/var.toml --ws=0,0.75,1.5,2.25 --cfg-scales 0,1,2 --num-images 2000 \\
     --out runs/search-study/var --set ...      # VAR_SHORT of study.py; again with --ws=0.4,1.1 --cfg-scales 1,2
+
 S and the fine-tune of every seed are the config's own (`synth.first_seed` and `finetune.seed` differ); the images come
 from held-out seeds, not from those that the search sees.
 """

@@ -1,5 +1,6 @@
 """The project's own files agree with each other."""
 
+import ast
 import json
 import os
 import re
@@ -7,6 +8,7 @@ import subprocess
 import tomllib
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner
 
@@ -129,6 +131,24 @@ def test_a_step_that_a_row_lacks_is_said(row, step, message, tmp_path):
 
 
 PAPERS = ("2510.03597", "2206.00364", "2404.02905", "2502.20388", "2503.07565", "2302.00482")
+
+
+SCRIPTS = [
+    path
+    for path in sorted((ROOT / "scripts").rglob("*.py"))
+    if "help=__doc__" in path.read_text() and path.stem not in ("study", "diagnosis")
+]
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.stem)
+def test_help_of_a_script_shows_its_commands_as_they_are_written(path):
+    """However narrow the terminal: click makes one paragraph of lines that no \\b precedes."""
+    documented = ast.get_docstring(ast.parse(path.read_text()))
+    command = click.Command(path.name, help=documented)
+    shown = [line.strip() for line in command.get_help(click.Context(command, terminal_width=40)).splitlines()]
+    examples = [line.strip() for line in documented.splitlines() if re.match(r"\s*(python|bash) scripts/", line)]
+    assert examples
+    assert [line for line in examples if line not in shown] == []
 
 
 def test_the_papers_are_cited_and_thanked():
