@@ -1,12 +1,10 @@
-"""Peak memory: the resident bytes of this process above what was there before.
+"""Peak memory of reading, writing and merging, counted in tensors (tests/memory.py).
 
-Tensors are larger than 32 MiB: such blocks malloc gives back to the system at once, unless they found a place among
-blocks that were freed before. Those are given back first, so that what is measured is what is held.
+They are larger than 32 MiB: such blocks malloc gives back to the system at once, unless they found a place among blocks
+that were freed before.
 """
 
-import ctypes
 import gc
-import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +15,7 @@ from neon import merge
 from neon.checkpoints import checkpoint
 from neon.merge_files import merging
 from neon.merge_files.pairing import Request
+from tests import memory
 from tests.core import pickles
 
 NUM_TENSORS, ROWS, COLUMNS = 3, 5120, 2048
@@ -29,16 +28,10 @@ pytestmark = pytest.mark.skipif(
 
 def tensors_held(work: Callable[[], object]) -> float:
     """The peak during `work`, in tensors."""
-
-    def status(key: str) -> float:
-        return int(re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
-
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    before = status("VmRSS")
+    before = memory.begin_peak()
     work()
-    return (status("VmHWM") - before) / TENSOR_MIB
+    return (memory.peak() - before) / 1024 / TENSOR_MIB
 
 
 def tensors(offset: float) -> dict[str, torch.Tensor]:

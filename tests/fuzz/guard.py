@@ -5,14 +5,11 @@ from __future__ import annotations
 
 import base64
 import json
-import re
-import resource
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests import watching
+from tests import memory, watching
 
 KIBIBYTES = 1 << 20
 FOUND = Path(__file__).with_name("found.jsonl")
@@ -24,28 +21,10 @@ def watched(allowed: frozenset[str] = frozenset()) -> Iterator[None]:
     """Fails if the block computes for 2 s (waiting for a busy machine does not count), takes 1 GB more than there was,
     or if anything but `allowed` is imported, compiled, executed or started in it."""
 
-    resident = begin_peak()
+    resident = memory.begin_peak()
     with watching.watched(watching.RUNS - allowed):
         yield
-    assert peak() - resident < KIBIBYTES, "more than 1 GB of memory"
-
-
-def begin_peak() -> int:
-    """The memory that this process holds, in KiB; `peak` counts from here on where the system can (Linux)."""
-    if sys.platform != "linux":
-        return peak()
-    Path("/proc/self/clear_refs").write_text("5")
-    return _status("VmRSS")
-
-
-def peak() -> int:
-    return _status("VmHWM") if sys.platform == "linux" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def _status(key: str) -> int:
-    found = re.search(rf"{key}:\s+(\d+)", Path("/proc/self/status").read_text())
-    assert found is not None
-    return int(found[1])
+    assert memory.peak() - resident < KIBIBYTES, "more than 1 GB of memory"
 
 
 def found(test: str) -> list[dict]:

@@ -96,19 +96,14 @@ def test_what_is_missing_is_named_in_one_line(tiny, options, message):
 
 
 LOAD = """
-import re
-from pathlib import Path
 from imm.family import IMM
 from neon.checkpoints import checkpoint
+from tests import memory
 
-def status(key):
-    return int(re.search(rf"{key}:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
-
-Path("/proc/self/clear_refs").write_text("5")
-before = status("VmRSS")
+before = memory.begin_peak()
 model = IMM().load(checkpoint.read("model.pkl"))
-peak = status("VmHWM") - before
-print(peak / sum(p.numel() * p.element_size() for p in model.parameters()))
+peak = memory.peak() - before
+print(1024 * peak / sum(p.numel() * p.element_size() for p in model.parameters()))
 print(sum(float(p.double().sum()) for p in model.parameters()))
 """
 
