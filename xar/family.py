@@ -95,7 +95,8 @@ class XAR(Family[XARTransformer, Objective, Sampling]):
             raise ValueError("xAR is trained with class labels; this set of images has none")
         labels = torch.where(draws["label_dropped"], model.num_classes, labels)
         latents = self._latents(codes, draws)
-        return velocity_loss(model, latents, labels, times=draws["times"], noise=draws["noise"], dropout=how.dropout)
+        dropout = how.dropout if model.training else 0.0
+        return velocity_loss(model, latents, labels, times=draws["times"], noise=draws["noise"], dropout=dropout)
 
     def _latents(self, codes: Tensor, draws: Draws) -> Tensor:
         if not is_moments(codes):

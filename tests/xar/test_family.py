@@ -91,6 +91,19 @@ def test_the_flip_chooses_the_moments():
 
 
 @torch.no_grad()
+def test_dropout_belongs_to_training():
+    """`neon check` found that the loss of the published recipe draws numbers of its own; diagnoses had no dropout but
+    xAR's."""
+    family, model, latents, labels = XAR(), tiny(), torch.randn(2, 16, 16, 16), torch.tensor([3, 4])
+    draws = family.draw(shared(2), latents, labels, Objective())
+    of_the_mode = [
+        family.loss(model.train(mode), latents, labels, draws, Objective(dropout=0.1)) for mode in (False, False, True)
+    ]
+    assert torch.equal(of_the_mode[0], of_the_mode[1])
+    assert not torch.allclose(of_the_mode[0], of_the_mode[2])
+
+
+@torch.no_grad()
 def test_dropped_labels_become_the_null_label():
     family, how, model, latents = XAR(), Objective(dropout=0.0), tiny(), torch.randn(2, 16, 16, 16)
     draws = family.draw(shared(2), latents, None, how)
