@@ -13,6 +13,7 @@ import inspect
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -77,6 +78,21 @@ class Objective:
             raise ValueError(f"lora_rank must be >= 0, got {self.lora_rank}")
 
 
+@dataclass(eq=False, kw_only=True)
+class PipelineBase(Checkpoint):
+    """The denoiser of a pipeline folder, and what its images depend on besides: the whole folder, the prompts."""
+
+    folder: PipelineFolder
+    prompts: Path | None
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of the whole folder and of the prompts."""
+        if self.prompts is None:
+            return self.folder.sha256
+        return hashlib.sha256(f"{self.folder.sha256}\n{files.sha256_of(self.prompts)}".encode()).hexdigest()
+
+
 class Diffusers(Family[nn.Module, Objective, Sampling]):
     """Codes are images (B, C, H, W) in [-1, 1]; a latent pipeline trains on moments (B, 2C, h, w) of its autoencoder.
 
@@ -96,21 +112,18 @@ class Diffusers(Family[nn.Module, Objective, Sampling]):
         self._lora_scale: float | None = None
 
     def read_base(self, path: Path, *, weights: str, prompts: Path | None) -> Checkpoint:
-        """path: the pipeline's folder. The hash of the base is that of the whole pipeline and of its prompts."""
+        """path: the pipeline's folder."""
         folder = PipelineFolder.open(path)
         check_served(folder)
-        self._folder, sha256 = folder, folder.sha256
+        self._folder = folder
         if (self.kind == "prompt") != (prompts is not None):
             need = "needs prompts, a text file with one prompt per line" if prompts is None else "takes no prompts"
             raise ValueError(f"[base]: {path} is a {folder.index['_class_name']}, which {need}")
         if prompts is not None:
             self._prompts = read_prompts(prompts)
-            sha256 = hashlib.sha256(f"{sha256}\n{files.sha256_of(prompts)}".encode()).hexdigest()
         model = folder.read_model()
         arch = json.loads(json.dumps({k: v for k, v in model.config.items() if k != "_name_or_path"}))
-        found = Checkpoint(dict(model.state_dict()), arch, self.name, "unnamed", path)
-        found.sha256 = sha256
-        return found
+        return PipelineBase(dict(model.state_dict()), arch, self.name, "unnamed", path, folder=folder, prompts=prompts)
 
     @property
     def kind(self) -> Literal["batch_size", "class_labels", "prompt"]:

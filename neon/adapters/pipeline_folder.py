@@ -45,10 +45,7 @@ class PipelineFolder:
                 f"{path}: expected a diffusers pipeline folder, but there is no model_index.json in it. {advice}"
             )
         index = read_table(file)
-        name = index.get("_class_name")
-        found = getattr(diffusers, name, None) if isinstance(name, str) else None
-        if not (isinstance(found, type) and issubclass(found, diffusers.DiffusionPipeline)):
-            raise ValueError(f"{file}: _class_name is {name!r}, expected a pipeline class of diffusers")
+        class_of_diffusers(index.get("_class_name"), diffusers.DiffusionPipeline, f"{file}: _class_name")
         folder = cls(path, index)
         for part, (library, class_name) in folder.parts.items():
             if library not in ("diffusers", "transformers") and part != UNUSED:
@@ -185,6 +182,11 @@ def class_of_diffusers(name: object, kind: type, where: str) -> diffusers.Config
     found = getattr(diffusers, str(name), None)
     if _is_kind(found, kind):
         return found
+    if isinstance(found, diffusers.utils.DummyObject):  # what diffusers has in place of a class whose packages lack
+        try:
+            diffusers.utils.requires_backends(found, found._backends)
+        except ImportError as error:
+            raise ValueError(f"{where}: {' '.join(str(error).split())}") from error
     known = {one.lower(): one for one in dir(diffusers)}
     near = [known[one] for one in get_close_matches(str(name).lower(), list(known), n=5, cutoff=0.8)]
     meant = [one for one in near if _is_kind(getattr(diffusers, one), kind)]

@@ -4,14 +4,17 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
 import torch
 
 from neon.adapters.lora import write_adapter
+from neon.adapters.pipeline_folder import PipelineFolder
 from neon.checkpoints import checkpoint
 from neon.images.formats import open_images
+from neon.pipeline.check import check
 from neon.pipeline.experiment import load
 from neon.pipeline.publish import publish
 from neon.pipeline.run import Run
@@ -227,6 +230,14 @@ def test_a_pipeline_on_the_hub_is_a_base_and_a_published_run_is_a_pipeline(tmp_p
     assert float(done.stdout.splitlines()[-1]) == merged["conv_in.bias"].double().sum().item()
 
 
+def test_a_check_hashes_no_pipeline(tmp_path, monkeypatch):
+    """Which has gigabytes; only what is kept of a run needs its hash."""
+    file = config(tmp_path, "text")
+    monkeypatch.setattr(PipelineFolder, "sha256", property(lambda folder: pytest.fail("hashed")))
+    found = list(check(load(file), file, torch.device("cpu")))
+    assert [one.text for one in found if not one.is_ok] == []
+
+
 def test_labels_of_s_are_prompts(tmp_path):
     run = Run(load(config(tmp_path, "text")), tmp_path / "run", World())
     run.synth()
@@ -275,3 +286,12 @@ def test_a_near_name_is_told_before_anything_is_loaded(tmp_path):
             load(file, [f"sampling.scheduler={wrong}"])
     with pytest.raises(ValueError, match=r"'UNet2DModel' is no SchedulerMixin class of diffusers$"):
         load(file, ["sampling.scheduler=UNet2DModel"])
+
+
+@pytest.mark.skipif(find_spec("torchsde") is not None, reason="torchsde is installed, so diffusers has the scheduler")
+def test_a_package_that_a_class_of_diffusers_needs_is_named(tmp_path):
+    """diffusers has a stand-in of that name; it was said to be no scheduler."""
+    message = "DPMSolverSDEScheduler requires the torchsde library .*`pip install torchsde`"
+    file = config(tmp_path, "unconditional")
+    with pytest.raises(ValueError, match=rf"^.*\[sampling\] scheduler: {message}$"):
+        load(file, ["sampling.scheduler=DPMSolverSDEScheduler"])
