@@ -7,7 +7,8 @@ streams of the original code (one generator for a whole batch).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -180,3 +181,13 @@ def derived_seed(*parts: int | str) -> int:
     control)."""
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
+
+
+@contextmanager
+def global_seed(seed: int, device: torch.device | str = "cpu") -> Iterator[None]:
+    """Run the block with torch's own generators, of the CPU and of `device`, at `seed`; their states come back
+    afterwards."""
+    device = torch.device(device)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from neon.checkpoints import checkpoint
 from neon.checkpoints.lora import CONFIG, PEFT_PREFIX
+from neon.seeds import global_seed
 from neon.store import files
 
 ADAPTER = "neon"
@@ -25,8 +26,7 @@ def add_lora(model: nn.Module, *, rank: int, alpha: float, targets: Sequence[str
     except ImportError as error:
         raise ImportError("lora_rank needs peft: pip install 'neon-generative[diffusers]'") from error
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), lora_dropout=0.0)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with global_seed(seed):
         adapted: nn.Module = inject_adapter_in_model(config, model, adapter_name=ADAPTER)
     return adapted
 
@@ -81,8 +81,7 @@ def write_adapter(
 def factors(name: str, base: Tensor, value: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """A (rank, inputs, ...), B (outputs, rank, ...) with base + B A = value but for float32's rounding of the two."""
     update = (value.double() - base.double()).flatten(1)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # of the subspace it begins with
+    with global_seed(0):  # of the subspace it begins with
         u, s, v = torch.svd_lowrank(update, q=min(rank, *update.shape), niter=4)
     lost = (update - u * s @ v.T).abs().max()
     if lost > 32 * torch.finfo(torch.float32).eps * max(base.abs().max(), value.abs().max()):

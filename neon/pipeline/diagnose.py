@@ -1,4 +1,10 @@
-"""`neon diagnose`: before any search, does Neon help here and in which direction?"""
+"""`neon diagnose`: before any search, does Neon help here and in which direction?
+
+The synthetic gradients are those that the fine-tune follows: of what it trains, in training mode. Those on real images
+say what becomes of the model that is sampled: in evaluation mode. A base that was trained with dropout is not at the
+optimum of evaluation mode; the way there is in the gradients on all images, and would count as alignment if dropout
+were off in both.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +25,7 @@ from neon.pipeline.run import DIAGNOSIS, Run
 from neon.runtime.distributed import World
 from neon.runtime.progress import progress, say
 from neon.sampling.options import Synth
-from neon.seeds import at_random, derived_seed
+from neon.seeds import at_random, derived_seed, global_seed
 from neon.store import records
 from neon.store.shards import Corpus
 from neon.training.alignment import Alignment, Gradients, align, inner, num_gradients
@@ -110,12 +116,14 @@ def _align(run: Run, data: Data, recipe: Training, num_images: int) -> tuple[Ali
     say(run.world, f"diagnose: {count} real and {count} synthetic images in batches of {recipe.batch}")
     model = run.family.build({**run.family.arch_of(run.base), **recipe.arch})
     run.base.load_into(model)
-    model = run.family.adapted(model, recipe.objective).to(run.world.device).eval().requires_grad_(True)
+    model = run.family.adapted(model, recipe.objective).to(run.world.device)
+    for parameter_name, parameter in model.named_parameters():
+        parameter.requires_grad_(run.family.trains(parameter_name, parameter))
     bar = progress(total=num_gradients(num_batches), desc="diagnose", unit="batches", world=run.world)
     with closing(bar):
         found = align(
-            gradients(run.family, model, real, recipe, "real", run.world, bar.update),
-            gradients(run.family, model, synthetic, recipe, "synthetic", run.world, bar.update),
+            gradients(run.family, model, real, recipe, "real", run.world, bar.update, is_training=False),
+            gradients(run.family, model, synthetic, recipe, "synthetic", run.world, bar.update, is_training=True),
             num_batches,
             beta2=recipe.betas[1],
             eps=recipe.eps,
@@ -132,36 +140,42 @@ def gradients(
     name: str,
     world: World,
     done: Callable[[int], None],
+    *,
+    is_training: bool,
 ) -> Gradients:
     """Batch k's gradient, with draws of its own for each corpus: shared ones would make the gradients look aligned.
 
-    done: called with 1 after every batch.
+    done: called with 1 after every batch. is_training: the model's mode.
     """
     own = replace(recipe, seed=derived_seed(recipe.seed, "diagnose", name) % 2**31)
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    base = {n: p.detach().clone() for n, p in parameters.items()}
+    state: dict[str, Tensor] = {**parameters, **dict(model.named_buffers())}  # training mode may move a buffer
+    base = {n: value.detach().clone() for n, value in state.items()}
 
     def gradient(k: int, offset: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+        model.train(is_training)
         with torch.no_grad():
-            for n, p in parameters.items():
-                p.copy_(base[n] if offset is None or n not in offset else base[n] + offset[n])
+            for n, value in state.items():
+                value.copy_(base[n] if offset is None or n not in offset else base[n] + offset[n])
         data = step_data(family, own, k, corpus, world)
         labels = None if data.labels is None else data.labels.to(world.device)
         draws = {n: value.to(world.device) for n, value in data.draws.items()}
-        loss = family.loss(model, data.codes.to(world.device), labels, draws, own.objective).sum() / own.batch
-        found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+        with global_seed(derived_seed(own.seed, "dropout", k), world.device):  # asked again, the same masks
+            losses = family.loss(model, data.codes.to(world.device), labels, draws, own.objective)
+        found = torch.autograd.grad(losses.sum() / own.batch, list(parameters.values()), materialize_grads=True)
         done(1)
-        return {n: g for n, g in zip(parameters, found, strict=True) if g is not None}
+        return dict(zip(parameters, found, strict=True))
 
     return gradient
 
 
 def fine_tune_length(folder: Path, recipe: Training, model: torch.nn.Module, direction: Mapping[str, Tensor]) -> float:
-    """How far the fine-tune goes along -direction: by its last snapshot if there is one, else the sum of its rates."""
+    """How far the fine-tune goes along -direction: by its last snapshot if there is one, else the sum of its rates. (A
+    low-rank fine-tune's snapshots are the whole weights: its matrices are not in them.)"""
     shots = snapshots(folder / "finetune")
-    if not shots:
+    tuned = checkpoint.read(shots[-1], weights="any").tensors if shots else {}
+    if not tuned.keys() >= direction.keys():
         return sum(lr_at(recipe, images) for images in range(0, recipe.images, recipe.batch))
-    tuned = checkpoint.read(shots[-1], weights="any").tensors
     base = {name: p.detach() for name, p in model.named_parameters() if name in direction}
     moved = {name: tuned[name].to(base[name]) - base[name] for name in direction}
     return -inner(moved, direction) / inner(direction, direction)

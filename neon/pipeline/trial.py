@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from neon.pipeline.experiment import Data, Experiment
 from neon.pipeline.needs import Part, missing
 from neon.pipeline.preflight import check_guidance, described, doubts, few_images, stages_of
 from neon.pipeline.probe import Probe
+from neon.seeds import global_seed
 from neon.training.recipe import Training
 from neon.training.step_data import group_of
 
@@ -84,14 +84,6 @@ class Trial:
             chosen["features"] = self.features
         return chosen
 
-    @contextmanager
-    def global_seed(self, seed: int) -> Iterator[None]:
-        """Run the block with torch's own generators at `seed`; their states come back afterwards."""
-        device = self.probe.device
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(seed)
-            yield
-
     def files(self) -> str:
         absent = missing(self.config, ["base", "autoencoder", "report", "data"], self.config_path)
         to_train = [one for one in absent if one.key == "base.checkpoint" and one.how.startswith("make it: neon train")]
@@ -151,7 +143,7 @@ class Trial:
     def same_seed(self) -> str:
         """Twice, with the global generator in another state: noise may come from `rng` alone."""
         self.pictures  # noqa: B018 - NaN is never equal to NaN
-        with self.global_seed(987654321):
+        with global_seed(987654321, self.probe.device):
             again = self.probe.sample(range(NUM_IMAGES))[0].codes
         if not torch.equal(again, self.codes):
             raise NotKept(
@@ -215,7 +207,7 @@ class Trial:
             codes = torch.full_like(codes, grey)
         draws = {name: value[chosen].to(self.probe.device) for name, value in self.probe.draws(codes, labels).items()}
         part, part_labels = codes[chosen], None if labels is None else labels[chosen].to(self.probe.device)
-        with self.global_seed(seed):
+        with global_seed(seed, self.probe.device):
             found = self.probe.family.loss(self.probe.model, part, part_labels, draws, self._recipe.objective)
         return first_batch.losses(self.name, found, len(part))
 

@@ -15,6 +15,7 @@ from neon.adapters.pipeline_folder import PipelineFolder
 from neon.checkpoints import checkpoint
 from neon.images.formats import open_images
 from neon.pipeline.check import check
+from neon.pipeline.diagnose import diagnose
 from neon.pipeline.experiment import load
 from neon.pipeline.publish import publish
 from neon.pipeline.run import Run
@@ -286,6 +287,22 @@ def test_a_near_name_is_told_before_anything_is_loaded(tmp_path):
             load(file, [f"sampling.scheduler={wrong}"])
     with pytest.raises(ValueError, match=r"'UNet2DModel' is no SchedulerMixin class of diffusers$"):
         load(file, ["sampling.scheduler=UNet2DModel"])
+
+
+def test_a_diagnosis_of_a_low_rank_fine_tune_is_of_its_matrices(tmp_path, monkeypatch):
+    """The other weights do not move; and after the fine-tune, whose snapshots hold no matrices, it can be asked too."""
+    file = config(tmp_path, "unconditional", objective="lora_rank = 2")
+    np.savez(tmp_path / "real.npz", images=np.random.default_rng(0).integers(0, 256, (8, 16, 16), dtype=np.uint8))
+    overrides = [f'data.path="{tmp_path}/real.npz"', "synth.num_images=8", "finetune.batch=2", "finetune.images=4"]
+    run, names = Run(load(file, overrides), tmp_path / "run", World()), []
+    with monkeypatch.context() as patch:
+        patch.setattr("neon.pipeline.diagnose.fine_tune_length", lambda *given: names.extend(given[-1]) or 1.0)
+        diagnose(run, 8)
+    assert names
+    assert all(".lora_" in name for name in names)
+    before = diagnose(run, 8)
+    run.finetune()
+    assert diagnose(run, 8) == before
 
 
 @pytest.mark.skipif(find_spec("torchsde") is not None, reason="torchsde is installed, so diffusers has the scheduler")

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from neon import reverse_merge
+from neon.checkpoints import checkpoint
 from neon.pipeline.diagnose import diagnose
 from neon.pipeline.experiment import load
 from neon.pipeline.run import Run
+from neon.quantize import from_uint8, to_uint8
 from neon.report.result import Verdict, diagnosis_against_search
 from neon.runtime.distributed import World
 from neon.store import records
@@ -25,6 +27,7 @@ from neon.toy.gradients import gradient
 from neon.toy.stack import Weights
 from neon.toy.target import real_points
 from neon.training.alignment import Alignment, Gradients, align, num_gradients
+from neon.training.loop import snapshots
 from tests.commands import start, started
 from tests.core.line_family import Line
 
@@ -166,6 +169,33 @@ def test_the_command_says_a_sentence_and_needs_real_images(line_config, tmp_path
     assert found["sentence"].startswith(("undecided", "w "))
     assert found["real_images"].startswith("40 images of ")  # whole batches
     assert json.loads((tmp_path / "run/diagnose.json").read_text())["s"] == found["s"]
+
+
+def test_the_sign_is_that_of_the_fine_tune_with_its_dropout(line_config, tmp_path):
+    """Means m; S lies at 1.3 m, real images at 1.2 m. Without dropout the fine-tune would lead there, w < 0 would help;
+    a dropout of one half adds |m|^2 to the loss, and the fine-tune leads to 0.65 m: w > 0 helps, as the fine-tune
+    itself shows."""
+    base, labels = checkpoint.read(tmp_path / "base.safetensors").tensors["mean"], torch.arange(400) % 3
+    noise = torch.randn(400, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    images = to_uint8(1.2 * base[labels] + 0.1 * noise, "round")
+    np.savez(tmp_path / "real.npz", images=images[:, 0].numpy(), labels=labels.numpy())
+    config = load(line_config, [
+        f'data.path="{tmp_path}/real.npz"', "finetune.arch.dropout=0.5", "synth.cfg_scale=1.3", "synth.num_images=400",
+        "sampling.spread=0.1", "finetune.lr=1e-3",
+    ])  # fmt: skip
+    run, state = Run(config, tmp_path / "run", World()), torch.get_rng_state()
+    found = diagnose(run, 400)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert diagnose(run, 400) == found, "the same masks"
+
+    run.finetune()
+    tuned = checkpoint.read(snapshots(tmp_path / "run/finetune")[-1], weights="any").tensors["mean"]
+
+    def loss(w: float) -> Tensor:
+        return (reverse_merge({"mean": base}, {"mean": tuned}, w)["mean"][labels] - from_uint8(images)).square().mean()
+
+    assert loss(-0.5) > loss(0.0) > loss(0.5)
+    assert found["sign_of_w"] == diagnose(run, 400)["sign_of_w"] == 1
 
 
 class Coded(Line):
