@@ -36,7 +36,8 @@ class PipelineFolder:
 
     @classmethod
     def open(cls, path: Path) -> PipelineFolder:
-        """Raises FileNotFoundError if it is no pipeline folder, ValueError if a component needs code of its own."""
+        """Raises FileNotFoundError if it is no pipeline folder, ValueError if a component needs code of its own or a
+        package that is not there."""
         file = path / "model_index.json"
         if not file.is_file():
             near = [folder for folder in (path.parent, path / "pipeline") if (folder / file.name).is_file()]
@@ -53,6 +54,7 @@ class PipelineFolder:
                     f"{file}: {part} is {class_name!r} of {library!r}; only classes of diffusers and transformers are "
                     "loaded, code beside the weights is never run"
                 )
+            check_installed(getattr(diffusers, str(class_name), None), f"{file}: {part}")
         folder.denoiser  # noqa: B018 - a pipeline without one is said now
         return folder
 
@@ -182,16 +184,21 @@ def class_of_diffusers(name: object, kind: type, where: str) -> diffusers.Config
     found = getattr(diffusers, str(name), None)
     if _is_kind(found, kind):
         return found
-    if isinstance(found, diffusers.utils.DummyObject):  # what diffusers has in place of a class whose packages lack
-        try:
-            diffusers.utils.requires_backends(found, found._backends)
-        except ImportError as error:
-            raise ValueError(f"{where}: {' '.join(str(error).split())}") from error
+    check_installed(found, where)
     known = {one.lower(): one for one in dir(diffusers)}
     near = [known[one] for one in get_close_matches(str(name).lower(), list(known), n=5, cutoff=0.8)]
     meant = [one for one in near if _is_kind(getattr(diffusers, one), kind)]
     advice = f" (did you mean {meant[0]!r}?)" if meant else ""
     raise ValueError(f"{where}: {name!r} is no {kind.__name__} class of diffusers{advice}")
+
+
+def check_installed(found: object, where: str) -> None:
+    """Raise ValueError if `found` is what diffusers has in place of a class that needs a package which is not there."""
+    if isinstance(found, diffusers.utils.DummyObject):
+        try:
+            diffusers.utils.requires_backends(found, found._backends)
+        except ImportError as error:
+            raise ValueError(f"{where}: {' '.join(str(error).split())}") from error
 
 
 def _is_kind(found: object, kind: type) -> bool:

@@ -312,3 +312,7 @@ def test_a_package_that_a_class_of_diffusers_needs_is_named(tmp_path):
     file = config(tmp_path, "unconditional")
     with pytest.raises(ValueError, match=rf"^.*\[sampling\] scheduler: {message}$"):
         load(file, ["sampling.scheduler=DPMSolverSDEScheduler"])
+    index = tmp_path / "unconditional/model_index.json"
+    index.write_text(index.read_text().replace("DDIMScheduler", "DPMSolverSDEScheduler"))
+    with pytest.raises(ValueError, match=rf"^{index}: scheduler: {message}$"):
+        Run(load(file), tmp_path / "run", World()).synth()
