@@ -204,7 +204,9 @@ def select(on: OnConfig) -> None:
     from neon.report.result import selection
 
     def work(experiment: Experiment, folder: Path, ranks: World) -> dict[str, object]:
-        choice = Run(experiment, folder, ranks).select()
+        run = Run(experiment, folder, ranks)
+        run.check_finetuned()
+        choice = run.select()
         return {"chosen": to_table(choice.point), **selection(choice)}
 
     on.do(work, reads=["base", "autoencoder", "report"])

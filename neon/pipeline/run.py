@@ -128,12 +128,17 @@ class Run:
         config = self.config.need("synth", Synth)
         say(self.world, f"synth: {config.num_images} images by the base model")
         sampling = config.sampling or self.sampling
-        identity = {**self.identity, "sampling": to_plain(sampling)}
-        identity |= {"labels": config.labels, "first_seed": config.first_seed, "cfg_scale": config.cfg_scale}
         check_first_images(self.config, self.family, self.model, self.world.device)
         source = self.source(config.labels, config.first_seed, config.cfg_scale, sampling)
         with timed(self.folder, "synth", self.world):
-            return synthesize(source, self.model, config, self.folder / "synth", identity, self.world)
+            return synthesize(source, self.model, config, self.folder / "synth", self._identity_of_synth, self.world)
+
+    @property
+    def _identity_of_synth(self) -> dict[str, object]:
+        """What S depends on, besides its size and how it is stored."""
+        config = self.config.need("synth", Synth)
+        named = {"labels": config.labels, "first_seed": config.first_seed, "cfg_scale": config.cfg_scale}
+        return {**self.identity, "sampling": to_plain(config.sampling or self.sampling), **named}
 
     def finetune(self) -> list[Path]:
         """Stage 2: the short fine-tune on S. Returns the snapshots."""
@@ -222,6 +227,16 @@ class Run:
     @cached_property
     def judge(self) -> Judge:
         return Judge(self.config, self.ledger, self.yardsticks, self.num_classes, self.world, self.folder)
+
+    def check_finetuned(self) -> None:
+        """Raise ValueError if the fine-tune in the folder is not finished, or of other settings than the config's."""
+        folder, recipe, synth = self.folder / "finetune", self.config.finetune, self.config.synth
+        if recipe is None or synth is None or not (folder / "state.pt").is_file():
+            return  # snapshots that were brought here without their state: nothing is known about them
+        made_on = {**self._identity_of_synth, "num_images": synth.num_images, "store": synth.store}
+        identity = {"finetune": to_plain(recipe), "synth": made_on}
+        if self.world.is_main and not is_finished(folder, recipe, identity):
+            raise ValueError(f"{folder}: the fine-tune is not finished; `neon finetune` goes on with it")
 
     def select(self) -> Choice:
         """Stage 3: the search, or the grid, on the selection block."""

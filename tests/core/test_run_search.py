@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from fid.frechet import Gaussian, frechet_distance
 from fid.reference import read_reference
 from neon.checkpoints import checkpoint
+from neon.cli.main import main
 from neon.pipeline.experiment import load
 from neon.pipeline.run import Run
 from neon.runtime.distributed import World
 from neon.search import choose
 from neon.seeds import Rng
-from tests.commands import ROOT, last_object, start, started
+from tests.commands import ROOT, invoke, last_object, start, started
 from tests.core.line_family import Line, Sampling
 
 SEARCH = (
@@ -277,3 +278,28 @@ def test_many_features_are_searched_on_their_leading_components(line_config, tmp
 
     halves = (distance(rows[torch.arange(len(rows)) // 3 % 2 == k]) for k in (0, 1))
     assert point["value"] == pytest.approx(2 * distance(rows) - sum(halves) / 2, rel=1e-3)
+
+
+def test_the_command_searches_no_other_fine_tune_than_that_of_its_config(line_config, tmp_path):
+    """Old snapshots against a new base are no extrapolation of anything."""
+    run(line_config, tmp_path / "run")
+    base = checkpoint.read(line_config.parent / "base.safetensors")
+    other = {name: value * 0.5 if name == "mean" else value for name, value in base.tensors.items()}
+    checkpoint.write(tmp_path / "other.safetensors", other, metadata=base.meta)
+    settings = [word for override in SEARCH for word in ("--set", override)]
+
+    def said(*more: str) -> str:
+        command = ["search", line_config, "--out", tmp_path / "run", "--device", "cpu", *settings, *more]
+        result = invoke(main, *command)
+        return "" if result.exit_code == 0 else result.output
+
+    assert said() == ""
+    assert "begun with another setting: finetune.lr is 0.01" in said("--set", "finetune.lr=0.5")
+    assert "begun with another setting: synth.base_sha256 is" in said(
+        "--set", f"base.checkpoint={tmp_path / 'other.safetensors'}"
+    )
+    state = torch.load(tmp_path / "run/finetune/state.pt")
+    torch.save(state | {"images_seen": 48}, tmp_path / "run/finetune/state.pt")
+    assert "the fine-tune is not finished; `neon finetune` goes on with it" in said()
+    (tmp_path / "run/finetune/state.pt").unlink()
+    assert said() == ""
