@@ -61,7 +61,13 @@ def edm_grid(net: Times, num_steps: int, dtype: torch.dtype) -> Tensor:
     nt_max, nt_min = (net.schedule.log_nt(torch.tensor(t, dtype=dtype)).exp().item() for t in (net.T, net.eps))
     root_max, root_min = nt_max ** (1 / RHO), nt_min ** (1 / RHO)
     steps = torch.arange(num_steps + 1, dtype=dtype)
-    return net.schedule.t_of_nt((root_max + steps / num_steps * (root_min - root_max)) ** RHO)
+    grid = net.schedule.t_of_nt((root_max + steps / num_steps * (root_min - root_max)) ** RHO)
+    if not (grid.diff() < 0).all():
+        raise ValueError(
+            f"grid = 'edm' needs a noise level at T, which is infinite at T = {net.T:g}: its times would be "
+            f"{[round(t, 4) for t in grid.tolist()]}; take grid = 'uniform'"
+        )
+    return grid
 
 
 def explicit_grid(net: Times, mid_nt: Sequence[float], dtype: torch.dtype) -> Tensor:

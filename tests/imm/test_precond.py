@@ -188,3 +188,11 @@ def test_explicit_levels_are_where_they_say():
     with pytest.raises(ValueError, match="must decrease"):
         explicit_grid(net, [0.25, 3.0], torch.float64)
     assert math.isclose(uniform_grid(net, 4, torch.float64)[1].item(), 0.994 * 3 / 4)
+
+
+def test_the_edm_grid_needs_a_noise_level_at_t():
+    """At T = 1 it would be 1, 1, 1 ...: images of noise."""
+    with pytest.raises(
+        ValueError, match=r"infinite at T = 1: its times would be \[1\.0, 1\.0, 1\.0\]; take grid = 'uniform'"
+    ):
+        edm_grid(tiny(T=1.0), 2, torch.float64)
