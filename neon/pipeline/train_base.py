@@ -63,7 +63,8 @@ def train_base(config: Experiment, folder: Path, world: World) -> dict[str, obje
         **inputs,
         **({} if source is None else {"family_source": source}),
     }
-    corpus = encoded(family, images, folder / "encoded", {"data": data.path, **inputs}, world, 256)
+    made_of = {"data": data.path, **inputs, **({} if source is None else {"family_source": source})}
+    corpus = encoded(family, images, folder / "encoded", made_of, world, 256)
     say(
         world,
         f"train: {sum(p.numel() for p in model.parameters()):,} parameters, {len(images):,} images, {recipe.images:,} "

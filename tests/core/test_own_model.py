@@ -8,13 +8,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from neon.checkpoints import checkpoint
 from neon.cli.main import main
 from neon.own_code import source_sha256
+from neon.pipeline import train_base
+from neon.pipeline.experiment import load
+from neon.runtime.distributed import World
 from tests.commands import invoke, last_object
+from tests.core.line_family import Line
 
 ROOT = Path(__file__).resolve().parents[2]
 DOC = (ROOT / "docs" / "own_model.md").read_text()
@@ -372,3 +377,29 @@ def test_the_example_refuses_steps_that_would_leave_noise(mine):
     done = invoke(main, "check", config, "--set", "sampling.num_steps=-4", "--device", "cpu")
     assert done.exit_code == 1
     assert "sampling.num_steps must be >= 1, got -4" in done.stderr
+
+
+class Halved(Line):
+    """It trains on what it makes of the images once."""
+
+    def encode(self, images):
+        return images // 2
+
+
+def test_an_encoding_by_another_version_of_the_family_is_not_gone_on_with(tmp_path, monkeypatch):
+    """Killed before the first update, edited, started again: half of the codes would be of the old `encode`."""
+    np.savez(tmp_path / "data.npz", images=np.full((6, 4, 4), 9, np.uint8), labels=np.arange(6) % 3)
+    train = "images = 4\nbatch = 2\nlr = 1e-3"
+    text = (
+        f'family = "tests.core.test_own_model:Halved"\n[model]\n[data]\npath = "{tmp_path}/data.npz"\n[train]\n{train}'
+    )
+    (tmp_path / "line.toml").write_text(text)
+
+    def killed(*arguments):
+        raise InterruptedError
+
+    for source, outcome, said in (("one", InterruptedError, None), ("another", ValueError, "family_source is 'one'")):
+        monkeypatch.setattr(train_base, "source_sha256", lambda kind, source=source: source)
+        monkeypatch.setattr(train_base, "train", killed)
+        with pytest.raises(outcome, match=said):
+            train_base.train_base(load(tmp_path / "line.toml"), tmp_path / "run", World())
