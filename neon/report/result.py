@@ -21,6 +21,8 @@ from neon.search.surface import Place, period_of, standard_error, surface
 Kind = Literal["helps", "base", "edge", "flat", "noise", "worse", "failed"]
 MUCH = 0.25
 """Share of the gain above which a random direction's own gain is told."""
+LEAST_FOR_ERRORS = 4
+"""Images of a row that has an error bar."""
 FORMULA = "theta_neon = theta_base - w (theta_syn - theta_base)"
 
 
@@ -216,7 +218,7 @@ def compared(
     name, reference = yardstick.extractor.name, yardstick.reference
     difference = values.get("base", math.nan) - values.get("neon", math.nan)
     kept = {row: features[name] for row, features in rows.items() if name in features}
-    if reference is None or not kept:
+    if reference is None or not kept or len(next(iter(kept.values()))) < LEAST_FOR_ERRORS:
         return Difference(difference, None), {}
     places = [Place(float(i)) for i in range(len(kept))]  # rows as places: the same images, so differences are sharp
     period = period_of(len(next(iter(kept.values()))), num_classes)

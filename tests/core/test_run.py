@@ -281,3 +281,9 @@ def test_precision_and_recall_see_every_class_of_a_set_that_is_sorted(line_confi
     base = found["neighbours"]["base"]
     assert base["precision"] > 0.8
     assert base["recall"] > 0.8
+
+
+def test_a_report_of_two_images_has_no_error_bars(line_config, tmp_path):
+    found = run(line_config, tmp_path / "run", "report.num_images=2", "report.num_shown=2")
+    assert found["difference"]["error"] is None
+    assert all("error" not in row for row in found["rows"].values())
