@@ -224,6 +224,11 @@ class LiveMerge:
                 raise ValueError(
                     f"{name}: the model is {parameter.dtype}, the base {b.dtype}; LiveMerge works in the base's dtype"
                 )
+            if b.is_complex():
+                raise ValueError(
+                    f"{name}: a complex parameter cannot be extrapolated; let the network hold its parts as real "
+                    "numbers, torch.view_as_real(x)"
+                )
             if not (is_finite(b) and is_finite(synth[name])):
                 raise ValueError(
                     f"{name}: a parameter of base or self-trained model is not finite; nothing sensible can be "

@@ -38,7 +38,8 @@ Arch = TypeVar("Arch")
 class Checkpoint:
     """One weight set of a file.
 
-    tensors: name -> tensor, read from the file at each access; names carry no `module.` or `_orig_mod.`.
+    tensors: name -> tensor, read from the file at each access; names carry no `module.` or `_orig_mod.` of a wrapper
+        (those of our own files are as they were written).
     arch: constructor arguments where the file has them (pickles add `class_name`).
     weights: "ema", "raw", what our own files say, or the set's place in the file; "unnamed" if the file holds one set
         and does not say which.
@@ -169,7 +170,8 @@ def read(path: str | Path, *, weights: str = "ema", option: str = "weights = ...
         log.warning(
             "%s: %d entries are no tensors and were left out: %s", path, len(found.dropped), first_of(found.dropped)
         )
-    entries, stripped = weight_sets.without_prefixes(found.entries)
+    is_ours = found.meta.get("format") == 1  # its names are those of the network that it was written from
+    entries, stripped = (found.entries, []) if is_ours else weight_sets.without_prefixes(found.entries)
     if stripped:
         log.warning("%s: dropped the prefix %s of its names", path, "".join(stripped))
     family = found.family or weight_sets.looks_like(entries)[0]

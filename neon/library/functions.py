@@ -86,7 +86,8 @@ class Functions(Family[nn.Module, Objective, Sampler]):
 
     def sample(self, model: nn.Module, rng: Rng, labels: Tensor | None, how: Sampler) -> tuple[Tensor, Tensor | None]:
         assert isinstance(rng, ImageRng)
-        return images_and_labels(self._sample(model, rng.seeds), len(rng.seeds))
+        with torch.inference_mode(False), torch.no_grad():  # a sampler may follow the gradient of an energy
+            return images_and_labels(self._sample(model, rng.seeds), len(rng.seeds))
 
     def decode(self, codes: Tensor) -> Tensor:
         """uint8 images under a rule (bytes stay what they are), else the codes themselves."""

@@ -34,6 +34,8 @@ from neon.store.files import folder_lock
 from neon.training.recipe import Training
 
 FAMILY = "neon.improve"
+WRAPPERS = {"DataParallel": "module", "DistributedDataParallel": "module", "OptimizedModule": "_orig_mod"}
+"""Of whole models, by the class's name: torch.compile's too; and under which name each holds the model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +111,8 @@ def improve(
         raise ValueError(f"w must be a list of the steps to try, for example w=[0.5, 1.0], not {_kind(w)}")
     if named := sorted({"images", "batch", "lr", "objective"} & set(finetune or {})):
         raise ValueError(f"finetune: {named[0]} is said by an argument of neon.improve (updates, batch, lr, loss)")
+    if "arch" in (finetune or {}):
+        raise ValueError("finetune: arch changes nothing, the model is built already: give one with, say, more dropout")
     device = next(model.parameters(), torch.empty(0)).device
     check_names(model)
     check_takes("sample", sample, "model, seeds")
@@ -186,10 +190,15 @@ def _kind(value: object) -> str:
 
 
 def check_names(model: nn.Module) -> None:
-    for prefix in ("module.", "_orig_mod."):
-        if all(name.startswith(prefix) for name in model.state_dict()):
-            inner = prefix.removesuffix(".")
-            raise ValueError(f"the model is wrapped (DataParallel or torch.compile): give the inner one, model.{inner}")
+    """Raise ValueError for a model that cannot be copied, or whose state dict holds more than tensors."""
+    for wrapper, inner in WRAPPERS.items():
+        if type(model).__name__ == wrapper:
+            raise ValueError(f"the model is wrapped ({wrapper}): give the inner one, model.{inner}")
+    for name, value in model.state_dict().items():
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                f"the model's state dict holds {name}, a {type(value).__name__} (get_extra_state?): expected tensors"
+            )
 
 
 def keep_base(model: nn.Module, path: Path) -> None:

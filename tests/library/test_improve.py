@@ -217,6 +217,7 @@ def shared_noise(model, seeds):
         ),
         ({"w": 1.0}, r"w must be a list of the steps to try, for example w=\[0\.5, 1\.0\], not float"),
         ({"finetune": {"lr": 1.0}}, "finetune: lr is said by an argument of neon.improve"),
+        ({"finetune": {"arch": {"dropout": 0.1}}}, "finetune: arch changes nothing, the model is built already"),
         ({"score": lambda points: float("nan")}, "score: score gave nan for 2000 images"),
         ({"score": 3}, "expected a reference file or {extractor: file}, found 3"),
         ({"updates": 0}, r"finetune\.images must be >= 1"),
@@ -405,6 +406,8 @@ def test_floats_in_another_range_are_no_images_for_an_extractor(toy, low, high, 
 def test_a_wrapped_or_frozen_model_is_refused(toy):
     with pytest.raises(ValueError, match=r"the model is wrapped .* give the inner one, model\.module"):
         improve_toy(nn.DataParallel(toy))
+    with pytest.raises(ValueError, match=r"the model is wrapped .* give the inner one, model\._orig_mod"):
+        improve_toy(torch.compile(toy))
     with pytest.raises(ValueError, match="no parameter of the model requires a gradient"):
         improve_toy(trained(steps=1).requires_grad_(False))
 
@@ -469,14 +472,7 @@ class TwoNames(nn.Module):
 def test_tied_weights_move_under_all_of_their_names(tmp_path, finetune):
     torch.manual_seed(0)
     network, folder = TwoNames(), tmp_path / "run"
-
-    def draw(model, seeds):
-        return model(neon.ImageRng(seeds).normal((2,)))
-
-    def squares(model, points, labels, generator):
-        return (model(torch.randn(points.shape, generator=generator)) - points).square().mean(1)
-
-    settings = {"sample": draw, "loss": squares, "score": lambda points: -points.std(), "lr": 1e-2, "batch": 8}
+    settings = {"sample": drawn_by, "loss": to_noise, "score": lambda points: -points.std(), "lr": 1e-2, "batch": 8}
     found = improve_toy(network, **{**SMALL, **settings}, finetune=finetune, folder=folder)
     (shot,) = (folder / "finetune").glob("snapshot-*")
     tuned = checkpoint.read(shot, weights="any").tensors
@@ -487,7 +483,7 @@ def test_tied_weights_move_under_all_of_their_names(tmp_path, finetune):
         assert torch.equal(tuned[later], tuned[first]), later
         assert torch.equal(found.weights[later], found.weights[first]), later
     network.load_state_dict(found.weights)
-    assert -draw(network, range(2_000_000, 2_000_040)).std().item() == pytest.approx(found.scores["neon"], rel=1e-5)
+    assert -drawn_by(network, range(2_000_000, 2_000_040)).std().item() == pytest.approx(found.scores["neon"], rel=1e-5)
     assert checkpoint.read(folder / "neon.safetensors", weights="any").ties.keys() >= {"tied.weight", "again.weight"}
 
 
@@ -501,3 +497,69 @@ def test_labels_that_would_read_as_none_and_complex_images_are_refused(toy):
         improve_toy(toy, **SMALL, sample=labelled)
     with pytest.raises(ValueError, match=r"sample: complex images .* torch\.view_as_real"):
         improve_toy(toy, **SMALL, sample=lambda model, seeds: torch.complex(*[sample(model, seeds)] * 2))
+
+
+class Inner(nn.Module):
+    """A network whose only part is called as a wrapper calls what it wraps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.module = nn.Linear(2, 2)
+
+    def forward(self, points):
+        return self.module(points)
+
+
+def compiled_part() -> nn.Module:
+    return nn.Sequential(torch.compile(nn.Linear(2, 2), backend="eager"), nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("make", [Inner, compiled_part, lambda: torch.optim.swa_utils.AveragedModel(nn.Linear(2, 2))])
+def test_names_like_those_of_wrappers_stay_the_networks_own(make):
+    torch.manual_seed(0)
+    network = make()
+    found = improve_toy(network, **SMALL, sample=drawn_by, loss=to_noise, score=lambda points: -points.std().item())
+    assert found.w > 0
+    network.load_state_dict(found.weights)
+    with torch.no_grad():
+        again = -drawn_by(network, range(2_000_000, 2_000_040)).std().item()
+    assert again == pytest.approx(found.scores["neon"], rel=1e-5)
+
+
+def drawn_by(model, seeds):
+    return model(neon.ImageRng(seeds).normal((2,)))
+
+
+def to_noise(model, points, labels, generator):
+    return (model(torch.randn(points.shape, generator=generator)) - points).square().mean(1)
+
+
+def test_a_sampler_may_follow_a_gradient(toy):
+    """Of an energy, or of a classifier that guides."""
+
+    def downhill(model, seeds):
+        points = neon.ImageRng(seeds).normal((2,))
+        for _ in range(3):
+            with torch.enable_grad():
+                points = points.detach().requires_grad_()
+                (slope,) = torch.autograd.grad(model(points).square().sum(), points)
+            points = points.detach() - 0.1 * slope
+        return points
+
+    network = nn.Linear(2, 2)
+    found = improve_toy(network, **SMALL, sample=downhill, loss=to_noise)
+    assert found.scores["base"] == pytest.approx(score(downhill(network, range(2_000_000, 2_000_040))), rel=1e-5)
+
+
+class Beside(nn.Linear):
+    def get_extra_state(self):
+        return {"steps": 3}
+
+
+def test_what_cannot_be_kept_or_moved_is_a_sentence():
+    with pytest.raises(ValueError, match="the model's state dict holds _extra_state, a dict"):
+        improve_toy(Beside(2, 2), **SMALL, sample=drawn_by, loss=to_noise)
+    complex_one = {"a": torch.ones(2, dtype=torch.complex64)}
+    network = nn.ParameterDict(complex_one)
+    with pytest.raises(ValueError, match=r"a: a complex parameter cannot be extrapolated; .* torch\.view_as_real"):
+        neon.LiveMerge(network, complex_one, complex_one)
