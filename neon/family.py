@@ -207,6 +207,11 @@ class Family(Trainable[Model, Objective], Generic[Model, Objective, Sampling]):
         return 0
 
 
+def num_classes_of(family: Family, model: nn.Module) -> int:
+    """Of the network; 0 if it takes no labels. Raises ValueError for what is no such number."""
+    return contract.count(f"{type(family).__name__}.num_classes", family.num_classes(model))
+
+
 ADAPTERS = {"diffusers": "neon.adapters.diffusers_family"}
 """Families that stand for another library's models; each needs the extra of its name."""
 

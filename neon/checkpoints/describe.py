@@ -13,6 +13,7 @@ from neon.checkpoints import weight_sets
 from neon.checkpoints.checkpoint import content_hash, open_checked
 from neon.checkpoints.folders import only_entry
 from neon.checkpoints.lazy import Source, StoredTensors
+from neon.checkpoints.torch_format import NO_DIRECTORY
 from neon.store import files
 
 
@@ -58,11 +59,7 @@ def is_npz(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             return all(name.endswith(".npy") for name in archive.namelist())
-    except (
-        zipfile.BadZipFile,
-        NotImplementedError,
-        ValueError,
-    ):  # the second is zipfile's word for "made by a newer zip"
+    except NO_DIRECTORY:
         return False
 
 

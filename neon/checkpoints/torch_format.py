@@ -30,6 +30,8 @@ MAX_DEPTH = 100
 MAX_MODULES = 1_000_000
 MAX_PICKLE_BYTES = 128 << 20  # of the table of contents in an archive: 300,000 tensors have 40 MB
 MAX_PLAIN_NODES = 100_000  # of constructor arguments and options, as they unfold
+NO_DIRECTORY = (zipfile.BadZipFile, NotImplementedError, ValueError)
+"""What zipfile raises; the second is its word for "made by a newer zip", the third for a name that is no text."""
 
 STORAGE_DTYPES = {
     "Double": torch.float64, "Float": torch.float32, "Half": torch.float16, "BFloat16": torch.bfloat16,
@@ -47,11 +49,7 @@ def read_zip(source: Source, start: int = 0, size: int | None = None) -> object:
         file = window(whole, start, source.size - start if size is None else size)
         try:
             members = {info.filename.partition("/")[2]: info for info in zipfile.ZipFile(file).infolist()}
-        except (
-            zipfile.BadZipFile,
-            NotImplementedError,
-            ValueError,
-        ) as error:  # the second is zipfile's word for "made by a newer zip", the third for a name that is no text
+        except NO_DIRECTORY as error:
             raise ValueError(
                 f"the zip archive has no readable directory ({clean(str(error), 100)}): truncated, copy or download it "
                 "again"

@@ -110,13 +110,8 @@ class PlainCommand(click.Command):
             return super().invoke(ctx)
 
 
-class PlainGroup(click.Group):
+class PlainGroup(PlainCommand, click.Group):
     """Commands in the order in which one meets them."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
-
-    def invoke(self, ctx: click.Context) -> object:
-        working_folder_last()
-        with plain_messages():
-            return super().invoke(ctx)

@@ -19,7 +19,6 @@ from torch import Tensor
 from neon.checkpoints import checkpoint
 from neon.config_table import to_table
 from neon.family import Family
-from neon.images.formats import open_images
 from neon.pipeline.experiment import Data
 from neon.pipeline.run import DIAGNOSIS, Run
 from neon.runtime.distributed import World
@@ -89,7 +88,8 @@ def diagnose(run: Run, num_images: int) -> dict[str, object]:
 
 def _align(run: Run, data: Data, recipe: Training, num_images: int) -> tuple[Alignment, int]:
     """And how many images of each kind it took: whole batches."""
-    real_images = open_images(data.path, use_labels=data.use_labels, size=data.size, pad=data.pad)
+    real_images = data.open()
+    data.check_classes(real_images, run.num_classes)
     synthetic: Corpus = run.synth()
     num_batches = min(num_images, len(synthetic), len(real_images)) // recipe.batch
     if num_batches < 4:

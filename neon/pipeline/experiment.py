@@ -14,6 +14,8 @@ from neon.checkpoints.checkpoint import Checkpoint
 from neon.config_table import Count, Range, Section, build, table_of, with_family_options
 from neon.evaluation.options import Report
 from neon.family import Family, NoOptions, resolve
+from neon.images.formats import open_images
+from neon.images.image_set import ImageSet
 from neon.sampling.options import Sampling, Synth
 from neon.search.options import Select
 from neon.seeds import overlap
@@ -63,6 +65,19 @@ class Data:
     """Crop image files to size x size RGB, as ImageNet is prepared (neon/images/crop.py)."""
     pad: Annotated[int, Range(least=0)] = 0
     """Black pixels added on every side, for networks that halve the image more often than its side allows."""
+
+    def open(self, *, use_labels: bool = True) -> ImageSet:
+        """The images, with their labels unless the caller or the config wants none."""
+        return open_images(self.path, use_labels=use_labels and self.use_labels, size=self.size, pad=self.pad)
+
+    def check_classes(self, images: ImageSet, classes: int) -> None:
+        """Raise ValueError unless a network of this many classes (0: it takes no labels) can be trained on them."""
+        if classes and images.num_classes > classes:
+            raise ValueError(f"{self.path}: labels up to {images.num_classes - 1}, but the model has {classes} classes")
+        if classes and images.labels is None:
+            raise ValueError(
+                f"{self.path}: the model is class-conditional ({classes} classes) and the images have no labels"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

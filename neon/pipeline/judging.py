@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from fid.precision_recall import precision_recall
 from neon.evaluation.evaluate import Yardstick, why_not_comparable
 from neon.evaluation.options import Report
-from neon.images.formats import open_images
 from neon.pipeline.experiment import Data, Experiment
 from neon.report.result import Cost, Result, compared, verdict
 from neon.runtime.distributed import World
@@ -143,7 +142,7 @@ class Judge:
         return found
 
     def _real_features(self, data: Data) -> Tensor:
-        images = open_images(data.path, use_labels=False, size=data.size, pad=data.pad)
+        images = data.open(use_labels=False)
         some = images.subset(at_random(len(images), MAX_REAL, seed=0).tolist())
         return torch.cat([self.yardstick.extractor(part).pool.cpu() for part in some.batches(256)])
 

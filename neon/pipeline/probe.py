@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from neon import contract, first_batch
 from neon.checkpoints import checkpoint
-from neon.family import Draws, Family
-from neon.images.formats import open_images
+from neon.family import Draws, Family, num_classes_of
 from neon.pipeline.base_model import load_network, read_base
 from neon.pipeline.experiment import Data, Experiment
 from neon.sampling.generate import Batch, Source, generate, to_images
@@ -69,7 +68,7 @@ class Probe:
     @property
     def num_classes(self) -> int:
         """Of the network; 0 if it takes no labels."""
-        return contract.count(f"{type(self.family).__name__}.num_classes", self.family.num_classes(self.model))
+        return num_classes_of(self.family, self.model)
 
     @cached_property
     def source(self) -> Source:
@@ -101,8 +100,7 @@ class Probe:
         """Codes and labels as the fine-tune reads them: images of the model; where nothing can be sampled, of
         [data]."""
         if self.config.sampling is None:
-            data = self.config.need("data", Data)
-            images = open_images(data.path, use_labels=data.use_labels, size=data.size, pad=data.pad)
+            images = self.config.need("data", Data).open()
             labels = None if images.labels is None else images.labels[:num_images]
             return self._encoded(images.read(range(num_images))), labels
         (batch,) = self.sample(range(num_images))

@@ -19,7 +19,7 @@ from neon.config_table import to_plain
 from neon.evaluation.evaluate import Yardstick
 from neon.evaluation.options import Report
 from neon.evaluation.yardsticks import open_yardsticks
-from neon.family import Family
+from neon.family import Family, num_classes_of
 from neon.own_code import source_sha256
 from neon.pipeline.base_model import load_network, read_base
 from neon.pipeline.check import check_first_images
@@ -90,7 +90,7 @@ class Run:
     @property
     def num_classes(self) -> int:
         """Of the network; 0 if it takes no labels."""
-        return contract.count(f"{type(self.family).__name__}.num_classes", self.family.num_classes(self.model))
+        return num_classes_of(self.family, self.model)
 
     @cached_property
     def identity(self) -> dict[str, object]:

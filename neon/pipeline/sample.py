@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from neon import contract, quantize
+from neon import quantize
 from neon.checkpoints import checkpoint
 from neon.config_table import build
-from neon.family import Family, resolve
+from neon.family import Family, num_classes_of, resolve
 from neon.images.formats import write_folder, write_zip
 from neon.own_code import shipped
 from neon.pipeline.base_model import load_network
@@ -56,7 +56,7 @@ def sample(request: Request, world: World) -> dict[str, object]:
     options = _options(family, request.options)
     family.open(request.autoencoder, world.device)
     model = load_network(found, family).to(world.device).eval().requires_grad_(False)
-    classes = contract.count(f"{type(family).__name__}.num_classes", family.num_classes(model))
+    classes = num_classes_of(family, model)
     stored = found.meta.get("uint8")
     rule = request.uint8 or (stored if stored in quantize.RULES else "round")
     sampling = Sampling(uint8=rule, batch=request.batch, options=options)

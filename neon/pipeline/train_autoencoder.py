@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from neon.checkpoints import checkpoint
 from neon.config_table import to_plain
 from neon.family import TrainableAutoencoder
-from neon.images.formats import open_images
 from neon.images.image_set import ImageSet
 from neon.pipeline.experiment import Data, Experiment
 from neon.quantize import to_uint8
@@ -45,7 +44,7 @@ def train_autoencoder(config: Experiment, folder: Path, world: World) -> dict[st
     trainable = config.family().trainable_autoencoder
     assert trainable is not None  # neon.pipeline.experiment refuses an [autoencoder] of a family without one
     check_groups("autoencoder.train", trainable, section.train)
-    training, held_out = split(open_images(data.path, use_labels=False, size=data.size, pad=data.pad), section.held_out)
+    training, held_out = split(data.open(use_labels=False), section.held_out)
     torch.manual_seed(section.train.seed)  # initial weights
     model = trainable.build(section.arch)
     num_parameters = sum(p.numel() for p in model.parameters())

@@ -10,7 +10,7 @@ import torch
 from neon import contract
 from neon.checkpoints import checkpoint
 from neon.config_table import to_plain
-from neon.images.formats import open_images
+from neon.family import num_classes_of
 from neon.images.image_set import ImageSet
 from neon.own_code import source_sha256
 from neon.pipeline.experiment import Data, Experiment
@@ -41,14 +41,8 @@ def train_base(config: Experiment, folder: Path, world: World) -> dict[str, obje
     model = contract.network(f"{type(family).__name__}.build", family.build(arch))
     autoencoder = None if config.base is None else config.base.autoencoder_path
     family.open(autoencoder, world.device)
-    images = open_images(data.path, use_labels=data.use_labels, size=data.size, pad=data.pad)
-    classes = contract.count(f"{type(family).__name__}.num_classes", family.num_classes(model))
-    if classes and images.num_classes > classes:
-        raise ValueError(f"{data.path}: labels up to {images.num_classes - 1}, but the model has {classes} classes")
-    if classes and images.labels is None:
-        raise ValueError(
-            f"{data.path}: the model is class-conditional ({classes} classes) and the images have no labels"
-        )
+    images = data.open()
+    data.check_classes(images, num_classes_of(family, model))
     images, most = _in_memory(images)
     inputs: dict[str, object] = {
         "data_sha256": images.fingerprint(most),

@@ -15,7 +15,6 @@ from neon.checkpoints import checkpoint
 from neon.evaluation.evaluate import Yardstick
 from neon.evaluation.options import Report
 from neon.evaluation.yardsticks import open_yardsticks
-from neon.images.formats import open_images
 from neon.images.image_set import ImageSet
 from neon.pipeline.experiment import Data, Experiment
 from neon.pipeline.needs import Part, missing
@@ -289,23 +288,19 @@ class Trial:
     def real(self) -> ImageSet:
         """The images of [data]."""
         self._need("data")
-        data = self.config.need("data", Data)
-        return open_images(data.path, use_labels=data.use_labels, size=data.size, pad=data.pad)
+        return self.config.need("data", Data).open()
 
     def data(self) -> str:
         return f"{len(self.real):,} images {tuple(self.real.shape)}, {self.real.num_classes} classes"
 
     def model_and_data(self) -> str:
-        images, path = self.real, self.config.need("data", Data).path
+        images, data = self.real, self.config.need("data", Data)
         if self.config.sampling is not None:
             made = tuple(self.pictures.shape[1:])
             if made != tuple(images.shape):
-                raise NotKept(f"{path} holds images {tuple(images.shape)}, the model makes {made}")
+                raise NotKept(f"{data.path} holds images {tuple(images.shape)}, the model makes {made}")
         classes = self.probe.num_classes
-        if classes and images.num_classes > classes:
-            raise NotKept(f"{path}: labels up to {images.num_classes - 1}, the model has {classes} classes")
-        if classes and images.labels is None:
-            raise NotKept(f"{path} has no labels, the model needs them ({classes} classes)")
+        data.check_classes(images, classes)
         return f"the model has {classes} classes"
 
     @cached_property

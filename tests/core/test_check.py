@@ -164,6 +164,26 @@ def test_images_of_another_size_than_the_data_are_said(line_config, tmp_path):
     assert "holds images (1, 8, 8), the model makes (1, 4, 4)" in found["model and data"]["text"]
 
 
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        ({"labels": np.arange(40) % 4}, "labels up to 3, but the model has 3 classes"),
+        ({}, "the model is class-conditional (3 classes) and the images have no labels"),
+    ],
+    ids=["too many classes", "no labels"],
+)
+def test_labels_that_are_not_those_of_the_model_are_said_by_all_that_reads_data(line_config, tmp_path, labels, said):
+    """`neon diagnose` ended in an IndexError of the loss."""
+    np.savez(tmp_path / "data.npz", images=np.zeros((40, 1, 4, 4), np.uint8), **labels)
+    line_config.write_text(f"{line_config.read_text()}[model]\n[train]\nimages = 10\nbatch = 10\nlr = 1e-3\n")
+    named = ("--set", f"data.path={tmp_path / 'data.npz'}", "--set", "finetune.batch=10")
+    assert checks(line_config, *named)[1]["model and data"]["text"] == f"{tmp_path / 'data.npz'}: {said}"
+    for verb in ("train", "diagnose"):
+        done = invoke(main, verb, line_config, "--out", tmp_path / verb, "--device", "cpu", *named)
+        assert done.exit_code == 1
+        assert done.stderr.strip().endswith(f"Error: {tmp_path / 'data.npz'}: {said}")
+
+
 def test_what_costs_nothing_is_said_before_the_network_is_made(line_config, tmp_path, monkeypatch):
     """And what is missing is said once."""
 
