@@ -165,6 +165,6 @@ def built_parameters(family: str, arch: Mapping[str, object], limit: int) -> set
     hook = register_module_module_registration_hook(count)
     try:
         with torch.device("meta"):
-            return {name for name, _ in resolve(family).build(arch).named_parameters()}
+            return {name for name, _ in resolve(family).build(arch).named_parameters(remove_duplicate=False)}
     finally:
         hook.remove()

@@ -14,6 +14,7 @@ from torch import nn
 from neon.checkpoints import checkpoint
 from neon.cli.main import main
 from neon.merge import reverse_merge
+from tests.core.line_family import Line
 
 
 def neon(*args: object) -> dict:
@@ -255,6 +256,33 @@ def test_ties_of_the_base_that_the_other_model_broke_are_not_kept(tmp_path):
     saved(synth, {"a": other, "b": other})
     neon("merge", base, synth, "--w", 1, "--out", out)
     assert checkpoint.read(out).tensors.aliases == {"b": "a"}
+
+
+class Twice(Line):
+    """One layer under two names."""
+
+    def build(self, arch):
+        layer = nn.Linear(2, 2)
+        return nn.ModuleDict({"first": layer, "again": layer, "norm": nn.BatchNorm1d(2)})
+
+
+def test_a_network_that_is_built_moves_tied_weights_under_both_names(tmp_path):
+    for name, seed in (("base", 0), ("synth", 1)):
+        torch.manual_seed(seed)
+        state = Twice().build({}).state_dict()
+        checkpoint.write(tmp_path / f"{name}.safetensors", state, metadata={"arch": {}})
+    files = tmp_path / "base.safetensors", tmp_path / "synth.safetensors"
+    out, family = tmp_path / "out.safetensors", "tests.core.test_merge_files:Twice"
+    about = neon("merge", *files, "--w", 2, "--out", out, "--family", family)
+    base, synth, merged = (checkpoint.read(path).tensors for path in (*files, out))
+    assert about["parameters"] == 6
+    assert_same(dict(merged), reverse_merge(base, synth, 2))
+    assert merged.aliases == {"again.weight": "first.weight", "again.bias": "first.bias"}
+    network = Twice().build({})
+    network.load_state_dict(dict(merged))
+    torch.testing.assert_close(
+        network["first"].weight, nn.Parameter(base["first.weight"] - 2 * (synth["first.weight"] - base["first.weight"]))
+    )
 
 
 @pytest.mark.parametrize("view", ["conj", "neg", "imag"])
