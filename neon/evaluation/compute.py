@@ -126,7 +126,9 @@ def open_reference(source: Images) -> Reference | ImageSet:
         return open_side(source)
     _check_is_path(source, "reference")
     path = hub.local(source)
-    if path.is_file() and path.suffix.lower() not in (".zip", ".npy") and "idx" not in path.name:
+    suffix = path.suffix.lower()
+    is_idx = "idx" in path.name and suffix != ".npz"
+    if path.is_file() and suffix not in (".zip", ".npy") and not is_idx:
         try:
             with zipfile.ZipFile(path) as archive:
                 keys = {name.removesuffix(".npy") for name in archive.namelist()}

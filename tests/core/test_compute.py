@@ -109,6 +109,14 @@ def test_statistics_and_their_images_are_the_same_reference(tmp_path, sides):
     assert last_object(same.stdout)["cautions"] == []
 
 
+def test_statistics_may_be_called_like_an_idx_file(tmp_path):
+    about = gaussian(REAL)
+    np.savez(tmp_path / "my_idx_ref.npz", mu=about.mean.numpy(), sigma=about.covariance.numpy())
+    found = compute(MADE, tmp_path / "my_idx_ref.npz", extractor=PIXELS).metrics
+    (value,) = found.values()
+    assert value == pytest.approx(frechet_distance(generated=gaussian(MADE), reference=about), rel=1e-9)
+
+
 def test_a_reference_of_another_shape_is_said(tmp_path):
     """The same feature network takes images of any size: a comparison across resolutions looks like any other."""
     from tests.quarters_extractor import Quarters
