@@ -21,8 +21,8 @@ def publish(run: Path, out: Path) -> dict[str, object]:
     For a diffusers run it is the pipeline folder itself, so that DiffusionPipeline.from_pretrained(OWNER/NAME) works,
     with the low-rank fine-tune's small `adapter`; else model.safetensors with its config.json. Beside them README.md
     (the card), neon.json (protocol and numbers), and the run's page with its pictures.
-    Raises FileNotFoundError if the run is not finished, ValueError if its weights are not those of its result, or if
-    `out` is something else.
+    Raises FileNotFoundError if the run is not finished, ValueError if it has no numbers, if its weights are not those
+    of its result, or if `out` is something else.
     """
     result = read_result(run)
     if out.exists() and not (out / "neon.json").is_file():
@@ -68,6 +68,8 @@ def read_result(run: Path) -> dict:
             f"{run / 'neon.safetensors'} is not the file that result.json measured (sha256 {found[:12]}..., expected "
             f"{expected[:12]}...); run `neon run` again"
         )
+    if None in (result["value"], result["base_value"]):
+        raise ValueError(f"{run}: there are no numbers to publish; {result['verdict']}")
     return {key: value for key, value in result.items() if key != "merged"}  # a path of this machine
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from neon.evaluation.evaluate import spread
@@ -39,15 +39,11 @@ def repeated(experiments: Callable[[int], Experiment], count: int, folder: Path,
         say(world, f"synthetic set {number + 1} of {count}: {own}")
         results.append(Run(experiment, own, world).all())
         say(world, str(results[-1]["verdict"]))
-    values = [float(str(result["value"])) for result in results]
-    metric, base = str(results[0]["metric"]), float(str(results[0]["base_value"]))
-    mean, error = sum(values) / count, spread(values)["std"]
-    around = "" if error is None else f" +- {float(str(error)):.2g}"
     found: dict[str, object] = {
-        "verdict": f"over {count} synthetic sets: {metric} {base:.4g} -> {mean:.4g}{around} (mean and spread)",
-        "metric": metric,
-        "base_value": base,
-        "value": spread(values),
+        "verdict": verdict_over(results),
+        "metric": results[0]["metric"],
+        "base_value": results[0]["base_value"],
+        "value": spread(values) if (values := values_of(results)) else None,
         "w": [result["w"] for result in results],
         "verdicts": [result["verdict"] for result in results],
         "runs": [str(folder / f"synth-seed-{number}") for number in range(count)],
@@ -56,6 +52,23 @@ def repeated(experiments: Callable[[int], Experiment], count: int, folder: Path,
         records.write_json(found, folder / "result.json")
     world.barrier()
     return found
+
+
+def values_of(results: Sequence[Mapping[str, object]]) -> list[float]:
+    """Neon's values, of the sets that have one."""
+    return [value for result in results if isinstance(value := result["value"], float)]
+
+
+def verdict_over(results: Sequence[Mapping[str, object]]) -> str:
+    """One sentence about all synthetic sets."""
+    metric, base, values = results[0]["metric"], results[0]["base_value"], values_of(results)
+    if not (isinstance(base, float) and values):
+        return str(results[0]["verdict"])
+    error = spread(values)["std"]
+    around = "" if error is None else f" +- {float(str(error)):.2g}"
+    mean = sum(values) / len(values)
+    lost = "" if len(values) == len(results) else f"; {len(results) - len(values)} gave images that are no numbers"
+    return f"over {len(values)} synthetic sets: {metric} {base:.4g} -> {mean:.4g}{around} (mean and spread){lost}"
 
 
 def hand_on_the_base(first: Path, other: Path) -> None:

@@ -1,5 +1,7 @@
 """A training that diverges stops by name and publishes nothing."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +10,9 @@ import torch
 from torch import Tensor
 
 from neon.pipeline.experiment import load
+from neon.pipeline.judging import Judge
+from neon.pipeline.publish import publish
+from neon.pipeline.repeat import overrides_of, repeated
 from neon.pipeline.train_base import train_base
 from neon.runtime.distributed import World
 from tests.core.line_family import Line
@@ -68,3 +73,29 @@ def test_weights_that_overflow_in_the_last_update_write_no_snapshot(line_config,
     with pytest.raises(FloatingPointError, match="mean holds NaN or infinities after step 1"):
         train_base(load(path, overflow), tmp_path / "base", World())
     assert not list((tmp_path / "base").rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("lost", [{"synth-seed-1"}, {"synth-seed-0", "synth-seed-1"}])
+def test_reports_whose_images_are_no_numbers(line_config, tmp_path, monkeypatch, lost):
+    """Several synthetic sets say how many; of one there is nothing to publish."""
+    report = Judge.report
+
+    def without_numbers(judge, choice):
+        rows, features = report(judge, choice)
+        if judge.folder.name in lost:
+            rows["neon"] = replace(rows["neon"], metrics={}, failed="the images hold NaN")
+        return rows, features
+
+    monkeypatch.setattr(Judge, "report", without_numbers)
+    experiment = load(line_config)
+    found = repeated(lambda n: load(line_config, overrides_of(experiment, n)), 2, tmp_path / "sets", World())
+    if len(lost) == 2:
+        assert found["value"] is None
+        assert found["verdict"] == "no verdict: the images of neon are no numbers"
+    else:
+        alone = json.loads((tmp_path / "sets/synth-seed-0/result.json").read_text())
+        assert found["value"]["values"] == [alone["value"]]
+        assert found["verdict"].startswith(f"over 1 synthetic sets: {alone['metric']} {alone['base_value']:.4g} -> ")
+        assert found["verdict"].endswith("(mean and spread); 1 gave images that are no numbers")
+    with pytest.raises(ValueError, match=r"there are no numbers to publish; no verdict: the images of neon"):
+        publish(tmp_path / "sets/synth-seed-1", tmp_path / "out")
