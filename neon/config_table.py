@@ -17,6 +17,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from functools import cache
+from numbers import Number
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TypeVar, Union
 
@@ -161,7 +162,9 @@ def with_family_options(
 
 
 def _checked(value: object, hint: object, where: str, *, is_finite: bool = True) -> object:
-    """`value` if it fits the annotation (whole numbers serve as floats, lists as tuples)."""
+    """`value` if it fits the annotation (whole numbers serve as floats, lists as tuples, numpy's numbers as ours)."""
+    if isinstance(value, Number) and hasattr(value, "item"):
+        value = value.item()
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         inner, *ranges = arguments

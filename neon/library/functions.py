@@ -154,7 +154,7 @@ def images_and_labels(found: object, count: int) -> tuple[Tensor, Tensor | None]
     ):
         what = tuple(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
         raise ValueError(f"sample: expected integer labels of shape ({count},) beside the images, got {what}")
-    return images, labels
+    return images, None if labels is None else labels.long()
 
 
 def check_takes(name: str, function: object, arguments: str) -> None:

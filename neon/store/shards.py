@@ -72,7 +72,9 @@ def shard_path(folder: Path, shard: int) -> Path:
 
 def write_shard(path: Path, codes: Tensor, labels: Tensor | None, indices: Sequence[int]) -> None:
     """labels: (B,) class indices, (B, K) vectors, or None. Raises ValueError for negative indices, which in a shard say
-    that there are none."""
+    that there are none, and for codes of a dtype that numpy does not have."""
+    if codes.dtype == torch.bfloat16:
+        raise ValueError("codes of bfloat16 cannot be stored: let `sample` (or `encode`) return float32, x.float()")
     if labels is not None and labels.ndim == 1 and (labels < 0).any():
         raise ValueError(
             f"labels must be class indices 0, 1, 2 ..., found {int(labels.min())}: give images without a class an "

@@ -495,6 +495,8 @@ def test_labels_that_would_read_as_none_and_complex_images_are_refused(toy):
 
     with pytest.raises(ValueError, match=r"labels must be class indices 0, 1, 2 \.\.\., found -1"):
         improve_toy(toy, **SMALL, sample=labelled)
+    with pytest.raises(ValueError, match=r"codes of bfloat16 cannot be stored: .* return float32"):
+        improve_toy(toy, **SMALL, sample=lambda model, seeds: sample(model, seeds).bfloat16())
     with pytest.raises(ValueError, match=r"sample: complex images .* torch\.view_as_real"):
         improve_toy(toy, **SMALL, sample=lambda model, seeds: torch.complex(*[sample(model, seeds)] * 2))
 
@@ -549,6 +551,22 @@ def test_a_sampler_may_follow_a_gradient(toy):
     network = nn.Linear(2, 2)
     found = improve_toy(network, **SMALL, sample=downhill, loss=to_noise)
     assert found.scores["base"] == pytest.approx(score(downhill(network, range(2_000_000, 2_000_040))), rel=1e-5)
+
+
+def test_numbers_of_numpy_and_labels_of_any_integer_type_are_taken(toy):
+    seen = set()
+
+    def labelled(model, seeds):
+        return sample(model, seeds), torch.tensor([seed % 2 for seed in seeds], dtype=torch.int32)
+
+    def noting(model, points, labels, generator):
+        seen.add((labels.dtype, *labels.unique().tolist()))
+        return loss(model, points, labels, generator)
+
+    numbers = {"w": np.array([1.0]), "synth_seed": np.int64(0), "num_synth": np.int32(40), "lr": np.float32(2e-5)}
+    found = improve_toy(toy, **{**SMALL, **numbers}, sample=labelled, loss=noting)
+    assert seen == {(torch.int64, 0, 1)}
+    assert found.scores == improve_toy(toy, **SMALL, lr=float(np.float32(2e-5))).scores
 
 
 class Beside(nn.Linear):
