@@ -37,11 +37,22 @@ def _check_sections(config: Experiment, family: Family, stages: Sequence[Stage])
 
 
 def check_guidance(config: Experiment, family: Family, stages: Sequence[Stage]) -> None:
-    """Raise ValueError as `need_guidance`. A family of many kinds of models knows whether this one is guided once it
-    has read the base."""
+    """Raise ValueError as `need_guidance`, and for a scale that the sampler does not take. A family of many kinds of
+    models knows whether this one is guided once it has read the base."""
     for stage in stages:
         if stage != "finetune":
-            need_guidance(family, stage, getattr(config, stage).cfg_scale)
+            scales = getattr(config, stage).cfg_scale
+            need_guidance(family, stage, scales)
+            for scale in scales if isinstance(scales, tuple) else (scales,):
+                if config.sampling is not None and isinstance(scale, float):
+                    _check_taken(family, config.sampling.options, scale, f"{stage}.cfg_scale")
+
+
+def _check_taken(family: Family, options: object, scale: float, where: str) -> None:
+    try:
+        family.with_guidance(options, scale)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 def described(config: Experiment, family: Family) -> str:

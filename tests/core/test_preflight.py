@@ -1,5 +1,6 @@
 """What is wrong with a config, its files or its sections together is said before anything is made."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from neon.pipeline.experiment import load
 from neon.pipeline.run import Run
 from neon.pipeline.train_base import train_base
 from neon.runtime.distributed import World
-from tests.core.line_family import Line
+from tests.core.line_family import Line, Sampling
 
 
 class Pairs(Line):
@@ -18,6 +19,19 @@ class Pairs(Line):
 
     def group(self, how: object) -> int:
         return 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class NotNegative(Sampling):
+    def __post_init__(self) -> None:
+        if self.cfg_scale < 0:
+            raise ValueError(f"cfg_scale must be >= 0, got {self.cfg_scale}")
+
+
+class Guided(Line):
+    """As VAR, it takes no negative guidance."""
+
+    sampling = NotNegative
 
 
 class Encoding(Line):
@@ -36,6 +50,10 @@ class Encoding(Line):
         (
             ["finetune.batch=15", "family=tests.core.test_preflight:Pairs"],
             r"finetune\.batch must be a multiple of 2.*15",
+        ),
+        (
+            ["select.cfg_scale=[-0.5, 1.2]", "family=tests.core.test_preflight:Guided"],
+            r"select\.cfg_scale: cfg_scale must be >= 0, got -0\.5",
         ),
         (["finetune.micro_batch=3", "family=tests.core.test_preflight:Pairs"], r"finetune\.micro_batch must be a mult"),
     ],
