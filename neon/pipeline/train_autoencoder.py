@@ -21,6 +21,7 @@ from neon.pipeline.experiment import Data, Experiment
 from neon.quantize import to_uint8
 from neon.runtime.distributed import World
 from neon.runtime.progress import say
+from neon.seeds import at_random
 from neon.store import records
 from neon.training.loop import train
 from neon.training.recipe import Autoencoder
@@ -75,7 +76,8 @@ def train_autoencoder(config: Experiment, folder: Path, world: World) -> dict[st
     }
     final = folder / "autoencoder.safetensors"
     with torch.inference_mode():
-        sample = training.read(range(min(CALIBRATION_IMAGES, len(training)))).to(world.device)
+        some = at_random(len(training), CALIBRATION_IMAGES, seed=0).tolist()
+        sample = training.read(some).to(world.device)
         arch = trainable.calibrated(model, sample, section.arch)
     if world.is_main:
         metadata = {

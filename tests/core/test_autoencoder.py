@@ -19,12 +19,14 @@ from neon.networks.autoencoder import (
     mean_and_std,
     sample_posterior,
 )
+from neon.pipeline import train_autoencoder as train_autoencoder_module
 from neon.pipeline.experiment import Experiment, parse
 from neon.pipeline.train_autoencoder import psnr_db, split, squared_error, train_autoencoder
 from neon.runtime.distributed import World
 from neon.seeds import SharedRng
 from neon.store import records
 from neon.training import loop
+from xar.trainable_autoencoder import TrainableKL16
 
 SMALL = {"ch": 4, "ch_mult": [1, 2], "num_res_blocks": 1, "z_channels": 3, "image_channels": 1, "num_groups": 2}
 ARCHS = {"var": {**SMALL, "patch_nums": [1, 2, 4], "vocab_size": 16}, "xar": {**SMALL, "encoder_attn_resolutions": []}}
@@ -254,6 +256,20 @@ def test_held_out_images_have_no_influence(tmp_path):
     a, b = (weights_of(result["autoencoder"]) for result in results)
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert results[0]["psnr_db"] != results[1]["psnr_db"]
+
+
+def test_the_scale_of_latents_is_measured_on_all_classes_of_a_sorted_set(tmp_path, monkeypatch):
+    images = np.zeros((100, 8, 8), np.uint8)
+    images[50:92] = 200
+    np.savez(tmp_path / "sorted.npz", images=images)
+    seen: list[torch.Tensor] = []
+    calibrated = TrainableKL16.calibrated
+    monkeypatch.setattr(TrainableKL16, "calibrated", lambda *args: (seen.append(args[2]), calibrated(*args))[1])
+    monkeypatch.setattr(train_autoencoder_module, "CALIBRATION_IMAGES", 30)
+    train_autoencoder(experiment("xar", tmp_path / "sorted.npz", images=16), tmp_path / "run", World())
+    (sample,) = seen
+    assert len(sample) == 30
+    assert 5 < int((sample.amax((1, 2, 3)) == 200).sum()) < 25
 
 
 @pytest.mark.parametrize("family", ARCHS)
