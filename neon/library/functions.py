@@ -21,7 +21,7 @@ from fid.store import FeatureStore
 from neon.evaluation.evaluate import Yardstick
 from neon.family import Draws, Family
 from neon.first_batch import lies_in_unit_interval
-from neon.quantize import Rule, to_uint8
+from neon.quantize import DivergedError, Rule, to_uint8
 from neon.runtime.precision import Precision, arithmetic
 from neon.seeds import ImageRng, Rng, SharedRng
 from neon.store.shards import Corpus
@@ -257,6 +257,8 @@ class FunctionScore(Yardstick):
             self._value(images.read(range(num_images)))
 
     def _value(self, images: Tensor) -> float:
+        if not images.isfinite().all():
+            raise DivergedError("the images hold NaN or infinities: the sampler diverged")
         found = self.function(images)
         try:
             value = float(found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -47,7 +48,8 @@ class Improved:
     w: float
     """The step that scored best on the selection seeds; 0 if none was better than the base."""
     curve: list[tuple[float, float]]
-    """(w, score) on the selection seeds in the order of w: w = -1 is the self-trained model, w = 0 the base."""
+    """(w, score) on the selection seeds in the order of w: w = -1 is the self-trained model, w = 0 the base. NaN where
+    the images were no numbers."""
     scores: dict[str, float]
     """On held-out seeds: "base", "self-trained", "random direction" (a control: as far, anywhere) and "neon"."""
     details: dict
@@ -180,8 +182,9 @@ def improve(
 def improved(details: dict, weights: dict[str, Tensor]) -> Improved:
     """The numbers of a run's result that one asks for first."""
     select = details["select"]
-    curve = sorted((p["w"], p["metrics"][select["metric"]]) for p in select["points"] if p["direction"] == "synth")
-    scores = {name: row["metrics"][details["metric"]] for name, row in details["rows"].items()}
+    points = [p for p in select["points"] if p["direction"] == "synth"]
+    curve = sorted((p["w"], p["metrics"].get(select["metric"], math.nan)) for p in points)
+    scores = {name: row["metrics"].get(details["metric"], math.nan) for name, row in details["rows"].items()}
     return Improved(weights=weights, w=details["w"], curve=curve, scores=scores, details=details)
 
 

@@ -569,6 +569,35 @@ def test_numbers_of_numpy_and_labels_of_any_integer_type_are_taken(toy):
     assert found.scores == improve_toy(toy, **SMALL, lr=float(np.float32(2e-5))).scores
 
 
+class Breaks(nn.Module):
+    """Its samples are no numbers once the step has carried its parameter below 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(0.1))
+
+    def forward(self, points):
+        return points * torch.where(self.scale > 0, 1 + self.scale, torch.nan)
+
+
+@pytest.mark.parametrize("kind", ["function", "file"])
+def test_a_w_at_which_the_sampler_breaks_is_a_point_without_a_score(kind):
+    def pictures(model, seeds):
+        return torch.tanh(drawn_by(model, seeds))[:, :1, None, None] * torch.linspace(-1, 1, 28 * 28).view(1, 28, 28)
+
+    def apart(model, points, labels, generator):
+        return (model(torch.ones(len(points), 2)) - 9).square().mean(1)
+
+    how = {"sample": drawn_by, "score": lambda points: -torch.linalg.eigvalsh(points.T.cov()).max().item()}
+    if kind == "file":
+        how = {"sample": pictures, "score": str(ROOT / "demo/reference_fashion-cnn.npz")}
+    found = improve_toy(Breaks(), **{**SMALL, **how, "loss": apart, "lr": 3e-2, "batch": 8, "w": [0.1, 5.0]})
+    values = dict(found.curve)
+    assert np.isnan(values.pop(5.0))
+    assert list(values) == [-1.0, 0.0, 0.1]
+    assert np.isfinite([*values.values(), *found.scores.values()]).all()
+
+
 class Beside(nn.Linear):
     def get_extra_state(self):
         return {"steps": 3}
