@@ -129,7 +129,10 @@ class Judge:
         """Precision and recall of the rows and along the curve, against the images of [data]; none without them."""
         name = self.yardstick.extractor.name
         sets = {row: kept[name] for row, kept in features.items() if name in kept}
-        sets |= {point.label(): rows for point, rows in choice.features.items() if len(rows) > NEIGHBOURS}
+        for point, rows in choice.features.items():
+            is_own = point.snapshot == choice.point.snapshot or point.w == 0
+            label = point.label() if is_own else f"{point.label()}, after {int(point.snapshot):,} images"
+            sets |= {label: rows} if len(rows) > NEIGHBOURS else {}
         if self.config.data is None or not Path(self.config.data.path).exists() or not sets:
             return {}
         real = self._real_features(self.config.data)

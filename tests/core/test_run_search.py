@@ -303,3 +303,18 @@ def test_the_command_searches_no_other_fine_tune_than_that_of_its_config(line_co
     assert "the fine-tune is not finished; `neon finetune` goes on with it" in said()
     (tmp_path / "run/finetune/state.pt").unlink()
     assert said() == ""
+
+
+def test_points_of_other_snapshots_are_told_apart_along_the_curve(line_config, tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (60, 4, 4), np.uint8)
+    np.savez(tmp_path / "real.npz", images=images)
+    more = ("select.snapshots=all", "select.budget_images=4000", f"data.path={tmp_path / 'real.npz'}")
+    found = run(line_config, tmp_path / "run", *more)
+    chosen = found["select"]["chosen"]["snapshot"]
+    measured = [m for m in found["select"]["measured"] if m["w"] != 0 and m["snapshot"] != chosen]
+    along = set(found["neighbours"]) - set(found["rows"])
+    assert len(along) == len(found["select"]["measured"])
+    assert measured
+    assert {label for label in along if "images" in label} == {
+        f"w = {m['w']:g}, cfg {m['cfg_scale']:g}, after {int(m['snapshot']):,} images" for m in measured
+    }
