@@ -136,7 +136,7 @@ PAPERS = ("2510.03597", "2206.00364", "2404.02905", "2502.20388", "2503.07565", 
 SCRIPTS = [
     path
     for path in sorted((ROOT / "scripts").rglob("*.py"))
-    if "help=__doc__" in path.read_text() and path.stem not in ("study", "diagnosis")
+    if "help=__doc__" in path.read_text() and path.stem not in ("study", "diagnosis")  # whose docstrings still lack it
 ]
 
 
