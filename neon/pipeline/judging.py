@@ -112,7 +112,7 @@ class Judge:
             not_comparable=why_not_comparable(self.yardstick, config.num_images),
             errors=errors,
             neighbours=self._neighbours(choice, features),
-            costs=self._costs(choice, rows, calls_per_image),
+            costs=self._costs(rows, calls_per_image),
             pictures={name: images for name, images in shown.items() if images is not None},
             slides=self._slides(choice),
             about={},
@@ -149,7 +149,7 @@ class Judge:
         some = images.subset(at_random(len(images), MAX_REAL, seed=0).tolist())
         return torch.cat([self.yardstick.extractor(part).pool.cpu() for part in some.batches(256)])
 
-    def _costs(self, choice: Choice, rows: Mapping[str, Score], calls_per_image: int | None) -> list[Cost]:
+    def _costs(self, rows: Mapping[str, Score], calls_per_image: int | None) -> list[Cost]:
         """What every stage took. A training image counts as three network passes, a sampled one as its calls."""
         trained = None if self.config.train is None else self.config.train.images
         synth, recipe = self.config.need("synth", Synth), self.config.need("finetune", Training)
@@ -160,8 +160,7 @@ class Judge:
             share = None if calls is None or trained is None else calls / (3 * trained)
             return Cost(stage=stage, images=images, network_calls=calls, seconds=seconds, share_of_training=share)
 
-        spent = sum(s.seconds.get("total", 0.0) for s in choice.scores)
-        search_images = choice.found.images_spent if choice.found else len(choice.scores) * self._grid_images
+        searched, search_s = self._searched()
         tuned = Cost(
             stage="fine-tune",
             images=recipe.images,
@@ -173,13 +172,18 @@ class Judge:
         return [
             sampled("synthetic set", synth.num_images, times.get("synth")),
             tuned,
-            sampled("search", search_images, spent),
+            sampled("search", searched, search_s),
             sampled("report", report_images, sum(s.seconds.get("total", 0.0) for s in rows.values())),
         ]
 
-    @property
-    def _grid_images(self) -> int:
-        return self.config.need("select", Select).num_images
+    def _searched(self) -> tuple[int, float]:
+        """Images and seconds of everything that was evaluated on the selection seeds in this folder."""
+        config = self.config.need("select", Select)
+        seeds = range(config.first_seed, config.first_seed + config.num_images)
+        lines = records.read_lines(self.folder / "ledger.jsonl")
+        own = [line for line in lines if line["block"]["first_seed"] in seeds]
+        images = sum(line["block"]["num_images"] for line in own)
+        return images, sum(line["seconds"].get("total", 0.0) for line in own)
 
 
 def calls_per_image(source: Source, model: nn.Module, device: torch.device) -> int | None:

@@ -318,3 +318,14 @@ def test_points_of_other_snapshots_are_told_apart_along_the_curve(line_config, t
     assert {label for label in along if "images" in label} == {
         f"w = {m['w']:g}, cfg {m['cfg_scale']:g}, after {int(m['snapshot']):,} images" for m in measured
     }
+
+
+def test_the_cost_of_a_search_is_that_of_every_image_it_made(line_config, tmp_path):
+    """Of points that were given more images later, and of other snapshots, too."""
+    more = ("select.snapshots=all", "select.budget_images=6000", "select.num_images=360", "select.start_images=60")
+    found = run(line_config, tmp_path / "run", *more)
+    lines = [line for line in ledger(tmp_path / "run") if 1000 <= line["block"]["first_seed"] < 1360]
+    assert {line["block"]["first_seed"] for line in lines} > {1000}
+    (cost,) = (cost for cost in found["costs"] if cost["stage"] == "search")
+    assert cost["images"] == sum(line["block"]["num_images"] for line in lines)
+    assert cost["seconds"] == pytest.approx(sum(line["seconds"]["total"] for line in lines))
