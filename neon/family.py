@@ -75,7 +75,8 @@ class Trainable(ABC, Generic[Model, Objective]):
         return True
 
     def trains(self, name: str, parameter: nn.Parameter) -> bool:
-        """Whether training changes a parameter; the others stay what they are."""
+        """Whether training changes a parameter; the others stay what they are, as do those that `build` gives without
+        requires_grad."""
         return True
 
     def adapted(self, model: Model, how: Objective) -> Model:

@@ -29,7 +29,7 @@ from neon.store import records
 from neon.store.shards import Corpus
 from neon.training.alignment import Alignment, Gradients, align, inner, num_gradients
 from neon.training.encoding import encoded
-from neon.training.loop import snapshots
+from neon.training.loop import let_train, snapshots
 from neon.training.recipe import Training
 from neon.training.schedules import lr_at
 from neon.training.step_data import step_data
@@ -117,8 +117,7 @@ def _align(run: Run, data: Data, recipe: Training, num_images: int) -> tuple[Ali
     model = run.family.build({**run.family.arch_of(run.base), **recipe.arch})
     run.base.load_into(model)
     model = run.family.adapted(model, recipe.objective).to(run.world.device)
-    for parameter_name, parameter in model.named_parameters():
-        parameter.requires_grad_(run.family.trains(parameter_name, parameter))
+    let_train(run.family, model)
     bar = progress(total=num_gradients(num_batches), desc="diagnose", unit="batches", world=run.world)
     with closing(bar):
         found = align(

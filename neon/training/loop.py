@@ -72,8 +72,7 @@ def train(
         raise ValueError("there is nothing to train on: the set holds no images")
     folder.mkdir(parents=True, exist_ok=True)
     model.to(world.device)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(family.trains(name, parameter))
+    let_train(family, model)
     if recipe.channels_last:
         model.to(memory_format=torch.channels_last)
     trainer = Trainer(family, model, recipe, world)
@@ -110,6 +109,12 @@ def train(
     bar.close()
     world.barrier()
     return snapshots(folder)
+
+
+def let_train(family: Trainable, model: nn.Module) -> None:
+    """Have those parameters of a network, as `build` gave it, require a gradient that training changes."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad and family.trains(name, parameter))
 
 
 def read_progress(folder: Path, identity: Mapping[str, object], device: torch.device | str = "cpu") -> dict:

@@ -17,6 +17,7 @@ from neon.cli.main import main
 from neon.own_code import source_sha256
 from neon.pipeline import train_base
 from neon.pipeline.experiment import load
+from neon.pipeline.run import Run
 from neon.runtime.distributed import World
 from tests.commands import invoke, last_object
 from tests.core.line_family import Line
@@ -403,3 +404,29 @@ def test_an_encoding_by_another_version_of_the_family_is_not_gone_on_with(tmp_pa
         monkeypatch.setattr(train_base, "train", killed)
         with pytest.raises(outcome, match=said):
             train_base.train_base(load(tmp_path / "line.toml"), tmp_path / "run", World())
+
+
+class Anchored(Line):
+    """A part of its network is fixed, as the position tables of many transformers are."""
+
+    def build(self, arch):
+        model = super().build(arch)
+        model.anchor = torch.nn.Parameter(torch.full((1, 4, 4), 0.1), requires_grad=False)
+        return model
+
+    def loss(self, model, codes, labels, draws, how):
+        return super().loss(model, codes, labels, draws, how) + (model.mean[labels] - model.anchor).square().sum(
+            (1, 2, 3)
+        )
+
+
+def test_parameters_that_the_network_holds_fast_are_not_trained(line_config, tmp_path):
+    path = tmp_path / "base.safetensors"
+    checkpoint.write(path, Anchored().build({}).state_dict(), metadata={"arch": {}, "weights": "ema"})
+    config = load(line_config, ["family=tests.core.test_own_model:Anchored"])
+    Run(config, tmp_path / "run", World()).all()
+    base, merged = (checkpoint.read(file, weights="any").tensors for file in (path, tmp_path / "run/neon.safetensors"))
+    shot = checkpoint.read(tmp_path / "run/finetune/snapshot-000000000096.safetensors", weights="any").tensors
+    assert not torch.equal(shot["mean"], base["mean"])
+    assert torch.equal(shot["anchor"], base["anchor"])
+    assert torch.equal(merged["anchor"], base["anchor"])
