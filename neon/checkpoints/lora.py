@@ -115,7 +115,8 @@ def read_adapter(found: Checkpoint) -> Adapter:
             if not factor.is_floating_point() or not is_finite(factor):
                 what = "not finite" if factor.is_floating_point() else f"of {factor.dtype}"
                 raise ValueError(f"{found.path}: a factor of {shown(module)} is {what}")
-        alpha = tensors[parts["alpha"]].tolist() if "alpha" in parts else None
+        stored = tensors[parts["alpha"]] if "alpha" in parts else None
+        alpha = None if stored is None else stored.item() if stored.numel() == 1 else stored.tolist()
         scale = scale_of(module, down.shape[0], alpha, config, found)
         factors[module] = Factors(down, up, scale, is_embedding="embedding_A" in parts[DOWN])
     return Adapter(found.path, factors, names, others, found.texts, config, tensors)
@@ -185,7 +186,7 @@ def scaled(adapter: Adapter, by: float) -> Adapter:
         factors = adapter.factors[module]
         tensors[parts[UP]] = (by * factors.scale * factors.up.double()).float()
         if "alpha" in parts:
-            tensors[parts["alpha"]] = torch.tensor(float(factors.rank)).to(tensors[parts["alpha"]].dtype)
+            tensors[parts["alpha"]] = torch.full_like(tensors[parts["alpha"]], factors.rank)
     return replace(adapter, tensors=tensors, texts=unscaled_texts(adapter), config=unscaled(adapter))
 
 
@@ -203,7 +204,7 @@ def joined(base: Adapter, synth: Adapter, w: float) -> Adapter:
         tensors[parts[UP]] = torch.cat(ups, dim=1).float()
         tensors[parts[DOWN]] = torch.cat([b.down.float(), s.down.float()])
         if "alpha" in parts:
-            tensors[parts["alpha"]] = torch.tensor(float(b.rank + s.rank)).to(tensors[parts["alpha"]].dtype)
+            tensors[parts["alpha"]] = torch.full_like(tensors[parts["alpha"]], b.rank + s.rank)
     return replace(base, tensors=tensors, texts=unscaled_texts(base), config=unscaled(base, tensors))
 
 

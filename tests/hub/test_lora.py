@@ -122,25 +122,26 @@ def test_a_diffusers_unet_and_its_lora_file(tmp_path: Path) -> None:
         torch.testing.assert_close(found[name], value, rtol=0, atol=1e-6)
 
 
-def kohya(path: Path, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+def kohya(path: Path, dtype: torch.dtype = torch.float32, alpha: tuple[int, ...] = ()) -> dict[str, Tensor]:
     g = torch.Generator().manual_seed(0)
     held = {}
     for module, shape in (("to_q", (6, 5)), ("conv_in", (4, 3, 3, 3))):
         key = f"lora_unet_blocks_0_{module}"
         held[f"{key}.lora_down.weight"] = torch.randn(2, *shape[1:], generator=g).to(dtype)
         held[f"{key}.lora_up.weight"] = torch.randn(shape[0], 2, *(1 for _ in shape[2:]), generator=g).to(dtype)
-        held[f"{key}.alpha"] = torch.tensor(1.0).to(dtype)
+        held[f"{key}.alpha"] = torch.ones(alpha, dtype=dtype)
     safetensors.torch.save_file(held, path, metadata={"ss_network_dim": "2"})
     return held
 
 
+@pytest.mark.parametrize("alpha", [(), (1,)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_kohyas_layout(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_kohyas_layout(tmp_path: Path, dtype: torch.dtype, alpha: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     base = {"blocks.0.to_q.weight": torch.randn(6, 5), "blocks.0.conv_in.weight": torch.randn(4, 3, 3, 3)}
     base["blocks.0.to_q.bias"] = torch.randn(6)
     safetensors.torch.save_file(base, tmp_path / "base.safetensors")
-    held = kohya(tmp_path / "lora.safetensors", dtype)
+    held = kohya(tmp_path / "lora.safetensors", dtype, alpha)
     given = tmp_path / "base.safetensors", tmp_path / "lora.safetensors"
     merge(*given, tmp_path / "full.safetensors", Request(w=(1.2,), lora="full"))
     merge(*given, tmp_path / "neon.safetensors", Request(w=(1.2,)))
@@ -155,6 +156,7 @@ def test_kohyas_layout(tmp_path: Path, dtype: torch.dtype) -> None:
             @ held[f"{key}.lora_down.weight"].double().flatten(1)
         )
         assert torch.equal(full[name], (base[name].double() - 1.2 * step.reshape(base[name].shape)).float())
+        assert neon[f"{key}.alpha"].shape == alpha
         scale = neon[f"{key}.alpha"].item() / 2
         assert scale == 1.0
         applied = (
