@@ -126,16 +126,26 @@ class Judge:
         return sorted(kept, key=lambda slide: (slide[0], slide[1] or 0.0))
 
     def _neighbours(self, choice: Choice, features: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, float]]:
-        """Precision and recall of the rows and along the curve, against the images of [data]; none without them."""
+        """Precision and recall of the rows and along the curve, against the images of [data]; none without them, and
+        none of sets that are too small."""
         name = self.yardstick.extractor.name
         sets = {row: kept[name] for row, kept in features.items() if name in kept}
         for point, rows in choice.features.items():
             is_own = point.snapshot == choice.point.snapshot or point.w == 0
             label = point.label() if is_own else f"{point.label()}, after {int(point.snapshot):,} images"
-            sets |= {label: rows} if len(rows) > NEIGHBOURS else {}
-        if self.config.data is None or not Path(self.config.data.path).exists() or not sets:
+            sets[label] = rows
+        sets = {label: rows for label, rows in sets.items() if len(rows) > NEIGHBOURS}
+        if self.config.data is None or not sets:
             return {}
-        real = self._real_features(self.config.data)
+        try:
+            real = self._real_features(self.config.data)
+        except FileNotFoundError:  # the run itself needs no real images
+            return {}
+        except (ValueError, OSError) as error:
+            LOG.warning("precision and recall are left out: %s", error)
+            return {}
+        if len(real) <= NEIGHBOURS:
+            return {}
         found = {}
         for label, rows in sets.items():
             metrics = precision_recall(

@@ -17,7 +17,8 @@ import torch
 
 from neon.checkpoints import checkpoint
 from neon.cli.main import main
-from neon.images.formats import open_images
+from neon.images import formats, torchvision_sets
+from neon.images.formats import from_array, open_images
 from neon.pipeline import judging
 from neon.pipeline.evaluate_base import evaluate_base
 from neon.pipeline.experiment import load
@@ -287,3 +288,23 @@ def test_a_report_of_two_images_has_no_error_bars(line_config, tmp_path):
     found = run(line_config, tmp_path / "run", "report.num_images=2", "report.num_shown=2")
     assert found["difference"]["error"] is None
     assert all("error" not in row for row in found["rows"].values())
+
+
+@pytest.mark.parametrize(
+    ("shape", "settings"),
+    [((60, 8, 8), ()), ((4, 4, 4), ()), ((60, 4, 4), ("report.num_images=5", "report.num_shown=5"))],
+    ids=["other size", "few images", "few reported"],
+)
+def test_data_that_give_no_precision_and_recall_do_not_end_a_run(line_config, tmp_path, caplog, shape, settings):
+    np.savez(tmp_path / "real.npz", images=np.full(shape, 7, np.uint8))
+    found = run(line_config, tmp_path / "run", f"data.path={tmp_path / 'real.npz'}", *settings)
+    assert found["neighbours"] == {}
+    assert ("precision and recall are left out: " in caplog.text) == (shape == (60, 8, 8))
+
+
+def test_data_of_torchvision_give_precision_and_recall(line_config, tmp_path, monkeypatch):
+    images = np.random.default_rng(0).integers(0, 256, (60, 4, 4), np.uint8)
+    monkeypatch.setattr(formats, "_open", lambda path, *_: pytest.fail(f"{path} was opened as a file"))
+    monkeypatch.setattr(torchvision_sets, "open_torchvision", lambda spec: from_array(Path(spec), images))
+    found = run(line_config, tmp_path / "run", "data.path=torchvision:MNIST:train:/data")
+    assert set(found["neighbours"]) == set(found["rows"])
