@@ -55,11 +55,13 @@ def check_states(base: object, synth: object) -> None:
             raise ValueError(f"{name} must be a state dict, tensors by name, not {type(given).__name__}{advice}")
 
 
-def check_w(w: float) -> None:
-    """Raises ValueError for what is no number, and for numbers too large for the arithmetic of a float32."""
+def check_w(w: float) -> float:
+    """w as a float. Raises ValueError for what is no number, and for numbers too large for the arithmetic of a
+    float32."""
     is_number = isinstance(w, Real) or (isinstance(w, Tensor) and w.numel() == 1)
     if not (is_number and abs(w) <= MOST_W):
         raise ValueError(f"w must be a finite number of at most {MOST_W:g}, got {w}")
+    return float(w)
 
 
 def merged_entries(
@@ -71,7 +73,7 @@ def merged_entries(
     on_mismatch: OnMismatch = "error",
 ) -> Iterator[tuple[str, Tensor]]:
     """`reverse_merge` one entry at a time, in the base's order: with lazy mappings only one tensor is in memory."""
-    check_w(w)
+    w = check_w(w)
     check_same_names(base, synth, on_mismatch)
     moving = set(base) - buffers_among(base) if parameters is None else set(parameters)
     for name in base:
@@ -238,7 +240,7 @@ class LiveMerge:
     @torch.no_grad()
     def set_w(self, w: float) -> None:
         """Give the model the weights theta_base - w (theta_syn - theta_base)."""
-        check_w(w)
+        w = check_w(w)
         for name, parameter in self._parameters.items():
             if w == 0:
                 parameter.copy_(self._base[name])

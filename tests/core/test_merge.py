@@ -2,8 +2,10 @@
 
 import math
 import weakref
+from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -258,3 +260,17 @@ def test_what_is_no_state_dict_is_refused_by_its_argument():
             merge(good, "synth.pt")
     with pytest.raises(ValueError, match="model: expected a tensor, found OrderedDict in the base: name"):
         reverse_merge({"model": good}, {"model": good}, 1.0)
+
+
+@pytest.mark.parametrize(
+    "w", [torch.tensor([1.5]), Fraction(3, 2), np.float32(1.5)], ids=["tensor", "fraction", "numpy"]
+)
+def test_a_w_of_any_kind_of_number_is_taken(w):
+    base = {"weight": torch.randn(3, 2)}
+    synth = {"weight": base["weight"] + 0.5}
+    model = nn.Linear(2, 3, bias=False)
+    model.load_state_dict(base)
+    LiveMerge(model, base, synth).set_w(w)
+    expected = reverse_merge(base, synth, 1.5)["weight"]
+    assert torch.equal(reverse_merge(base, synth, w)["weight"], expected)
+    assert torch.equal(model.weight.data, expected)
