@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -31,6 +31,8 @@ report's images would show for it. What is missed is the square of a normal numb
 cases."""
 EDGE_STEPS = 3
 """How often an optimum at the edge extends the range on that side, by half its width each time."""
+CLOSER = 0.5
+"""Share of the ranges of w and cfg_scale, around the optimum, in which a plane is searched a second time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,9 +107,31 @@ class Search:
     _spent: int = 0
 
     def run(self) -> Found:
+        found = self._run(first_places(self.plan))
+        return self._closer(found) if self.plan.is_plane and found.reason in ("gain", "images") else found
+
+    def _closer(self, found: Found) -> Found:
+        """The choice made again by a fit of its own, to places around it: what a quadratic surface misses between
+        places as far apart as the first ones is in no error bar."""
+        assert self.plan.cfg_scale is not None
+        ws = [place.w for place in found.whole.places]
+        low, high = _around(found.place.w, min(ws), max(ws))
+        small, large = _around(found.place.cfg_scale, *self.plan.cfg_scale)
+        inside = {p: f for p, f in self._features.items() if low <= p.w <= high and small <= p.cfg_scale <= large}
+        plan = replace(self.plan, w=(low, high), cfg_scale=(small, large), start_images=found.num_images)
+        closer = Search(plan, self.reference, self.evaluate, self.tell, inside, self._failed, self._order, self._spent)
+        wanted = [*inside, *(p for p in places_around(plan) if closer._distance(p, low, high) > NEAR)]
+        if self._spent + closer._cost(wanted, found.num_images) > self.plan.budget_images:
+            return replace(found, reason="budget")
+        self.tell(f"looking closer: w in {low:g} .. {high:g}, guidance in {small:g} .. {large:g}")
+        again = closer._run(wanted, may_be_flat=False)
+        self._features |= closer._features
+        return replace(again, base=found.base, whole=self._fitted(min(ws), max(ws), found.num_images)[0])
+
+    def _run(self, wanted: Sequence[Place], *, may_be_flat: bool = True) -> Found:
         low, high = self.plan.w
         count, near, edge_steps = self.plan.start_images, NEAR, {-1: 0, 1: 0}
-        wanted, predicted, is_verified = first_places(self.plan), math.nan, False
+        predicted, is_verified = math.nan, False
         while True:
             for place in wanted:
                 self._measure(place, count)
@@ -119,7 +143,8 @@ class Search:
                 is_verified = abs(self._value(wanted[0], count) - predicted) <= fine.noise
                 near = near if is_verified else near / 2
             predicted, next_count, side = math.nan, count, self._edge(best, low, high)
-            is_flat = _is_flat(fit, fine.noise * math.sqrt(count / self.plan.report_images))
+            noise_of_report = fine.noise * math.sqrt(count / self.plan.report_images)
+            is_flat = _is_flat(fit, noise_of_report) if may_be_flat else "no"
             if is_flat == "certainly":
                 return self._found(fit, fine, "flat", count)
             if is_flat == "so far":
@@ -317,6 +342,21 @@ def first_places(plan: Plan) -> list[Place]:
         Place(high / 2, middle),
         Place(low, middle),
     ]
+
+
+def places_around(plan: Plan) -> list[Place]:
+    """Seven places that determine a quadratic surface by themselves."""
+    assert plan.cfg_scale is not None
+    (low, high), (small, large) = plan.w, plan.cfg_scale
+    middle = Place((low + high) / 2, (small + large) / 2)
+    return [middle, *(Place(w, c) for c in (small, large) for w in (low, middle.w, high))]
+
+
+def _around(value: float, low: float, high: float) -> tuple[float, float]:
+    """`CLOSER` of a range, around a value if the range has room for it there."""
+    half = CLOSER * (high - low) / 2
+    middle = min(max(value, low + half), high - half)
+    return round(middle - half, 4), round(middle + half, 4)
 
 
 def _is_flat(fit: Surface, noise: float) -> Literal["no", "so far", "certainly"]:
