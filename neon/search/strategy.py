@@ -140,7 +140,10 @@ class Search:
             fit, fine = self._fitted(low, high, count)
             best, noise = fine.places[fine.best], self._report_noise(fine, count)
             if not math.isnan(predicted) and wanted[0] in self._features:
-                is_verified = abs(self._value(wanted[0], count) - predicted) <= fine.noise
+                own = self._surface(wanted[:1], wanted[:1], count, None)
+                # many points make the fit of a plane surer than one of them can be
+                noise_of_own = own.noise if self.plan.is_plane else fine.noise
+                is_verified = abs(float(own.values[0]) - predicted) <= noise_of_own
                 near = near if is_verified else near / 2
             predicted, next_count, side = math.nan, count, self._edge(best, low, high)
             noise_of_report = fine.noise * math.sqrt(count / self.plan.report_images)
@@ -203,10 +206,13 @@ class Search:
         return low, high
 
     def _points(self, count: int) -> list[Place]:
-        return sorted(place for place, rows in self._features.items() if len(rows) >= count)
+        """Those that are fitted. On a line, the ones with as many images; on a plane all: the few that have most would
+        not determine a surface beyond where they lie together."""
+        least = 0 if self.plan.is_plane else count
+        return sorted(place for place, rows in self._features.items() if len(rows) >= least)
 
     def _surface(self, points: Sequence[Place], places: Sequence[Place], count: int, trust: Tensor | None) -> Surface:
-        features = torch.stack([self._features[p][:count] for p in points])
+        features = [self._features[p][:count] for p in points]
         return surface(points, features, self.reference, places, num_classes=self.plan.num_classes, trust=trust)
 
     def _value(self, place: Place, count: int) -> float:
@@ -232,12 +238,14 @@ class Search:
         return fit, joined([self._surface(points, places, count, trust), fit])
 
     def _trust(self, count: int) -> Tensor:
-        """Of every point: far from the optimum a misfit does not matter."""
-        own = [self._surface([p], [p], count, None) for p in self._points(count)]
+        """Of every point: far from the optimum a misfit does not matter, and few images say little."""
+        points = self._points(count)
+        own = [self._surface([p], [p], count, None) for p in points]
+        images = torch.tensor([min(len(self._features[p]), count) / count for p in points], dtype=torch.float64)
         values = torch.tensor([float(s.values[0]) for s in own], dtype=torch.float64)
         lowest = int(values.argmin())
         scale = max(float(values[lowest]), own[lowest].noise, 1e-12)  # few images can make the distance negative
-        return (1 + (values - values[lowest]) / scale) ** -2
+        return images * (1 + (values - values[lowest]) / scale) ** -2
 
     def _edge(self, best: Place, low: float, high: float) -> int:
         """-1 or 1 if the optimum lies at an end of the range that may be extended."""

@@ -102,44 +102,47 @@ class Surface:
 
 def surface(
     points: Sequence[Place],
-    features: Tensor,
+    features: Sequence[Tensor] | Tensor,
     reference: Gaussian,
     places: Sequence[Place],
     *,
     num_classes: int = 1,
     trust: Tensor | None = None,
 ) -> Surface:
-    """features: (P, N, D) of the same N images at every point; image i has the label i % num_classes (1: drawn).
+    """features: (N, D) of every point: of the same images everywhere, or of the first of them. Image i has the label
+    i % num_classes (1: drawn).
 
     trust: see `polynomial_weights`. Raises ValueError for fewer than 2 images of every class, or than 4 in all.
     """
-    count, features = features.shape[1], features.double()
-    if count < max(4, 2 * num_classes):
-        raise ValueError(f"{count} images of {num_classes} classes: at least 2 of every class are needed, and 4 in all")
+    counts = [len(rows) for rows in features]
+    if min(counts) < max(4, 2 * num_classes):
+        raise ValueError(
+            f"{min(counts)} images of {num_classes} classes: at least 2 of every class are needed, and 4 in all"
+        )
     weights = polynomial_weights(points, places, torch.ones(len(points)).double() if trust is None else trust)
-    half = torch.arange(count) // num_classes % 2 == 0
-    moments = [_moments(part) for part in (features, features[:, half], features[:, ~half])]
-    rows: list[tuple[float, float]] = []
-    counts = count, int(half.sum()), int((~half).sum())
-    longer = (
-        count / 2 * (1 / counts[1] + 1 / counts[2]) - 1
-    )  # the halves' bias above the whole's, in units of the whole's
-    influence = torch.empty(len(places), count, dtype=torch.float64)
-    centred = features - moments[0][0][:, None]
+    wholes = [rows.double() for rows in features]
+    firsts, seconds = zip(*(_halves(rows, num_classes) for rows in wholes), strict=True)
+    moments = [_moments(parts) for parts in (wholes, firsts, seconds)]
+    sizes = [min(map(len, parts)) for parts in (wholes, firsts, seconds)]
+    # the halves' bias above the whole's, in units of the whole's
+    longer = sizes[0] / 2 * (1 / sizes[1] + 1 / sizes[2]) - 1
+    centred = [rows - mean for rows, mean in zip(wholes, moments[0][0], strict=True)]
+    found: list[tuple[float, float]] = []
+    influence = torch.empty(len(places), max(counts), dtype=torch.float64)
     for k, a in enumerate(weights):
-        fitted = [_combined(a, mean, covariance, n) for (mean, covariance), n in zip(moments, counts, strict=True)]
+        fitted = [_combined(a, mean, covariance, n) for (mean, covariance), n in zip(moments, sizes, strict=True)]
         full, first, second = (frechet_distance(generated=g, reference=reference) for g in fitted)
-        rows.append((full, ((first + second) / 2 - full) / longer))
-        influence[k] = _influence(a, centred, fitted[0], reference)
-    values = torch.tensor(rows, dtype=torch.float64)
+        found.append((full, ((first + second) / 2 - full) / longer))
+        influence[k] = a @ _influence(centred, fitted[0], reference, num_classes)
+    values = torch.tensor(found, dtype=torch.float64)
     corrected = values[:, 0] - values[:, 1]
-    return Surface(places, corrected, corrected + _multiplied(influence, num_classes), values[:, 1])
+    return Surface(places, corrected, corrected + _multiplied(influence), values[:, 1])
 
 
 def standard_error(features: Tensor, reference: Gaussian, num_classes: int) -> float:
     """Of the distance of one set of images: features (N, D), num_classes as in `surface`."""
     here = [Place(0.0)]
-    return surface(here, features[None], reference, here, num_classes=num_classes).noise
+    return surface(here, [features], reference, here, num_classes=num_classes).noise
 
 
 def period_of(count: int, num_classes: int) -> int:
@@ -158,11 +161,17 @@ def joined(parts: Sequence[Surface]) -> Surface:
     )
 
 
-def _moments(features: Tensor) -> tuple[Tensor, Tensor]:
+def _halves(rows: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """With as many images of every class in both, but for one."""
+    is_first = torch.arange(len(rows)) // num_classes % 2 == 0
+    return rows[is_first], rows[~is_first]
+
+
+def _moments(features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Means (P, D) and covariances (P, D, D)."""
-    mean = features.mean(dim=1)
-    centred = features - mean[:, None]
-    return mean, centred.mT @ centred / (features.shape[1] - 1)
+    means = [rows.mean(dim=0) for rows in features]
+    centred = [rows - mean for rows, mean in zip(features, means, strict=True)]
+    return torch.stack(means), torch.stack([rows.T @ rows / (len(rows) - 1) for rows in centred])
 
 
 def _combined(a: Tensor, mean: Tensor, covariance: Tensor, count: int) -> Gaussian:
@@ -174,8 +183,8 @@ def _combined(a: Tensor, mean: Tensor, covariance: Tensor, count: int) -> Gaussi
     return Gaussian(a @ mean, fitted, count)
 
 
-def _influence(a: Tensor, centred: Tensor, at: Gaussian, reference: Gaussian) -> Tensor:
-    """(N,) derivative of the distance in every image's weight, up to a constant.
+def _influence(centred: Sequence[Tensor], at: Gaussian, reference: Gaussian, num_classes: int) -> Tensor:
+    """(P, N) change of the distance by every image of every point; N of the point that has most.
 
     d|m - m_r|^2 = 2 (m - m_r) dm;  d(tr S - 2 tr (R S)^1/2) = tr (1 - T) dS with T = U^T (U S U^T)^-1/2 U, R = U^T U.
     """
@@ -186,21 +195,27 @@ def _influence(a: Tensor, centred: Tensor, at: Gaussian, reference: Gaussian) ->
     is_there = values > values.max() * 1e-10
     half_map = (root.T @ vectors[:, is_there]) * values[is_there] ** -0.25
     offset = 2 * (at.mean - reference.mean)
-    per_point = centred @ offset + centred.square().sum(-1) - (centred @ half_map).square().sum(-1)
-    return a @ per_point
+    found = torch.zeros(len(centred), max(map(len, centred)), dtype=torch.float64)
+    for p, rows in enumerate(centred):
+        derivative = rows @ offset + rows.square().sum(-1) - (rows @ half_map).square().sum(-1)
+        found[p, : len(rows)] = _deviations(derivative, num_classes)
+    return found
 
 
-def _multiplied(influence: Tensor, num_classes: int) -> Tensor:
-    """(B, K) random sums of the images' influence, with the variance that new images would give.
+def _deviations(derivative: Tensor, num_classes: int) -> Tensor:
+    """(N,) an image's share of the distance's error, with the variance that new images would give.
 
-    Images of one class are exchangeable, those of different classes are not (labels are balanced): hence the class
-    means come off first.
+    derivative: (N,) in every image's weight. Images of one class are exchangeable, those of different classes are not
+    (labels are balanced): hence the class means come off first.
     """
-    count = influence.shape[1]
+    count = len(derivative)
     labels = torch.arange(count) % num_classes
     own = torch.zeros(num_classes, dtype=torch.float64).index_add_(0, labels, torch.ones(count, dtype=torch.float64))
-    sums = torch.zeros(len(influence), num_classes, dtype=torch.float64).index_add_(1, labels, influence)
-    inner = influence - (sums / own)[:, labels]
-    scale = (own / (own - 1)).sqrt()[labels] / count
-    noise = torch.randn(NUM_DRAWS, count, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    return noise @ (inner * scale).T
+    sums = torch.zeros(num_classes, dtype=torch.float64).index_add_(0, labels, derivative)
+    return (derivative - (sums / own)[labels]) * (own / (own - 1)).sqrt()[labels] / count
+
+
+def _multiplied(influence: Tensor) -> Tensor:
+    """(B, K) random sums of the images' influence (K, N): one number per image at all places."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(NUM_DRAWS, influence.shape[1], generator=generator, dtype=torch.float64) @ influence.T

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from functools import partial
@@ -120,15 +121,17 @@ def test_few_images_of_many_features_give_a_distance_everywhere():
     assert (found.draws.std(dim=0) > 0).all()
 
 
+@pytest.mark.parametrize("counts", [(300, 300), (100, 300)])
 @pytest.mark.parametrize("num_classes", [1, 5])
-def test_the_error_bars_are_those_of_other_images(num_classes):
-    """Standard deviation over 200 sets of images of a value, and of a difference between two places."""
+def test_the_error_bars_are_those_of_other_images(num_classes, counts):
+    """Standard deviation over 200 sets of images of a value, and of a difference between two places, which need not
+    have as many of the images."""
     at, places = model(1.0), [Place(0.0), Place(1.0)]
     offsets = torch.arange(300) % num_classes  # classes whose means differ: balanced labels add no noise
     values, errors, differences, difference_errors = [], [], [], []
     for seed in range(200):
         noise = unit_noise(300, seed) + offsets[:, None]
-        features = torch.stack([mean + scale * noise for mean, scale in map(at, places)])
+        features = [mean + scale * noise[:n] for (mean, scale), n in zip(map(at, places), counts, strict=True)]
         found = surface(places, features, REFERENCE, places, num_classes=num_classes)
         difference, error = found.difference(0, 1)
         values.append(found.values[1])
@@ -311,6 +314,26 @@ def test_a_better_place_is_expected_anywhere_in_the_range():
     assert (min(ws), max(ws)) == (-1.0, 3.0)
     near = [abs(w - found.place.w) for w in ws]
     assert sum(distance < 0.2 for distance in near) > 10
+
+
+def test_a_plane_is_fitted_to_all_its_points():
+    """Six of few images, far apart, and nine of many close together; a model that makes other images at every place
+    from the same noise. The nine alone say nothing of the surface beyond them."""
+    at = model(0.8, best_cfg=2.2)
+
+    def evaluate(place: Place, images: range) -> Tensor:
+        mean, scale = at(place)
+        noise = unit_noise(800, seed=round(1_000 * (place.w + 2) + 10_000 * place.cfg_scale))
+        return mean + scale * noise[images.start : images.stop]
+
+    search = Search(plan(cfg_scale=(1.0, 4.0)), REFERENCE, evaluate)
+    for place in first_places(search.plan):
+        search._measure(place, 400)
+    for w, cfg_scale in itertools.product((0.7, 0.8, 0.9), (2.1, 2.2, 2.3)):
+        search._measure(Place(w, cfg_scale), 800)
+    whole, _ = search._fitted(-1.0, 3.0, 800)
+    truth = torch.tensor([distance(*at(place)) for place in whole.places])
+    assert float((whole.values - truth).abs().max() / truth.max()) < 0.3
 
 
 def test_a_choice_rests_on_enough_images_for_its_features():
