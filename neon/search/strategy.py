@@ -110,23 +110,33 @@ class Search:
         found = self._run(first_places(self.plan))
         return self._closer(found) if self.plan.is_plane and found.reason in ("gain", "images") else found
 
-    def _closer(self, found: Found) -> Found:
+    def _closer(self, whole: Found) -> Found:
         """The choice made again by a fit of its own, to places around it: what a quadratic surface misses between
-        places as far apart as the first ones is in no error bar."""
+        places as far apart as the first ones is in no error bar. Where the guidance then lies at the side of what was
+        looked at, around the new choice once more."""
         assert self.plan.cfg_scale is not None
-        ws = [place.w for place in found.whole.places]
-        low, high = _around(found.place.w, min(ws), max(ws))
-        small, large = _around(found.place.cfg_scale, *self.plan.cfg_scale)
-        inside = {p: f for p, f in self._features.items() if low <= p.w <= high and small <= p.cfg_scale <= large}
-        plan = replace(self.plan, w=(low, high), cfg_scale=(small, large), start_images=found.num_images)
-        closer = Search(plan, self.reference, self.evaluate, self.tell, inside, self._failed, self._order, self._spent)
-        wanted = [*inside, *(p for p in places_around(plan) if closer._distance(p, low, high) > NEAR)]
-        if self._spent + closer._cost(wanted, found.num_images) > self.plan.budget_images:
-            return replace(found, reason="budget")
-        self.tell(f"looking closer: w in {low:g} .. {high:g}, guidance in {small:g} .. {large:g}")
-        again = closer._run(wanted, may_be_flat=False)
-        self._features |= closer._features
-        return replace(again, base=found.base, whole=self._fitted(min(ws), max(ws), found.num_images)[0])
+        ws = [place.w for place in whole.whole.places]
+        found, (least, most) = whole, self.plan.cfg_scale
+        for _ in range(EDGE_STEPS):
+            low, high = _around(found.place.w, min(ws), max(ws))
+            small, large = _around(found.place.cfg_scale, least, most)
+            inside = {p: f for p, f in self._features.items() if low <= p.w <= high and small <= p.cfg_scale <= large}
+            plan = replace(self.plan, w=(low, high), cfg_scale=(small, large), start_images=found.num_images)
+            part = Search(
+                plan, self.reference, self.evaluate, self.tell, inside, self._failed, self._order, self._spent
+            )
+            wanted = [p for p in places_around(plan) if part._distance(p, low, high) > NEAR]
+            if self._spent + part._cost(wanted, found.num_images) > self.plan.budget_images:
+                found = replace(found, reason="budget")
+                break
+            self.tell(f"looking closer: w in {low:g} .. {high:g}, guidance in {small:g} .. {large:g}")
+            found = part._run(wanted, may_be_flat=False)
+            self._features |= part._features
+            self._spent = part._spent
+            is_at_side = found.place.cfg_scale in (small, large) and least < found.place.cfg_scale < most
+            if not is_at_side or found.reason == "budget":
+                break
+        return replace(found, base=whole.base, whole=self._fitted(min(ws), max(ws), whole.num_images)[0])
 
     def _run(self, wanted: Sequence[Place], *, may_be_flat: bool = True) -> Found:
         low, high = self.plan.w
@@ -286,10 +296,11 @@ class Search:
         """To the nearest point (of all that were evaluated), as a share of the ranges."""
         cfgs = self.plan.cfg_scale
         width = 1.0 if cfgs is None else 2 * (cfgs[1] - cfgs[0]) or 1.0
-        return min(
+        distances = (
             math.hypot((place.w - other.w) / (high - low), (place.cfg_scale - other.cfg_scale) / width)
             for other in (points or [*self._features, *self._failed])
         )
+        return min(distances, default=math.inf)
 
     def _best_points(self, count: int) -> list[Place]:
         """The points that the fit around the optimum rests on: a parabola's four, a quadratic surface's eight."""

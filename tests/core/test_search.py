@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -187,6 +188,15 @@ def test_a_closer_look_at_a_plane_mends_what_one_quadratic_surface_misses(best):
     assert missed(near) < missed(far) / 2
     assert near.images_spent <= 2 * 9 * 200
     assert (near.base, near.whole.places) == (far.base, far.whole.places)
+
+
+def test_a_closer_look_moves_on_where_the_guidance_lies_at_its_side():
+    at, exact = bent(Place(0.8, 3.5)), exact_noise(200)
+    search = searched(plan(cfg_scale=(1.0, 4.0), most_images=200), at, exact)
+    found = search._run(first_places(search.plan))
+    far_off = search._closer(replace(found, place=Place(0.8, 1.3)))
+    assert (far_off.place.w, far_off.place.cfg_scale) == pytest.approx((0.8, 3.5), abs=0.15)
+    assert far_off.images_spent == 200 * len(far_off.points)
 
 
 def test_a_closer_look_that_the_budget_does_not_pay_is_said():
