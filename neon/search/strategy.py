@@ -249,13 +249,20 @@ class Search:
 
     def _trust(self, count: int) -> Tensor:
         """Of every point: far from the optimum a misfit does not matter, and few images say little."""
-        points = self._points(count)
-        own = [self._surface([p], [p], count, None) for p in points]
-        images = torch.tensor([min(len(self._features[p]), count) / count for p in points], dtype=torch.float64)
+        return self._shares(count) * self._nearness(count)
+
+    def _nearness(self, count: int) -> Tensor:
+        """1 for the point of the lowest distance, less for others, the less the larger theirs is."""
+        own = [self._surface([p], [p], count, None) for p in self._points(count)]
         values = torch.tensor([float(s.values[0]) for s in own], dtype=torch.float64)
         lowest = int(values.argmin())
         scale = max(float(values[lowest]), own[lowest].noise, 1e-12)  # few images can make the distance negative
-        return images * (1 + (values - values[lowest]) / scale) ** -2
+        return (1 + (values - values[lowest]) / scale) ** -2
+
+    def _shares(self, count: int) -> Tensor:
+        """Of every point: which share of `count` images it has."""
+        counts = [min(len(self._features[p]), count) for p in self._points(count)]
+        return torch.tensor(counts, dtype=torch.float64) / count
 
     def _edge(self, best: Place, low: float, high: float) -> int:
         """-1 or 1 if the optimum lies at an end of the range that may be extended."""
@@ -316,7 +323,9 @@ class Search:
 
     def _report_noise(self, fine: Surface, count: int) -> float:
         """What the report's images could show of the gain that is still expected, `SURE` times its standard error."""
-        return SURE * fine.gain_error * math.sqrt(count / self.plan.report_images)
+        nearness = self._nearness(count)
+        images = count * float((self._shares(count) * nearness).sum() / nearness.sum())  # of a point of the fit
+        return SURE * fine.gain_error * math.sqrt(images / self.plan.report_images)
 
     def _found(self, fit: Surface, final: Surface, reason: Reason, count: int) -> Found:
         place, cfgs = final.places[final.best], self.plan.cfg_scale

@@ -15,6 +15,7 @@ the distance by every image (its influence), summed with random multipliers; one
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -133,7 +134,7 @@ def surface(
         fitted = [_combined(a, mean, covariance, n) for (mean, covariance), n in zip(moments, sizes, strict=True)]
         full, first, second = (frechet_distance(generated=g, reference=reference) for g in fitted)
         found.append((full, ((first + second) / 2 - full) / longer))
-        influence[k] = a @ _influence(centred, fitted[0], reference, num_classes)
+        influence[k] = a @ _influence(a, centred, fitted[0], reference, num_classes)
     values = torch.tensor(found, dtype=torch.float64)
     corrected = values[:, 0] - values[:, 1]
     return Surface(places, corrected, corrected + _multiplied(influence), values[:, 1])
@@ -183,21 +184,27 @@ def _combined(a: Tensor, mean: Tensor, covariance: Tensor, count: int) -> Gaussi
     return Gaussian(a @ mean, fitted, count)
 
 
-def _influence(centred: Sequence[Tensor], at: Gaussian, reference: Gaussian, num_classes: int) -> Tensor:
+def _influence(a: Tensor, centred: Sequence[Tensor], at: Gaussian, reference: Gaussian, num_classes: int) -> Tensor:
     """(P, N) change of the distance by every image of every point; N of the point that has most.
 
     d|m - m_r|^2 = 2 (m - m_r) dm;  d(tr S - 2 tr (R S)^1/2) = tr (1 - T) dS with T = U^T (U S U^T)^-1/2 U, R = U^T U.
+    An eigenvalue of U S U^T that is less than its own error, which a sum with negative weights may have, counts as much
+    as its error: the root is not steeper than that over what the images leave open.
     """
     upper, order = reference.factor
     root = torch.zeros(len(upper), len(order), dtype=torch.float64)
     root[:, order] = upper
     values, vectors = torch.linalg.eigh(root @ at.covariance @ root.T)
+    squares = [(rows @ (root.T @ vectors)).square() for rows in centred]
+    errors = torch.stack([s.mean(dim=0) * math.sqrt(2 / len(s)) for s in squares])
+    values = torch.maximum(values, (a[:, None] * errors).norm(dim=0))
     is_there = values > values.max() * 1e-10
-    half_map = (root.T @ vectors[:, is_there]) * values[is_there] ** -0.25
+    steepness = torch.zeros_like(values)
+    steepness[is_there] = values[is_there] ** -0.5
     offset = 2 * (at.mean - reference.mean)
     found = torch.zeros(len(centred), max(map(len, centred)), dtype=torch.float64)
-    for p, rows in enumerate(centred):
-        derivative = rows @ offset + rows.square().sum(-1) - (rows @ half_map).square().sum(-1)
+    for p, (rows, square) in enumerate(zip(centred, squares, strict=True)):
+        derivative = rows @ offset + rows.square().sum(-1) - square @ steepness
         found[p, : len(rows)] = _deviations(derivative, num_classes)
     return found
 

@@ -26,9 +26,9 @@ def unit_noise(num_images: int, seed: int = 0) -> Tensor:
     return torch.randn(num_images, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def exact_noise(num_images: int) -> Tensor:
+def exact_noise(num_images: int, seed: int = 0) -> Tensor:
     """(N, 3) with mean 0 and covariance 1 to rounding: no noise is left in the distance."""
-    raw = unit_noise(num_images)
+    raw = unit_noise(num_images, seed)
     raw = raw - raw.mean(0)
     return torch.linalg.solve_triangular(torch.linalg.cholesky(torch.cov(raw.T)), raw.T, upper=False).T
 
@@ -141,6 +141,17 @@ def test_the_error_bars_are_those_of_other_images(num_classes, counts):
         difference_errors.append(error)
     assert float(torch.stack(errors).mean()) == pytest.approx(float(torch.stack(values).std()), rel=0.15)
     assert sum(difference_errors) / 200 == pytest.approx(float(torch.tensor(differences).std()), rel=0.15)
+
+
+def test_a_variance_that_is_smaller_than_its_own_error_does_not_blow_the_error_bar_up():
+    """Beyond the points the fitted variance is 1 - 3 + 3 * 0.666667 = 1e-6: the slope of its root is 500. Over 300 sets
+    of images the distance there has a standard deviation of 0.49."""
+    scales = (1.0, 1.0, math.sqrt(0.666667))
+    features = [scale * exact_noise(200, seed) for seed, scale in enumerate(scales)]
+    points = [Place(0.0), Place(1.0), Place(2.0)]
+    found = surface(points, features, REFERENCE, [Place(3.0)])
+    assert float(found.values + found.bias) == pytest.approx(3.0, abs=0.01)
+    assert 0.3 < found.noise < 0.7
 
 
 @pytest.mark.parametrize("best_w", [-0.6, 0.0, 0.4, 1.7])
