@@ -3,8 +3,9 @@
 \b
 python scripts/search/dense.py configs/demo.toml --ws=0,0.8,1.2,1.6,2.2 --num-images 300 --out runs/search-study/demo
 python scripts/search/dense.py configs/small/var.toml --ws=0,0.75,1.5,2.25 --cfg-scales 0,1,2 --num-images 2000 \\
-    --out runs/search-study/var --set ...      # VAR_SHORT of study.py; again with --ws=0.4,1.1 --cfg-scales 1,2
+    --out runs/search-study/var --set ...                 # every entry of VAR_SHORT in study.py
 
+VAR's whole grid: again with --ws=0.4,1.1 --cfg-scales 1,2 and with --ws=0,0.75,1.1,1.5 --cfg-scales 1.5.
 S and the fine-tune of every seed are the config's own (`synth.first_seed` and `finetune.seed` differ); the images come
 from held-out seeds, not from those that the search sees.
 """

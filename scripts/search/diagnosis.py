@@ -1,5 +1,6 @@
 """Does `neon diagnose` say the right sign of w? Where the best w is known: the toy, the small families, the demo.
 
+\b
 python scripts/search/study.py toy && python scripts/search/diagnosis.py toy
 python scripts/make_small_data.py && python scripts/search/diagnosis.py small
 bash scripts/demo.sh && python scripts/search/diagnosis.py loss

@@ -1,5 +1,6 @@
-"""Does the search find what the dense grid finds? For five seeds each of three models, by the committed search itself.
+"""Does the search find what the dense grid finds? For five seeds or more each of three models, by the search itself.
 
+\b
 python scripts/search/study.py toy        # trains the toy models, seconds per seed
 python scripts/search/study.py demo       # needs scripts/search/dense.py configs/demo.toml ... (see there)
 python scripts/search/study.py var        # likewise, configs/small/var.toml
@@ -233,10 +234,12 @@ def _real(
 ) -> list[dict[str, object]]:
     """fixed_grid: the settings of a grid that is run beside the search; None: only its images are counted."""
     found = []
-    done = [len(list((folder / f"seed-{seed}" / "dense").glob("*.npy"))) for seed in range(5)]
-    for seed, num_places in enumerate(done):
-        if num_places < max(1, *done):
-            click.echo(f"{folder}: {num_places} of {max(done)} places of seed {seed}'s dense grid; left out", err=True)
+    seeds = sorted(int(own.name.removeprefix("seed-")) for own in folder.glob("seed-*"))
+    done = {seed: len(list((folder / f"seed-{seed}" / "dense").glob("*.npy"))) for seed in seeds}
+    for seed, num_places in done.items():
+        if num_places < max(1, *done.values()):
+            places = max(done.values())
+            click.echo(f"{folder}: {num_places} of {places} places of seed {seed}'s dense grid; left out", err=True)
             continue
         found.append(real_case(config, folder, seed, overrides, authors, fixed_grid))
         click.echo(json.dumps(found[-1]), err=True)

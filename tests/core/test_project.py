@@ -133,11 +133,7 @@ def test_a_step_that_a_row_lacks_is_said(row, step, message, tmp_path):
 PAPERS = ("2510.03597", "2206.00364", "2404.02905", "2502.20388", "2503.07565", "2302.00482")
 
 
-SCRIPTS = [
-    path
-    for path in sorted((ROOT / "scripts").rglob("*.py"))
-    if "help=__doc__" in path.read_text() and path.stem not in ("study", "diagnosis")  # whose docstrings still lack it
-]
+SCRIPTS = [path for path in sorted((ROOT / "scripts").rglob("*.py")) if "help=__doc__" in path.read_text()]
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.stem)
