@@ -31,6 +31,8 @@ class Source:
     num_classes: int
     """Of the network; 0 if it takes no labels."""
     cfg_scale: float | None = None
+    first_label: int = 0
+    """Class of image 0 where labels are balanced."""
 
     @property
     def options(self) -> object:
@@ -68,7 +70,7 @@ def _generate(
         rng = image_rng(source.first_seed, indices, device, draw_on_device=source.sampling.draw_on == "device")
         labels = None
         if source.labels == "balanced" and source.num_classes:
-            labels = torch.tensor([i % source.num_classes for i in indices], device=device)
+            labels = torch.tensor([(source.first_label + i) % source.num_classes for i in indices], device=device)
         family, speed = source.family, source.sampling.speed
         with ExitStack() as stack:
             stack.enter_context(arithmetic(device, source.sampling.arithmetic))

@@ -120,7 +120,7 @@ def by_search(
     plan = plan_of(config, len(steps), min(dim, MOST_COMPONENTS), num_classes, report_images)
     reference, basis = leading(yardstick.reference)
     *others, last = steps
-    looked = Looked(ledger, config, yardstick.extractor.name, last, basis)
+    looked = Looked(ledger, config, yardstick.extractor.name, last, basis, num_classes)
     found = Search(plan, reference, looked.at(last), ledger.tell).run()
     snapshot = last
     if others and found.reason != "flat":
@@ -187,8 +187,11 @@ def leading(reference: Gaussian) -> tuple[Gaussian, Tensor | None]:
 class Looked:
     """What the search has seen: the ledger's scores and features, by point."""
 
-    def __init__(self, ledger: Ledger, config: Select, extractor: str, last: str, basis: Tensor | None):
+    def __init__(
+        self, ledger: Ledger, config: Select, extractor: str, last: str, basis: Tensor | None, num_classes: int
+    ):
         self._ledger, self._config, self._extractor, self._last, self._basis = ledger, config, extractor, last, basis
+        self._num_classes = num_classes if config.labels == "balanced" else 0
         self.all_features: dict[Point, Tensor] = {}
         self.first_scores: list[Score] = []
         self.images_spent = 0
@@ -208,6 +211,7 @@ class Looked:
             first_seed=config.first_seed + images.start,
             num_images=len(images),
             num_shown=0 if images.start else min(NUM_SHOWN, len(images)),
+            first_label=images.start % self._num_classes if self._num_classes else 0,
         )
         score, features = self._ledger.score_with_features(point, block)
         if images.start == 0 and all(score.key != other.key for other in self.first_scores):

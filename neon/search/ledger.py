@@ -142,7 +142,7 @@ class Ledger:
         if world.broadcast(found is not None and len(found) >= block.num_shown):
             return
         self._move_to(point)
-        source = replace(self._source, labels=block.labels, first_seed=block.first_seed, cfg_scale=point.cfg_scale)
+        source = self._source_of(point, block)
         mine: dict[int, Tensor] = {}
         batches = world.batches(block.num_shown, source.sampling.batch)
         for batch in generate(source, self._model, batches, world.device):
@@ -151,6 +151,15 @@ class Ledger:
         if world.is_main:
             self._keep(torch.stack([images[i] for i in range(block.num_shown)]), key)
         world.barrier()
+
+    def _source_of(self, point: Point, block: Block) -> Source:
+        return replace(
+            self._source,
+            labels=block.labels,
+            first_seed=block.first_seed,
+            first_label=block.first_label,
+            cfg_scale=point.cfg_scale,
+        )
 
     def _entry(self, point: Point, block: Block) -> dict[str, object]:
         moved = point.w != 0  # w = 0 is the base whatever the snapshot: computed once
@@ -164,7 +173,7 @@ class Ledger:
             "first_seed": block.first_seed,
             "num_images": block.num_images,
             "num_shown": block.num_shown,
-        }
+        } | ({"first_label": block.first_label} if block.first_label else {})
         return {"point": {**weights, "cfg_scale": point.cfg_scale}, "block": images, "protocol": dict(self._protocol)}
 
     def _compute(
@@ -189,7 +198,7 @@ class Ledger:
 
     def _evaluated(self, point: Point, block: Block, key: str, features: Path | None) -> dict:
         self._move_to(point)
-        source = replace(self._source, labels=block.labels, first_seed=block.first_seed, cfg_scale=point.cfg_scale)
+        source = self._source_of(point, block)
         kept = "-features" if features else ""
         found = evaluate(
             source,

@@ -38,6 +38,8 @@ class Block:
     first_seed: int
     num_images: int
     num_shown: int = 0
+    first_label: int = 0
+    """Class of the first image where labels are balanced; those of the others follow in turn."""
 
 
 @dataclass(frozen=True)

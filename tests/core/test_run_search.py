@@ -329,3 +329,24 @@ def test_the_cost_of_a_search_is_that_of_every_image_it_made(line_config, tmp_pa
     (cost,) = (cost for cost in found["costs"] if cost["stage"] == "search")
     assert cost["images"] == sum(line["block"]["num_images"] for line in lines)
     assert cost["seconds"] == pytest.approx(sum(line["seconds"]["total"] for line in lines))
+
+
+def test_image_i_of_the_block_has_class_i_also_where_there_are_more_classes_than_half_the_block(
+    line_config, tmp_path, monkeypatch
+):
+    """What a point is given later goes on with the classes: with 200 prompts the first 60 were asked for again."""
+    base = Line().build({"num_classes": 200})
+    metadata = {"arch": {"num_classes": 200}, "weights": "ema"}
+    checkpoint.write(line_config.parent / "base.safetensors", base.state_dict(), metadata=metadata)
+    seen, sample = {}, Line.sample
+
+    def noting(family, model, rng, labels, how):
+        seen.update(zip(rng.seeds, labels.tolist(), strict=True))
+        return sample(family, model, rng, labels, how)
+
+    monkeypatch.setattr(Line, "sample", noting)
+    select = ("select.num_images=390", "select.start_images=60", "select.budget_images=6000", "synth.cfg_scale=1.0")
+    run(line_config, tmp_path / "run", *select, "report.num_images=4000", "report.first_seed=20000")
+    block = {seed - 1000: label for seed, label in seen.items() if 1000 <= seed < 1390}
+    assert max(block) > 60
+    assert block == {i: i % 200 for i in block}
