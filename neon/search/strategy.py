@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fid.frechet import Gaussian
-from neon.search.surface import Place, Surface, joined, surface
+from neon.search.surface import Place, Surface, joined, polynomial_weights, surface
 
 Reason = Literal["gain", "budget", "images", "flat", "edge"]
 NEAR = 0.08
@@ -172,7 +172,7 @@ class Search:
             elif (is_open := fine.expected_gain > noise) and count == self.plan.most_images:
                 return self._found(fit, fine, "images", count)
             elif is_open or count < min(self.plan.decisive_images, self.plan.most_images):
-                next_count, wanted = self._more(count, fine.expected_gain, noise), self._best_points(count)
+                next_count, wanted = self._more(count, fine.expected_gain, noise), self._deciding_points(fine, count)
             else:
                 return self._found(fit, fine, "edge" if side else "gain", count)
             is_affordable = self._spent + self._cost(wanted, next_count) <= self.plan.budget_images
@@ -309,10 +309,19 @@ class Search:
         )
         return min(distances, default=math.inf)
 
-    def _best_points(self, count: int) -> list[Place]:
-        """The points that the fit around the optimum rests on: a parabola's four, a quadratic surface's eight."""
-        points = sorted(self._points(count), key=lambda p: self._value(p, count))
-        return points[: 8 if self.plan.is_plane else 4]
+    def _deciding_points(self, fine: Surface, count: int) -> list[Place]:
+        """The points that get more images: on a line the four lowest, which a parabola rests on; on a plane the eight
+        of which more images take the most off the error of the gain that is still expected."""
+        points = self._points(count)
+        own = [self._surface([p], [p], count, None) for p in points]
+        if not self.plan.is_plane:
+            return [points[i] for i in torch.stack([s.values[0] for s in own]).argsort(stable=True).tolist()[:4]]
+        lowest, times = fine.draws.argmin(dim=1).unique(return_counts=True)
+        places = [fine.places[i] for i in (fine.best, *lowest.tolist())]
+        weights = polynomial_weights(points, places, self._trust(count))
+        share = (times[:, None] * (weights[1:] - weights[0]).square()).sum(dim=0)  # of a point's variance in the gain's
+        variance_per_image = torch.tensor([s.noise**2 for s in own], dtype=torch.float64) / self._shares(count)
+        return [points[i] for i in (share * variance_per_image).argsort(descending=True, stable=True).tolist()[:8]]
 
     def _more(self, count: int, gain: float, noise: float) -> int:
         """Images of every point at which the gain should fall below the noise, twice as many at most: the gain falls
