@@ -111,19 +111,18 @@ class Search:
         return self._closer(found) if self.plan.is_plane and found.reason in ("gain", "images") else found
 
     def _closer(self, whole: Found) -> Found:
-        """The choice made again by a fit of its own, to places around it: what a quadratic surface misses between
-        places as far apart as the first ones is in no error bar. Where the guidance then lies at the side of what was
-        looked at, around the new choice once more."""
+        """The choice made again with places around it, where the fit then trusts them most: what a quadratic surface
+        misses between places as far apart as the first ones is in no error bar. Where the guidance then lies at the
+        side of what was looked at, around the new choice once more."""
         assert self.plan.cfg_scale is not None
         ws = [place.w for place in whole.whole.places]
         found, (least, most) = whole, self.plan.cfg_scale
         for _ in range(EDGE_STEPS):
             low, high = _around(found.place.w, min(ws), max(ws))
             small, large = _around(found.place.cfg_scale, least, most)
-            inside = {p: f for p, f in self._features.items() if low <= p.w <= high and small <= p.cfg_scale <= large}
             plan = replace(self.plan, w=(low, high), cfg_scale=(small, large), start_images=found.num_images)
             part = Search(
-                plan, self.reference, self.evaluate, self.tell, inside, self._failed, self._order, self._spent
+                plan, self.reference, self.evaluate, self.tell, self._features, self._failed, self._order, self._spent
             )
             wanted = [p for p in places_around(plan) if part._distance(p, low, high) > NEAR]
             if self._spent + part._cost(wanted, found.num_images) > self.plan.budget_images:
@@ -131,7 +130,6 @@ class Search:
                 break
             self.tell(f"looking closer: w in {low:g} .. {high:g}, guidance in {small:g} .. {large:g}")
             found = part._run(wanted, may_be_flat=False)
-            self._features |= part._features
             self._spent = part._spent
             is_at_side = found.place.cfg_scale in (small, large) and least < found.place.cfg_scale < most
             if not is_at_side or found.reason == "budget":
