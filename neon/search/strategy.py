@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fid.frechet import Gaussian
+from neon.search.plan import Plan, around, first_places, places_around, spaced
 from neon.search.surface import Place, Surface, joined, polynomial_weights, surface
 
 Reason = Literal["gain", "budget", "images", "flat", "edge"]
@@ -31,34 +32,6 @@ report's images would show for it. What is missed is the square of a normal numb
 cases."""
 EDGE_STEPS = 3
 """How often an optimum at the edge extends the range on that side, by half its width each time."""
-CLOSER = 0.5
-"""Share of the ranges of w and cfg_scale, around the optimum, in which a plane is searched a second time."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What is searched and what it may cost."""
-
-    w: tuple[float, float]
-    """Range to begin with; it extends where the optimum lies at its edge."""
-    cfg_scale: tuple[float, float] | None
-    """Range, not extended; None: the family has no guidance."""
-    start_images: int
-    """Images of every point at first; doubled where the decision needs it. A multiple of num_classes."""
-    most_images: int
-    """Of every point: the size of the selection block."""
-    budget_images: int
-    report_images: int
-    """What the choice is reported with: a gain that so many images could not show is not searched for."""
-    decisive_images: int = 0
-    """Of every point that the choice rests on: with fewer, the bias of few images decides (choose.PER_FEATURE)."""
-    num_classes: int = 1
-    """Period of the labels: image i has the label i % num_classes. 1: labels are drawn, or there are none."""
-
-    @property
-    def is_plane(self) -> bool:
-        """Whether w and cfg_scale are searched together."""
-        return self.cfg_scale is not None and self.cfg_scale[0] < self.cfg_scale[1]
 
 
 @dataclass(frozen=True)
@@ -78,7 +51,7 @@ class Found:
     failed: Sequence[Place]
     """Those among them whose images were not finite."""
     num_images: int
-    """Of every point in the last fit."""
+    """Of every point in the last fit; on a plane, at most."""
     images_spent: int
     gain: float
     """Expected gain of knowing the curve exactly."""
@@ -118,8 +91,8 @@ class Search:
         ws = [place.w for place in whole.whole.places]
         found, (least, most) = whole, self.plan.cfg_scale
         for _ in range(EDGE_STEPS):
-            low, high = _around(found.place.w, min(ws), max(ws))
-            small, large = _around(found.place.cfg_scale, least, most)
+            low, high = around(found.place.w, min(ws), max(ws))
+            small, large = around(found.place.cfg_scale, least, most)
             plan = replace(self.plan, w=(low, high), cfg_scale=(small, large), start_images=found.num_images)
             part = Search(
                 plan, self.reference, self.evaluate, self.tell, self._features, self._failed, self._order, self._spent
@@ -233,15 +206,15 @@ class Search:
         if not points:
             raise ValueError("no point gave finite images, not even the base (w = 0): check the base's samples first")
         trust, cfgs = self._trust(count), self.plan.cfg_scale
-        scales = [0.0] if cfgs is None else _spaced(*cfgs, 7)
-        ws = _spaced(low, high, 21 if len(scales) == 1 else 13)
+        scales = [0.0] if cfgs is None else spaced(*cfgs, 7)
+        ws = spaced(low, high, 21 if len(scales) == 1 else 13)
         fit = self._surface(points, [Place(w, c) for c in scales for w in ws], count, trust)
         best, step = fit.places[fit.best], ws[1] - ws[0]
-        near_ws = _spaced(max(low, best.w - step), min(high, best.w + step), 21 if len(scales) == 1 else 9)
+        near_ws = spaced(max(low, best.w - step), min(high, best.w + step), 21 if len(scales) == 1 else 9)
         near_scales = scales
         if cfgs is not None and len(scales) > 1:
             step = scales[1] - scales[0]
-            near_scales = _spaced(max(cfgs[0], best.cfg_scale - step), min(cfgs[1], best.cfg_scale + step), 5)
+            near_scales = spaced(max(cfgs[0], best.cfg_scale - step), min(cfgs[1], best.cfg_scale + step), 5)
         places = [Place(w, c) for c in near_scales for w in near_ws]
         return fit, joined([self._surface(points, places, count, trust), fit])
 
@@ -336,7 +309,7 @@ class Search:
 
     def _found(self, fit: Surface, final: Surface, reason: Reason, count: int) -> Found:
         place, cfgs = final.places[final.best], self.plan.cfg_scale
-        scales = [0.0] if cfgs is None else _spaced(*cfgs, 25)
+        scales = [0.0] if cfgs is None else spaced(*cfgs, 25)
         bases = self._surface(self._points(count), [Place(0.0, c) for c in scales], count, self._trust(count))
         base = bases.places[bases.best]
         ws = [p.w for p in fit.places]
@@ -360,40 +333,6 @@ class Search:
         )
 
 
-def first_places(plan: Plan) -> list[Place]:
-    """w: both ends and the base. (w, cfg_scale): six places that determine a quadratic surface, with the base at both
-    ends of cfg_scale."""
-    low, high = plan.w
-    if not plan.is_plane or plan.cfg_scale is None:
-        cfg_scale = 0.0 if plan.cfg_scale is None else plan.cfg_scale[0]
-        return [Place(w, cfg_scale) for w in dict.fromkeys((0.0, low, high))]
-    small, large = plan.cfg_scale
-    middle = (small + large) / 2
-    return [
-        Place(0.0, small),
-        Place(0.0, large),
-        Place(high, small),
-        Place(high, large),
-        Place(high / 2, middle),
-        Place(low, middle),
-    ]
-
-
-def places_around(plan: Plan) -> list[Place]:
-    """Seven places that determine a quadratic surface by themselves."""
-    assert plan.cfg_scale is not None
-    (low, high), (small, large) = plan.w, plan.cfg_scale
-    middle = Place((low + high) / 2, (small + large) / 2)
-    return [middle, *(Place(w, c) for c in (small, large) for w in (low, middle.w, high))]
-
-
-def _around(value: float, low: float, high: float) -> tuple[float, float]:
-    """`CLOSER` of a range, around a value if the range has room for it there."""
-    half = CLOSER * (high - low) / 2
-    middle = min(max(value, low + half), high - half)
-    return round(middle - half, 4), round(middle + half, 4)
-
-
 def _is_flat(fit: Surface, noise: float) -> Literal["no", "so far", "certainly"]:
     """Whether at the best guidance no two places over w are three standard errors apart; certainly, where that is less
     than `noise`, the standard error of the report's value."""
@@ -407,9 +346,3 @@ def _is_flat(fit: Surface, noise: float) -> Literal["no", "so far", "certainly"]
 
 def _whole_periods(count: float, num_classes: int) -> int:
     return math.ceil(count / num_classes) * num_classes
-
-
-def _spaced(low: float, high: float, count: int) -> list[float]:
-    """Rounded, so that a place looks in the ledger as it does on the page."""
-    values = torch.linspace(low, high, count, dtype=torch.float64).tolist() if high > low else [low]
-    return [round(value, 4) for value in values]

@@ -15,8 +15,9 @@ from torch import Tensor
 from fid.frechet import Gaussian
 from neon.report.result import Difference, verdict, why_it_ended
 from neon.search.choose import Choice
+from neon.search.plan import Plan, first_places
 from neon.search.points import Point, Score
-from neon.search.strategy import Found, Plan, Search, _is_flat, first_places
+from neon.search.strategy import Found, Search, _is_flat
 from neon.search.surface import Place, Surface, polynomial_weights, surface
 
 REFERENCE = Gaussian(torch.zeros(3), torch.eye(3))
