@@ -170,7 +170,8 @@ class Judge:
             share = None if calls is None or trained is None else calls / (3 * trained)
             return Cost(stage=stage, images=images, network_calls=calls, seconds=seconds, share_of_training=share)
 
-        searched, search_s = self._searched()
+        select = self.config.need("select", Select)
+        searched, search_s = self.ledger.cost_of(range(select.first_seed, select.first_seed + select.num_images))
         tuned = Cost(
             stage="fine-tune",
             images=recipe.images,
@@ -185,15 +186,6 @@ class Judge:
             sampled("search", searched, search_s),
             sampled("report", report_images, sum(s.seconds.get("total", 0.0) for s in rows.values())),
         ]
-
-    def _searched(self) -> tuple[int, float]:
-        """Images and seconds of everything that was evaluated on the selection seeds in this folder."""
-        config = self.config.need("select", Select)
-        seeds = range(config.first_seed, config.first_seed + config.num_images)
-        lines = records.read_lines(self.folder / "ledger.jsonl")
-        own = [line for line in lines if line["block"]["first_seed"] in seeds]
-        images = sum(line["block"]["num_images"] for line in own)
-        return images, sum(line["seconds"].get("total", 0.0) for line in own)
 
 
 def calls_per_image(source: Source, model: nn.Module, device: torch.device) -> int | None:
