@@ -353,6 +353,8 @@ def test_a_plane_is_fitted_to_all_its_points():
         search._measure(place, 400)
     for w, cfg_scale in itertools.product((0.7, 0.8, 0.9), (2.1, 2.2, 2.3)):
         search._measure(Place(w, cfg_scale), 800)
+    shares = [1.0 if 0.7 <= place.w <= 0.9 else 0.5 for place in search._points(800)]
+    assert (search._trust(800) / search._nearness(800)).tolist() == pytest.approx(shares)
     whole, _ = search._fitted(-1.0, 3.0, 800)
     truth = torch.tensor([distance(*at(place)) for place in whole.places])
     assert float((whole.values - truth).abs().max() / truth.max()) < 0.3
