@@ -15,6 +15,7 @@ from neon.family import Family
 from neon.own_code import place, source_sha256
 from neon.pipeline.experiment import Experiment
 from neon.pipeline.family_errors import told
+from neon.pipeline.preflight import scales_of, stages_of
 from neon.pipeline.probe import Probe
 from neon.pipeline.trial import Doubtful, NotKept, OutOfRange, Trial, Untried
 
@@ -63,17 +64,23 @@ def check(config: Experiment, config_path: Path, device: torch.device) -> Iterat
 
 
 def check_first_images(config: Experiment, family: Family, model: nn.Module, device: torch.device) -> None:
-    """What a run asks of a family of one's own before it makes S: a few images, finite, the same for the same seeds,
-    whatever their batch. Raises ValueError; a range that looks wrong is a warning, as dark or bright images may be
-    meant.
+    """What a run asks before it makes S. Of every network: one image at every guidance that the config's stages ask
+    for, since the network alone may know that it cannot be guided. Of a family of one's own: a few images, finite, the
+    same for the same seeds, whatever their batch. Raises ValueError; a range that looks wrong is a warning, as dark or
+    bright images may be meant.
 
     The model stays what it is; nothing is drawn from the global generator.
     """
-    if source_sha256(type(family)) is None:  # shipped: its tests have done this
-        return
     probe = Probe(config, device)
     probe.family, probe.model = family, model
-    checks = Trial(config, Path(), probe).checks()
+    if source_sha256(type(family)) is not None:  # the shipped ones' tests have done this
+        _check_own(Trial(config, Path(), probe))
+    if family.is_guided:
+        probe.try_scales(scales_of(config, stages_of(config)))
+
+
+def _check_own(trial: Trial) -> None:
+    checks = trial.checks()
     for name in ("images", "same seed, same image", "batch independence"):
         try:
             checks[name]()

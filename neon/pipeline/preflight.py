@@ -41,11 +41,22 @@ def check_guidance(config: Experiment, family: Family, stages: Sequence[Stage]) 
     models knows whether this one is guided once it has read the base."""
     for stage in stages:
         if stage != "finetune":
+            need_guidance(family, stage, getattr(config, stage).cfg_scale)
+    for scale, where in scales_of(config, stages).items():
+        if config.sampling is not None:
+            _check_taken(family, config.sampling.options, scale, where)
+
+
+def scales_of(config: Experiment, stages: Sequence[Stage]) -> dict[float, str]:
+    """Every guidance that these stages sample with, and the key that asks for it first."""
+    found: dict[float, str] = {}
+    for stage in stages:
+        if stage != "finetune":
             scales = getattr(config, stage).cfg_scale
-            need_guidance(family, stage, scales)
             for scale in scales if isinstance(scales, tuple) else (scales,):
-                if config.sampling is not None and isinstance(scale, float):
-                    _check_taken(family, config.sampling.options, scale, f"{stage}.cfg_scale")
+                if isinstance(scale, float):
+                    found.setdefault(scale, f"{stage}.cfg_scale")
+    return found
 
 
 def _check_taken(family: Family, options: object, scale: float, where: str) -> None:

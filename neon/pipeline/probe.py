@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -95,6 +95,16 @@ class Probe:
     def sample(self, *batches: range) -> list[Batch]:
         """Images of the synthetic set by their indices, every range in one batch."""
         return list(generate(self.source, self.model, batches, self.device))
+
+    def try_scales(self, scales: Mapping[float, str]) -> None:
+        """Make one image with every guidance. scales: as `preflight.scales_of`. Raises ValueError naming the key."""
+        sampling = replace(self.config.need("sampling", Sampling), speed="exact")  # nothing is compiled for one image
+        for scale, where in scales.items():
+            source = replace(self.source, sampling=sampling, cfg_scale=scale)
+            try:
+                list(generate(source, self.model, [range(1)], self.device))
+            except ValueError as error:
+                raise ValueError(f"{where} = {scale:g}: {error}") from error
 
     def training_batch(self, num_images: int) -> tuple[Tensor, Tensor | None]:
         """Codes and labels as the fine-tune reads them: images of the model; where nothing can be sampled, of

@@ -18,7 +18,7 @@ from neon.evaluation.yardsticks import open_yardsticks
 from neon.images.image_set import ImageSet
 from neon.pipeline.experiment import Data, Experiment
 from neon.pipeline.needs import Part, missing
-from neon.pipeline.preflight import check_guidance, described, doubts, few_images, stages_of
+from neon.pipeline.preflight import check_guidance, described, doubts, few_images, scales_of, stages_of
 from neon.pipeline.probe import Probe
 from neon.seeds import global_seed
 from neon.training.recipe import Training
@@ -75,6 +75,8 @@ class Trial:
                 "batch independence": self.batches,
                 "save and load": self.save_and_load,
             }
+            if len(self.scales) > 1:
+                chosen["every guidance"] = self.every_guidance
         if self.probe.recipe is not None and (self.config.sampling or self.config.data):
             chosen |= {"loss per image": self.loss, "gradients": self.gradients}
         if self.config.data is not None:
@@ -106,6 +108,15 @@ class Trial:
         stages = stages_of(self.config)
         check_guidance(self.config, self.probe.family, stages)
         return "named where images are made" if self.probe.family.is_guided else "the model has none"
+
+    @property
+    def scales(self) -> dict[float, str]:
+        return scales_of(self.config, stages_of(self.config))
+
+    def every_guidance(self) -> str:
+        self.pictures  # noqa: B018 - with the first of them
+        self.probe.try_scales(self.scales)
+        return f"an image with each: {', '.join(f'{scale:g}' for scale in self.scales)}"
 
     @cached_property
     def codes(self) -> Tensor:

@@ -104,6 +104,7 @@ def test_a_family_that_keeps_the_contract_passes(line_config):
         "same seed, same image",
         "batch independence",
         "save and load",
+        "every guidance",
         "loss per image",
         "gradients",
         "features",
@@ -217,7 +218,7 @@ def test_one_cause_is_said_once(line_config, monkeypatch):
     texts = {name: one["text"] for name, one in found.items() if not one["is_ok"]}
     assert list(texts) == ["images", "not tried"]
     assert texts["images"].startswith("Line.sample must return (codes, labels)")
-    assert texts["not tried"].startswith("6 checks that need 'images': same seed, same image; batch independence;")
+    assert texts["not tried"].startswith("7 checks that need 'images': same seed, same image; batch independence;")
 
 
 def test_images_that_are_not_numbers_accuse_no_seed(line_config, monkeypatch):
@@ -233,7 +234,7 @@ def test_images_that_are_not_numbers_accuse_no_seed(line_config, monkeypatch):
 def test_without_a_network_the_others_are_counted(line_config):
     _, found = checks(line_config, "--set", "base.weights=raw")
     assert not found["network"]["is_ok"]
-    assert found["not tried"]["text"].startswith("8 checks that need 'network': guidance; images;")
+    assert found["not tried"]["text"].startswith("9 checks that need 'network': guidance; images;")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,9 @@ import torch
 
 from imm.family import IMM
 from imm.options import Sampling
-from neon.checkpoints.checkpoint import read
+from neon.checkpoints.checkpoint import read, write
 from neon.images.formats import open_images
+from neon.pipeline.check import check
 from neon.pipeline.experiment import load
 from neon.pipeline.run import Run
 from neon.pipeline.train_base import train_base
@@ -139,6 +141,26 @@ def test_two_ranks_make_the_same_model(folder, alone):
     out = folder / "together"
     together = started("-m", "neon", "run", write_config(folder), "--out", out, "--device", "cpu", ranks=2)
     assert_same_run(folder / "alone", out, (alone, together), num_synth=NUM_SYNTH)
+
+
+def test_guidance_of_an_unconditional_model_is_refused_before_any_image(folder):
+    """The network alone knows that it has no classes; at cfg_scale = 1 it samples."""
+    net = {"img_resolution": 28, "img_channels": 1, "model_channels": 8, "channel_mult": [1, 1], "num_blocks": 1}
+    net["attn_resolutions"] = []
+    write(folder / "plain.safetensors", IMM().build(net).state_dict(), metadata={"arch": net, "weights": "ema"})
+    path = folder / "plain.toml"
+    text = CONFIG.format(folder=folder, store="images", num_synth=NUM_SYNTH).replace("cfg_scale = 1.5", "cfg_scale = 1")
+    path.write_text(re.sub(r"\[data\](.*\n)+?(?=\[base\])", "", text).replace("base/model", "plain"))
+    config = load(path)
+    refusal = r"select\.cfg_scale = 1\.5: guidance \(cfg_scale = 1\.5\) needs a class-conditional network"
+    with pytest.raises(ValueError, match=refusal):
+        Run(config, folder / "plain", World()).all()
+    assert not (folder / "plain").exists()
+    findings = {found.name: found for found in check(config, path, torch.device("cpu"))}
+    assert [name for name, found in findings.items() if not found.is_ok] == ["every guidance"]
+    assert re.search(refusal, findings["every guidance"].text)
+    one = load(path, ["select.cfg_scale=[1.0]"])
+    assert all(found.is_ok for found in check(one, path, torch.device("cpu")))
 
 
 def test_stored_codes_are_another_s(folder, alone):
