@@ -14,9 +14,9 @@ from torch import Tensor
 from neon.config_table import to_plain, to_table
 from neon.evaluation.evaluate import Yardstick
 from neon.search.choose import Choice
+from neon.search.found import Found
 from neon.search.plan import Plan
 from neon.search.points import Point, Score, parabola_minimum
-from neon.search.strategy import Found
 from neon.search.surface import Place, period_of, standard_error, surface
 
 Kind = Literal["helps", "base", "edge", "flat", "noise", "worse", "failed"]

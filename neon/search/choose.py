@@ -10,11 +10,12 @@ from torch import Tensor
 
 from fid.frechet import Gaussian
 from neon.evaluation.evaluate import Yardstick
+from neon.search.found import Found
 from neon.search.ledger import Ledger
 from neon.search.options import Select
 from neon.search.plan import Plan, first_places
 from neon.search.points import Block, Point, Score, best, points_to_try
-from neon.search.strategy import Found, Search
+from neon.search.strategy import Search
 from neon.search.surface import Place, period_of, standard_error, surface
 
 LEAST_IMAGES = 120

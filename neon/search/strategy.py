@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from fid.frechet import Gaussian
+from neon.search.found import Found, Reason
 from neon.search.plan import Plan, around, first_places, places_around, spaced
 from neon.search.surface import Place, Surface, joined, polynomial_weights, surface
 
-Reason = Literal["gain", "budget", "images", "flat", "edge"]
 NEAR = 0.08
 """Two places closer than this share of the range count as one, until the fit has been found wrong there."""
 NEAREST = 0.01
@@ -32,33 +32,6 @@ report's images would show for it. What is missed is the square of a normal numb
 cases."""
 EDGE_STEPS = 3
 """How often an optimum at the edge extends the range on that side, by half its width each time."""
-
-
-@dataclass(frozen=True)
-class Found:
-    """The choice and how it came about."""
-
-    place: Place
-    base: Place
-    """w = 0 at the cfg_scale that suits the base best."""
-    reason: Reason
-    surface: Surface
-    """From the last fit: the whole range, and finely around the choice."""
-    whole: Surface
-    """Over the whole range."""
-    points: Sequence[Place]
-    """All evaluated places, in the order in which they came."""
-    failed: Sequence[Place]
-    """Those among them whose images were not finite."""
-    num_images: int
-    """Of every point in the last fit; on a plane, at most."""
-    images_spent: int
-    gain: float
-    """Expected gain of knowing the curve exactly."""
-    noise: float
-    """What the report's images can tell apart."""
-    is_at_edge: bool
-    """Whether a lower distance may lie beyond the range: nothing was looked at there."""
 
 
 Evaluate = Callable[[Place, range], Tensor | None]
@@ -78,6 +51,7 @@ class Search:
     _failed: list[Place] = field(default_factory=list)
     _order: list[Place] = field(default_factory=list)
     _spent: int = 0
+    _owns: dict[tuple[Place, int], Surface] = field(default_factory=dict)
 
     def run(self) -> Found:
         found = self._run(first_places(self.plan))
@@ -121,7 +95,7 @@ class Search:
             fit, fine = self._fitted(low, high, count)
             best, noise = fine.places[fine.best], self._report_noise(fine, count)
             if not math.isnan(predicted) and wanted[0] in self._features:
-                own = self._surface(wanted[:1], wanted[:1], count, None)
+                own = self._own(wanted[0], count)
                 # many points make the fit of a plane surer than one of them can be
                 noise_of_own = own.noise if self.plan.is_plane else fine.noise
                 is_verified = abs(float(own.values[0]) - predicted) <= noise_of_own
@@ -196,8 +170,15 @@ class Search:
         features = [self._features[p][:count] for p in points]
         return surface(points, features, self.reference, places, num_classes=self.plan.num_classes, trust=trust)
 
+    def _own(self, place: Place, count: int) -> Surface:
+        """The distance at an evaluated place by its own images alone."""
+        key = place, min(count, len(self._features[place]))
+        if key not in self._owns:
+            self._owns[key] = self._surface([place], [place], count, None)
+        return self._owns[key]
+
     def _value(self, place: Place, count: int) -> float:
-        return float(self._surface([place], [place], count, None).values[0])
+        return float(self._own(place, count).values[0])
 
     def _fitted(self, low: float, high: float, count: int) -> tuple[Surface, Surface]:
         """The distance over the whole range, and there and finely around its minimum: where the images leave much open,
@@ -224,7 +205,7 @@ class Search:
 
     def _nearness(self, count: int) -> Tensor:
         """1 for the point of the lowest distance, less for others, the less the larger theirs is."""
-        own = [self._surface([p], [p], count, None) for p in self._points(count)]
+        own = [self._own(p, count) for p in self._points(count)]
         values = torch.tensor([float(s.values[0]) for s in own], dtype=torch.float64)
         lowest = int(values.argmin())
         scale = max(float(values[lowest]), own[lowest].noise, 1e-12)  # few images can make the distance negative
@@ -264,7 +245,7 @@ class Search:
         that lie together may have a parabola with a second, lower minimum far away."""
         for other, rows in self._features.items():
             if len(rows) < count and self._distance(place, low, high, [other]) <= NEAR:
-                own = self._surface([other], [other], len(rows), None)
+                own = self._own(other, len(rows))
                 fitted = self._surface(self._points(count), [other], count, self._trust(count))
                 if float(own.values[0]) - 3 * own.noise > float(fitted.values[0]):
                     return True
@@ -284,7 +265,7 @@ class Search:
         """The points that get more images: on a line the four lowest, which a parabola rests on; on a plane the eight
         of which more images take the most off the error of the gain that is still expected."""
         points = self._points(count)
-        own = [self._surface([p], [p], count, None) for p in points]
+        own = [self._own(p, count) for p in points]
         if not self.plan.is_plane:
             return [points[i] for i in torch.stack([s.values[0] for s in own]).argsort(stable=True).tolist()[:4]]
         lowest, times = fine.draws.argmin(dim=1).unique(return_counts=True)

@@ -11,11 +11,10 @@ mean distance has twice the bias, to first order). Its uncertainty is a bootstra
 the distance by every image (its influence), summed with random multipliers; one image has one multiplier at all places.
 """
 
-# N images, D features, P points, K places where the distance is wanted, B bootstrap draws, L label classes
+# N images, D features, P points, K places where the distance is wanted, B bootstrap draws, R the reference's rank
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -25,6 +24,8 @@ from torch import Tensor
 from fid.frechet import Gaussian, frechet_distance
 
 NUM_DRAWS = 400
+BLOCK = 1 << 20
+"""Numbers of a product that are held at once (8 MiB): what fits the cache of a core."""
 TERMS = ((0, 0), (1, 0), (2, 0), (0, 1), (1, 1), (0, 2), (3, 0))
 """Powers of (w, cfg_scale) in the order in which more points allow them."""
 
@@ -47,7 +48,7 @@ def polynomial_weights(points: Sequence[Place], places: Sequence[Place], trust: 
     chosen: list[int] = []
     for term in range(len(TERMS)):
         columns = at_points[:, [*chosen, term]]
-        is_spare = TERMS[term] != (3, 0) or len(points) > len(chosen) + 1  # a cubic only where it can be contradicted
+        is_spare = sum(TERMS[term]) < 3 or len(points) > len(chosen) + 1  # a cubic only where it can be contradicted
         if is_spare and torch.linalg.matrix_rank(columns, rtol=1e-6) > len(chosen):
             chosen.append(term)
     root = trust.sqrt()
@@ -127,14 +128,18 @@ def surface(
     sizes = [min(map(len, parts)) for parts in (wholes, firsts, seconds)]
     # the halves' bias above the whole's, in units of the whole's
     longer = sizes[0] / 2 * (1 / sizes[1] + 1 / sizes[2]) - 1
-    centred = [rows - mean for rows, mean in zip(wholes, moments[0][0], strict=True)]
     found: list[tuple[float, float]] = []
-    influence = torch.empty(len(places), max(counts), dtype=torch.float64)
-    for k, a in enumerate(weights):
+    slopes = []
+    for a in weights:
         fitted = [_combined(a, mean, covariance, n) for (mean, covariance), n in zip(moments, sizes, strict=True)]
         full, first, second = (frechet_distance(generated=g, reference=reference) for g in fitted)
         found.append((full, ((first + second) / 2 - full) / longer))
-        influence[k] = a @ _influence(a, centred, fitted[0], reference, num_classes)
+        slopes.append(_slope(a, moments[0][1], counts, fitted[0], reference))
+    influence = torch.zeros(len(places), max(counts), dtype=torch.float64)
+    of_mean, of_covariance = map(torch.stack, zip(*slopes, strict=True))
+    for p, (rows, mean) in enumerate(zip(wholes, moments[0][0], strict=True)):
+        derivative = _derivative(rows - mean, of_mean, of_covariance)
+        influence[:, : len(rows)] += weights[:, p, None] * _deviations(derivative, num_classes)
     values = torch.tensor(found, dtype=torch.float64)
     corrected = values[:, 0] - values[:, 1]
     return Surface(places, corrected, corrected + _multiplied(influence), values[:, 1])
@@ -184,8 +189,10 @@ def _combined(a: Tensor, mean: Tensor, covariance: Tensor, count: int) -> Gaussi
     return Gaussian(a @ mean, fitted, count)
 
 
-def _influence(a: Tensor, centred: Sequence[Tensor], at: Gaussian, reference: Gaussian, num_classes: int) -> Tensor:
-    """(P, N) change of the distance by every image of every point; N of the point that has most.
+def _slope(
+    a: Tensor, covariances: Tensor, counts: Sequence[int], at: Gaussian, reference: Gaussian
+) -> tuple[Tensor, Tensor]:
+    """The distance's derivative in the fitted mean (D,) and covariance (D, D):
 
     d|m - m_r|^2 = 2 (m - m_r) dm;  d(tr S - 2 tr (R S)^1/2) = tr (1 - T) dS with T = U^T (U S U^T)^-1/2 U, R = U^T U.
     An eigenvalue of U S U^T that is less than its own error, which a sum with negative weights may have, counts as much
@@ -195,31 +202,37 @@ def _influence(a: Tensor, centred: Sequence[Tensor], at: Gaussian, reference: Ga
     root = torch.zeros(len(upper), len(order), dtype=torch.float64)
     root[:, order] = upper
     values, vectors = torch.linalg.eigh(root @ at.covariance @ root.T)
-    squares = [(rows @ (root.T @ vectors)).square() for rows in centred]
-    errors = torch.stack([s.mean(dim=0) * math.sqrt(2 / len(s)) for s in squares])
-    values = torch.maximum(values, (a[:, None] * errors).norm(dim=0))
-    is_there = values > values.max() * 1e-10
+    axes = root.T @ vectors
+    variances = torch.stack([((c @ axes) * axes).sum(dim=0) for c in covariances])  # (P, R)
+    n = torch.tensor(counts, dtype=torch.float64)[:, None]
+    values = torch.maximum(values, (a[:, None] * variances * (1 - 1 / n) * (2 / n).sqrt()).norm(dim=0))
+    is_there = values > 1e-10 * (values.max() if len(values) else 0)
     steepness = torch.zeros_like(values)
     steepness[is_there] = values[is_there] ** -0.5
-    offset = 2 * (at.mean - reference.mean)
-    found = torch.zeros(len(centred), max(map(len, centred)), dtype=torch.float64)
-    for p, (rows, square) in enumerate(zip(centred, squares, strict=True)):
-        derivative = rows @ offset + rows.square().sum(-1) - square @ steepness
-        found[p, : len(rows)] = _deviations(derivative, num_classes)
-    return found
+    return 2 * (at.mean - reference.mean), torch.eye(len(order), dtype=torch.float64) - (axes * steepness) @ axes.T
+
+
+def _derivative(rows: Tensor, of_mean: Tensor, of_covariance: Tensor) -> Tensor:
+    """(K, N): slope times what an image adds to the moments. rows: (N, D) less their mean; slopes at K places."""
+    num_places, dim = of_mean.shape
+    forms = of_covariance.permute(1, 0, 2).reshape(dim, num_places * dim)
+    parts = []
+    for part in rows.split(max(1, BLOCK // forms.shape[1])):
+        parts.append(torch.einsum("nkd,nd->kn", (part @ forms).view(-1, num_places, dim), part) + of_mean @ part.T)
+    return torch.cat(parts, dim=1)
 
 
 def _deviations(derivative: Tensor, num_classes: int) -> Tensor:
-    """(N,) an image's share of the distance's error, with the variance that new images would give.
+    """(K, N) an image's share of the distance's error, with the variance that new images would give.
 
-    derivative: (N,) in every image's weight. Images of one class are exchangeable, those of different classes are not
+    derivative: (K, N) in every image's weight. Images of one class are exchangeable, those of different classes are not
     (labels are balanced): hence the class means come off first.
     """
-    count = len(derivative)
+    count = derivative.shape[1]
     labels = torch.arange(count) % num_classes
     own = torch.zeros(num_classes, dtype=torch.float64).index_add_(0, labels, torch.ones(count, dtype=torch.float64))
-    sums = torch.zeros(num_classes, dtype=torch.float64).index_add_(0, labels, derivative)
-    return (derivative - (sums / own)[labels]) * (own / (own - 1)).sqrt()[labels] / count
+    sums = torch.zeros(len(derivative), num_classes, dtype=torch.float64).index_add_(1, labels, derivative)
+    return (derivative - (sums / own)[:, labels]) * (own / (own - 1)).sqrt()[labels] / count
 
 
 def _multiplied(influence: Tensor) -> Tensor:

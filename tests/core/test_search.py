@@ -15,9 +15,10 @@ from torch import Tensor
 from fid.frechet import Gaussian
 from neon.report.result import Difference, verdict, why_it_ended
 from neon.search.choose import Choice
+from neon.search.found import Found
 from neon.search.plan import Plan, first_places
 from neon.search.points import Point, Score
-from neon.search.strategy import Found, Search, _is_flat
+from neon.search.strategy import Search, _is_flat
 from neon.search.surface import Place, Surface, polynomial_weights, surface
 
 REFERENCE = Gaussian(torch.zeros(3), torch.eye(3))
@@ -112,6 +113,19 @@ def test_the_bias_of_few_images_is_taken_off():
     bias, left = torch.stack(raw).mean(0) - truth, torch.stack(corrected).mean(0) - truth
     assert (bias > 0.05).all()
     assert (left.abs() < 0.2 * bias).all()
+
+
+def test_a_reference_that_is_one_image_over_and_over_has_a_distance_with_an_error():
+    """Its covariance is zero: the distance is |m - m_r|^2 + tr S, and so is its slope."""
+    constant = Gaussian(torch.zeros(3), torch.zeros(3, 3))
+    offset = torch.tensor([2.0, 0.0, 0.0], dtype=torch.float64)
+    values, errors = [], []
+    for seed in range(200):
+        found = surface([Place(0.0)], [offset + unit_noise(400, seed)], constant, [Place(0.0)])
+        values.append(found.values[0])
+        errors.append(found.noise)
+    assert float(torch.stack(values).mean()) == pytest.approx(4 + 3, rel=0.01)
+    assert sum(errors) / 200 == pytest.approx(float(torch.stack(values).std()), rel=0.15)
 
 
 def test_few_images_of_many_features_give_a_distance_everywhere():
