@@ -132,7 +132,9 @@ def by_search(
             scale = steps[last] / steps[better]
             ends = sorted((0.5 * found.place.w * scale, 1.5 * found.place.w * scale))
             again = replace(plan, w=(ends[0], ends[1]), budget_images=left)
-            found, snapshot, plan = Search(again, reference, looked.at(better), ledger.tell).run(), better, again
+            found, snapshot = Search(again, reference, looked.at(better), ledger.tell).run(), better
+            plan = replace(again, budget_images=plan.budget_images)
+    found = replace(found, images_spent=looked.images_spent)
     is_guided = config.cfg_scale is not None
     point = looked.point(snapshot, found.place)
     base_cfg = found.base.cfg_scale if is_guided else None
@@ -207,6 +209,13 @@ class Looked:
         return lambda place, images: self.features(self.point(snapshot, place), images)
 
     def features(self, point: Point, images: range) -> Tensor | None:
+        """Those of a point's images, on the components; None if they were no numbers. What was seen is not asked for
+        again."""
+        have = self.all_features.get(point)
+        if have is not None and not len(have):
+            return None
+        if have is not None and len(have) >= images.stop:
+            return self._on_components(have[images.start : images.stop])
         config = self._config
         block = Block(
             labels=config.labels,
@@ -223,8 +232,7 @@ class Looked:
             self.all_features[point] = torch.empty(0, 0)
             return None
         rows = features[self._extractor]
-        have = self.all_features.get(point, rows[:0])
-        self.all_features[point] = torch.cat([have[: images.start], rows])
+        self.all_features[point] = rows if have is None else torch.cat([have[: images.start], rows])
         return self._on_components(rows)
 
     def _on_components(self, rows: Tensor) -> Tensor:

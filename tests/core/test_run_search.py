@@ -24,6 +24,8 @@ from neon.pipeline.experiment import load
 from neon.pipeline.run import Run
 from neon.runtime.distributed import World
 from neon.search import choose
+from neon.search.options import Select
+from neon.search.points import Point, Score
 from neon.seeds import Rng
 from tests.commands import ROOT, invoke, last_object, start, started
 from tests.core.line_family import Line, Sampling
@@ -329,6 +331,40 @@ def test_the_cost_of_a_search_is_that_of_every_image_it_made(line_config, tmp_pa
     (cost,) = (cost for cost in found["costs"] if cost["stage"] == "search")
     assert cost["images"] == sum(line["block"]["num_images"] for line in lines)
     assert cost["seconds"] == pytest.approx(sum(line["seconds"]["total"] for line in lines))
+    assert found["select"]["images"] == cost["images"]
+
+
+def test_all_that_was_looked_at_counts_where_a_second_search_is_made(line_config, tmp_path, monkeypatch):
+    """On a better snapshot: the images of the first search, and the whole budget."""
+    monkeypatch.setattr(choose, "_better_snapshot", lambda found, plan, steps, looked, reference: next(iter(steps)))
+    more = ("select.snapshots=all", "select.budget_images=3000", "select.num_images=360", "select.start_images=60")
+    found = run(line_config, tmp_path / "run", *more)
+    select = found["select"]
+    lines = [line for line in ledger(tmp_path / "run") if 1000 <= line["block"]["first_seed"] < 1360]
+    assert len({line["point"]["synth_sha256"] for line in lines}) == 3  # two snapshots and the base
+    assert select["images"] == sum(line["block"]["num_images"] for line in lines) <= 3000
+    assert select["budget_images"] == 3000
+    assert f"{select['images']:,} images" in select["why"]
+
+
+def test_images_that_were_seen_are_not_asked_for_again():
+    """Whoever wants a point's first images once more gets these rows; the point keeps the others, and nothing is
+    spent."""
+    asked = []
+
+    class Scored:
+        def score_with_features(self, point, block):
+            asked.append((block.first_seed, block.num_images))
+            rows = torch.arange(block.first_seed, block.first_seed + block.num_images).float()[:, None]
+            return Score(point, {}, {}, f"{block.first_seed}"), {"x": rows}
+
+    looked = choose.Looked(Scored(), Select(w=(1.0,), num_images=20, first_seed=100), "x", "1", None, 0)
+    point = Point(w=1.0, snapshot="1")
+    for images in (range(8), range(8, 16), range(8), range(6), range(4, 12)):
+        found = looked.features(point, images)
+        assert found.flatten().tolist() == [100 + i for i in images]
+    assert asked == [(100, 8), (108, 8)]
+    assert (looked.images_spent, len(looked.all_features[point])) == (16, 16)
 
 
 def test_image_i_of_the_block_has_class_i_also_where_there_are_more_classes_than_half_the_block(
