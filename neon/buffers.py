@@ -1,4 +1,5 @@
-"""Which entries of a state dict are buffers, told by name where nobody says how the network is built.
+"""Which entries of a state dict are buffers, told by name where nobody says how the network is built; what is called as
+a buffer may be but is a learned parameter is told by its numbers.
 
 Extrapolating a running variance gives a negative variance, and a counter has no direction: buffers are the base's.
 """
@@ -6,7 +7,9 @@ Extrapolating a running variance gives a negative variance, and a counter has no
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+
+from torch import Tensor
 
 NAMES = re.compile(
     r"""(.*\.)?(
@@ -19,6 +22,10 @@ NAMES = re.compile(
     )""",
     re.VERBOSE,
 )
+LEARNABLE = re.compile(r"(.*\.)?(step|steps|counter|(attn_|attention_|causal_)?mask)")
+"""Names among them that parameters have too."""
+LEAST_BAR = 1e4
+"""What a mask adds where it bars something is at least so large; no learned number is."""
 
 
 def buffers_among(names: Collection[str]) -> set[str]:
@@ -30,3 +37,23 @@ def buffers_among(names: Collection[str]) -> set[str]:
     known = set(names)
     spectral = {f"{name.removesuffix('_orig')}_{vector}" for name in known if name.endswith("_orig") for vector in "uv"}
     return {name for name in known if NAMES.fullmatch(name)} | (spectral & known)
+
+
+def parameters_among(base: Mapping[str, Tensor], synth: Mapping[str, Tensor]) -> set[str]:
+    """The names of what is to be extrapolated, by the names of two state dicts and, where these leave it open, by their
+    numbers."""
+    buffers = buffers_among(base)
+    doubtful = (name for name in buffers if name in synth and LEARNABLE.fullmatch(name))
+    return set(base) - buffers | {name for name in doubtful if is_learned(base[name], synth[name])}
+
+
+def is_learned(base: Tensor, synth: Tensor) -> bool:
+    """Whether an entry of a name in LEARNABLE is a parameter: the fine-tune moved it, and its numbers are neither a
+    mask's nor a counter's, one whole number in both models."""
+    if not (base.is_floating_point() and synth.is_floating_point() and base.shape == synth.shape and base.numel()):
+        return False
+    base, synth = base.double(), synth.double()
+    is_counter = base.numel() == 1 and base.equal(base.round()) and synth.equal(synth.round())
+    is_flags = base.equal((base != 0).double()) and synth.equal((synth != 0).double())
+    is_bar = not base.abs().max() < LEAST_BAR  # NaN too
+    return not (is_counter or is_flags or is_bar or base.equal(synth))

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from neon.buffers import buffers_among
+from neon.buffers import parameters_among
 from neon.seeds import derived_seed
 
 OnMismatch = Literal["error", "keep_base"]
@@ -38,8 +38,8 @@ def reverse_merge(
     base, synth: state dicts with equal keys and shapes; any float dtype, mixed allowed. The arithmetic is that of
         `difference` and `extrapolate`: at least float32, rounded to the base's dtype at the end.
     w: any number up to `MOST_W`, same units as the paper's.
-    parameters: names that are extrapolated, all others are buffers and come from the base. None: every name that is
-        not a buffer's (`neon.buffers`). Integers and masks (every entry 0 or infinite) always come from the base.
+    parameters: names that are extrapolated, all others are buffers and come from the base. None: what names and
+        numbers tell (`neon.buffers`). Integers and masks (every entry 0 or infinite) always come from the base.
     on_mismatch: "error" refuses missing or extra names and entries that differ without being finite floats in both;
         "keep_base" keeps the base's entries there, which is what the published scripts did.
     Raises ValueError naming the first offending entries.
@@ -75,7 +75,7 @@ def merged_entries(
     """`reverse_merge` one entry at a time, in the base's order: with lazy mappings only one tensor is in memory."""
     w = check_w(w)
     check_same_names(base, synth, on_mismatch)
-    moving = set(base) - buffers_among(base) if parameters is None else set(parameters)
+    moving = parameters_among(base, synth) if parameters is None else set(parameters)
     for name in base:
         if name in synth and name in moving:
             yield name, merge_tensor(name, base[name], synth[name], w, on_mismatch)

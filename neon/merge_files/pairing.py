@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from neon.buffers import buffers_among
+from neon.buffers import parameters_among
 from neon.checkpoints import checkpoint, folders
 from neon.checkpoints.checkpoint import Checkpoint
 from neon.checkpoints.lazy import Entry, StoredTensors
@@ -112,7 +112,7 @@ def pair_up(b: Checkpoint, s: Checkpoint, part: str, request: Request) -> Pair:
         log.warning(
             "%d entries are only in the base and kept, %d are only in the other model", len(missing), len(extra)
         )
-    parameters = parameter_names(b, request.family)
+    parameters = parameter_names(b, s, request.family)
     partners: dict[str, Entry | None] = {name: found[name] if name in parameters else None for name in base}
     for name, entry in partners.items():
         if entry is not None and entry.shape != base[name].shape:
@@ -136,9 +136,9 @@ def stored(found: Checkpoint) -> StoredTensors:
     return found.tensors
 
 
-def parameter_names(found: Checkpoint, family: str | None) -> Collection[str]:
+def parameter_names(found: Checkpoint, synth: Checkpoint, family: str | None) -> Collection[str]:
     """Names of the network's parameters. A file does not decide what is imported: `family`, or a shipped one that it
-    names, builds the network it describes; where that cannot be done, its own names tell (`neon.buffers`)."""
+    names, builds the network it describes; where that cannot be done, names and numbers tell (`neon.buffers`)."""
     name = family or (found.family if found.family in shipped() else None)
     if name is not None and found.arch is not None:
         try:
@@ -148,8 +148,8 @@ def parameter_names(found: Checkpoint, family: str | None) -> Collection[str]:
                 raise ValueError(
                     f"{found.path}: the network of {family!r} cannot be built from its arch ({error})"
                 ) from error
-            log.warning("the network cannot be built here (%s); buffers are told by name", error)
-    return set(found.tensors) - buffers_among(found.tensors)
+            log.warning("the network cannot be built here (%s); buffers are told by name and numbers", error)
+    return parameters_among(found.tensors, synth.tensors)
 
 
 def built_parameters(family: str, arch: Mapping[str, object], limit: int) -> set[str]:

@@ -124,6 +124,27 @@ def test_running_statistics_and_masks_are_the_bases_where_nobody_names_the_param
     assert moved["v.weight_v"].tolist() == [0, 0]  # weight norm's direction is a parameter
 
 
+LOOK_LIKE_BUFFERS = {  # name -> (base, self-trained, whether it is learned)
+    "learned.mask": ([0.3, -0.2, 0.7], [0.4, -0.2, 0.5], True),
+    "lsq.step": ([0.02], [0.03], True),
+    "steps": ([1.0, 2.0, 3.0], [1.5, 2.0, 3.0], True),
+    "ema.step": (1000.0, 1064.0, False),
+    "a.mask": ([0.0, 1.0, 1.0], [0.0, 0.0, 1.0], False),
+    "b.mask": ([0.0, -1e9, 0.0], [0.0, -1e9 + 64, 0.0], False),
+    "c.causal_mask": ([0.0, -torch.inf], [-torch.inf, 0.0], False),
+    "d.mask": ([0.5, 0.25], [0.5, 0.25], False),
+    "bn.running_mean": ([0.1, 0.2], [0.3, 0.2], False),
+}
+
+
+@pytest.mark.parametrize("name", LOOK_LIKE_BUFFERS)
+def test_what_is_called_as_a_buffer_but_learned_moves(name):
+    base, synth, is_learned = LOOK_LIKE_BUFFERS[name]
+    states = [{"p": torch.ones(1), name: torch.tensor(value)} for value in (base, synth)]
+    expected = states[0][name] - 2 * (states[1][name] - states[0][name]) if is_learned else states[0][name]
+    torch.testing.assert_close(reverse_merge(*states, 2.0)[name], expected, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
 def test_float8_is_computed_as_float32(dtype):
     base, synth = torch.tensor([1.0, 2.0, -0.5]).to(dtype), torch.tensor([2.0, 2.0, -1.0]).to(dtype)

@@ -295,6 +295,16 @@ def test_conjugate_and_negative_views_keep_their_signs(tmp_path, view):
     assert torch.equal(safetensors.torch.load_file(tmp_path / "a.safetensors")["x"], value)
 
 
+def test_a_learned_mask_and_step_move_and_a_counter_stays(tmp_path):
+    """Their names alone say that they are buffers; they were the base's, and nothing said so."""
+    base = {"p": torch.ones(3), "learned.mask": torch.rand(4), "lsq.step": torch.tensor([0.02]), "step": torch.ones(())}
+    synth = {"p": torch.zeros(3), "learned.mask": torch.rand(4), "lsq.step": torch.tensor([0.03])}
+    files = saved(tmp_path / "base.pth", base), saved(tmp_path / "synth.pth", {**synth, "step": torch.tensor(65.0)})
+    assert neon("merge", *files, "--w", 1.0, "--out", tmp_path / "out.safetensors")["parameters"] == 3
+    expected = {name: 2 * base[name] - value for name, value in synth.items()} | {"step": torch.ones(())}
+    torch.testing.assert_close(safetensors.torch.load_file(tmp_path / "out.safetensors"), expected)
+
+
 def test_one_element_with_a_stride_and_masks_with_infinities(tmp_path):
     mask = torch.full((2, 2), -torch.inf).triu(1)
     base = {"one": torch.arange(10.0)[3::7][:1], "mask": mask, "p": torch.ones(3)}
