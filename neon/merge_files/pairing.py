@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Literal
@@ -17,6 +17,7 @@ from neon.checkpoints import checkpoint, folders
 from neon.checkpoints.checkpoint import Checkpoint
 from neon.checkpoints.lazy import Entry, StoredTensors
 from neon.checkpoints.limits import first_of, shown
+from neon.checkpoints.weight_sets import without_prefixes
 from neon.family import resolve
 from neon.merge import OnMismatch
 from neon.own_code import shipped
@@ -88,7 +89,19 @@ def read_pair(base: Path, synth: Path, request: Request) -> tuple[Checkpoint, Ch
             f"{base} gives its {b.weights!r} weights and {synth} its {s.weights!r} weights, which do not belong "
             "together; name the sets with --base-weights and --synth-weights if you mean it"
         )
-    return b, s
+    return b, named_alike(b, s)
+
+
+def named_alike(b: Checkpoint, s: Checkpoint) -> Checkpoint:
+    """`s` under the base's names where both differ by a wrapper's prefix alone: it is dropped of foreign files, and our
+    own keep their names."""
+    base, synth = stored(b).entries, stored(s).entries
+    if base.keys() == synth.keys():
+        return s
+    bare, other = without_prefixes(base)[0], without_prefixes(synth)[0]
+    if bare.keys() != other.keys() or len(bare) != len(base):
+        return s
+    return replace(s, tensors=StoredTensors({name: other[key] for key, name in zip(bare, base, strict=True)}))
 
 
 def pair_up(b: Checkpoint, s: Checkpoint, part: str, request: Request) -> Pair:

@@ -295,6 +295,23 @@ def test_conjugate_and_negative_views_keep_their_signs(tmp_path, view):
     assert torch.equal(safetensors.torch.load_file(tmp_path / "a.safetensors")["x"], value)
 
 
+@pytest.mark.parametrize("ours", ["base", "synth"])
+def test_a_wrappers_prefix_alone_keeps_no_file_from_the_other(tmp_path, ours):
+    """Of foreign files it is dropped, our own keep their names: they were called different networks."""
+    states = {"base": BASE, "synth": SYNTH}
+    files = {name: saved(tmp_path / f"{name}.pth", state) for name, state in states.items()}
+    files[ours] = tmp_path / "ours.safetensors"
+    wrapped = {f"module.{name}": value for name, value in states[ours].items()}
+    checkpoint.write(files[ours], wrapped, metadata={"family": "line", "weights": "unnamed"})
+    neon("merge", files["base"], files["synth"], "--w", 1.5, "--out", tmp_path / "out.safetensors")
+    expected = reverse_merge(BASE, SYNTH, 1.5)
+    prefix = "module." if ours == "base" else ""
+    assert_same(
+        safetensors.torch.load_file(tmp_path / "out.safetensors"),
+        {prefix + name: value for name, value in expected.items()},
+    )
+
+
 def test_a_learned_mask_and_step_move_and_a_counter_stays(tmp_path):
     """Their names alone say that they are buffers; they were the base's, and nothing said so."""
     base = {"p": torch.ones(3), "learned.mask": torch.rand(4), "lsq.step": torch.tensor([0.02]), "step": torch.ones(())}
