@@ -109,12 +109,13 @@ def adapted_pairs(base: Path, synth: Checkpoint, request: Request) -> list[Pair]
         for module, name in lora.targets(adapter, entries, part.part).items():
             partners[name] = lora.Adapted(entries[name], adapter.factors[module], is_transposed)
             left.discard(module)
+        tie_updates(partners, b)
         for name in adapter.others:
             bare = name.removeprefix(lora.PEFT_PREFIX)
             if bare in entries:
                 partners[bare] = stored(synth).entries[name]
                 left.discard(name)
-        ties = {later: first for later, first in b.ties.items() if not (partners[later] or partners[first])}
+        ties = {later: first for later, first in b.ties.items() if partners[later] is partners[first]}
         pairs.append(Pair(b, synth, part.part, partners, ties, sum(entry is not None for entry in partners.values())))
     if left:
         raise ValueError(
@@ -122,3 +123,19 @@ def adapted_pairs(base: Path, synth: Checkpoint, request: Request) -> list[Pair]
             "an adapter of this model, in the same naming?"
         )
     return pairs
+
+
+def tie_updates(partners: dict[str, Entry | None], base: Checkpoint) -> None:
+    """Give a tied weight's update to all of its names, as folding it in does. Raises ValueError for two of them."""
+    updated: dict[str, str] = {}
+    for later, first in base.ties.items():
+        for name in (first, later):
+            other = updated.setdefault(first, name) if partners[name] is not None else name
+            if other != name:
+                raise ValueError(
+                    f"{base.path}: {shown(other)} and {shown(name)} are one tensor and the adapter has two updates of "
+                    "it, which no tied network can hold: adapt one of them, or merge into an untied copy"
+                )
+    for later, first in base.ties.items():
+        if first in updated:
+            partners[later] = partners[first] = partners[updated[first]]

@@ -75,6 +75,43 @@ def test_peft_adapters(tmp_path: Path, kind: str) -> None:
         torch.testing.assert_close(found[name], full[name], rtol=0, atol=1e-6)
 
 
+class Tied(nn.Module):
+    def __init__(self, seed: int = 1) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.embed, self.body, self.head = nn.Embedding(6, 4), nn.Linear(4, 4), nn.Linear(4, 6, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, indices: Tensor) -> Tensor:
+        return self.head(self.body(self.embed(indices)))
+
+
+@pytest.mark.filterwarnings("ignore:Model with")  # PEFT: an adapter on a tied weight
+@pytest.mark.parametrize("module", ["embed", "head"])
+def test_a_tied_weight_takes_its_update_under_all_of_its_names(tmp_path: Path, module: str) -> None:
+    """As PEFT folds it in. A tied network that loads both names is left with the later one's: it was the base's."""
+    options = {"r": 2, "lora_alpha": 4, "target_modules": [module]}
+    torch.save(Tied().state_dict(), tmp_path / "base.pth")
+    trained(Tied(), 5, **options).save_pretrained(tmp_path / "adapter")
+    base, synth = weights(Tied()), weights(trained(Tied(), 5, **options))
+    expected = reverse_merge(base, synth, 1.5)
+    assert (expected["embed.weight"] - base["embed.weight"]).abs().max() > 0.01
+    full = tmp_path / "full.safetensors"
+    merge(tmp_path / "base.pth", tmp_path / "adapter", full, Request(w=(1.5,), lora="full"))
+    found = Tied(2)
+    checkpoint.read(full, weights="any").load_into(found)
+    for name, value in weights(found).items():
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:Model with")
+def test_two_updates_of_one_tied_weight_are_refused(tmp_path: Path) -> None:
+    torch.save(Tied().state_dict(), tmp_path / "base.pth")
+    trained(Tied(), 5, r=2, lora_alpha=4, target_modules=["embed", "head"]).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"embed\.weight and head\.weight are one tensor .* two updates"):
+        merge(tmp_path / "base.pth", tmp_path / "adapter", tmp_path / "full.safetensors", Request(w=(1,), lora="full"))
+
+
 def test_two_adapters_are_extrapolated_as_updates_and_not_factor_by_factor(tmp_path: Path) -> None:
     options = [OPTIONS["plain"], OPTIONS["plain"] | {"r": 2, "lora_alpha": 1}]
     for name, seed, own in (("base", 5, options[0]), ("synth", 6, options[1])):
