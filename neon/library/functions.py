@@ -34,6 +34,12 @@ Loss = Callable[[nn.Module, Tensor, Tensor | None, torch.Generator], Tensor]
 number comes from the generator, which lives on the CPU."""
 Score = Callable[[Tensor], float]
 """images (N, ...), as `sample` made them, on the CPU -> a number; smaller is better."""
+ROUNDING_OF_SIZES = 0.1
+"""Share of what two images differ by that an image may move when it is drawn in a batch of another size: other kernels
+round otherwise, which many steps in bfloat16 blow up, but far less than another seed does."""
+ROUNDING = 0.01
+"""The same in a batch of the same size with another neighbour: by the same kernels an image is the same to the bit, but
+where the neighbours decide how the work is divided."""
 FAR_OUTSIDE = 10.0
 """What no sampler of images in [-1, 1] reaches, but bytes as floats do."""
 
@@ -171,27 +177,37 @@ def check_takes(name: str, function: object, arguments: str) -> None:
         raise ValueError(f"expected {name}({arguments}), it is {name}{signature}: {error}") from error
 
 
-def check_per_image(sample: Sample, model: nn.Module, seeds: Sequence[int]) -> tuple[Tensor, Tensor | None]:
-    """The images and labels of two seeds, if the second image is the same when it is drawn alone; ValueError if it is
-    not."""
+def check_per_image(sample: Sample, model: nn.Module, first_seed: int) -> tuple[Tensor, Tensor | None]:
+    """The images and labels of two seeds, if the second image is the same when it is drawn alone and when it is drawn
+    beside a third one; ValueError if it is not."""
+    one, two, three = range(first_seed, first_seed + 3)
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         with torch.no_grad():  # not inference mode: what the network keeps of a first call must serve training too
-            together, labels = images_and_labels(sample(model, seeds), 2)
-            alone, _ = images_and_labels(sample(model, seeds[1:]), 1)
+            together, labels = images_and_labels(sample(model, [one, two]), 2)
+            alone, _ = images_and_labels(sample(model, [two]), 1)
+            beside, _ = images_and_labels(sample(model, [three, two]), 2)
     finally:
         for module, mode in modes.items():
             module.training = mode
-    moved = (alone[0].double() - together[1].double()).abs().mean()
-    apart = (together[0].double() - together[1].double()).abs().mean()
     if not together.double().isfinite().all():
         raise ValueError("sample: the model's images hold numbers that are not finite")
-    if moved > 0.1 * apart:  # rounding moves an image by far less than another seed does
+    own = together[1].double()
+    alone_moved, moved, apart = (
+        float((other.double() - own).abs().mean()) for other in (alone[0], beside[1], together[0])
+    )
+    if alone_moved > ROUNDING_OF_SIZES * apart:
         raise ValueError(
-            f"sample: the image of seed {seeds[1]} is another one when it is drawn alone than when it is drawn with "
-            f"seed {seeds[0]}. Give every image a generator of its own, seeded with its seed: "
+            f"sample: the image of seed {two} is another one when it is drawn alone than when it is drawn with "
+            f"seed {one}. Give every image a generator of its own, seeded with its seed: "
             "neon.ImageRng(seeds, device).normal(shape)"
+        )
+    if moved > ROUNDING * apart:
+        raise ValueError(
+            f"sample: the image of seed {two} is another one beside seed {three} than beside seed {one}, by "
+            f"{100 * moved / apart:.2g} % of what two images differ by: nothing in `sample` or the network may look "
+            "across the batch (batch statistics, a step size or a range of all images)"
         )
     return together, labels
 

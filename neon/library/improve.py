@@ -119,7 +119,7 @@ def improve(
     check_names(model)
     check_takes("sample", sample, "model, seeds")
     check_takes("loss", loss, "model, images, labels, generator")
-    example, labels = check_per_image(sample, model, [synth_seed, synth_seed + 1])
+    example, labels = check_per_image(sample, model, synth_seed)
     is_function = callable(score)
     if is_function:
         check_takes("score", score, "images")

@@ -17,7 +17,7 @@ from edm.family import EDM
 from edm.options import Objective, Sampling
 from neon.checkpoints import checkpoint
 from neon.library import functions
-from neon.library.functions import check_takes
+from neon.library.functions import check_per_image, check_takes
 from neon.pipeline.experiment import load
 from neon.pipeline.run import Run
 from neon.quantize import to_uint8
@@ -230,6 +230,51 @@ def shared_noise(model, seeds):
 def test_what_would_not_be_neon_is_refused_in_one_line(toy, changes, message):
     with pytest.raises(ValueError, match=message):
         improve_toy(toy, **changes)
+
+
+def mixed(share, eps=0.0):
+    """Every image with a share of its batch's mean, and with what kernels for a batch of this size round (relative)."""
+
+    def of_batch(model, seeds):
+        points = sample(model, seeds)
+        signs = neon.ImageRng([len(seeds)] * len(seeds)).normal((2,)).sign()
+        return (points + share * points.mean(0)) * (1 + eps * signs)
+
+    return of_batch
+
+
+@pytest.mark.parametrize("share", [0.03, 0.1])
+def test_a_little_of_the_neighbours_is_refused(toy, share):
+    """It passed: alone, an image moves by half of the share, and a tenth is what rounding may move it by."""
+    with pytest.raises(ValueError, match=r"seed 1 is another one beside seed 2 than beside seed 0, by .* look across"):
+        check_per_image(mixed(share), toy, 0)
+
+
+@pytest.mark.parametrize("eps", [0.0, 2**-9, 2**-6])
+def test_the_rounding_of_another_batch_size_is_none_of_the_neighbours(toy, eps):
+    """2^-9 is bfloat16's; many steps blow it up. An image and its neighbours, one by one, are the same in any batch."""
+    images, _ = check_per_image(mixed(0.0, eps), toy, 0)
+    torch.testing.assert_close(images, sample(toy, [0, 1]), rtol=2 * eps + 1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_a_convolution_and_its_batch_statistics(precision):
+    """The network's own running statistics: rounding alone. The batch's: refused, in any precision."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.SiLU(), nn.Conv2d(16, 1, 3, padding=1)]
+    network = nn.Sequential(*layers)
+
+    def steps(model, seeds):
+        x = neon.ImageRng(seeds).normal((1, 8, 8))
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
+            for _ in range(20):
+                x = 0.9 * x + 0.1 * model(x).float()
+        return x
+
+    check_per_image(steps, network, 0)
+    network[1].track_running_stats, network[1].running_mean, network[1].running_var = False, None, None
+    with pytest.raises(ValueError, match="is another one"):
+        check_per_image(steps, network, 0)
 
 
 @pytest.mark.parametrize(
