@@ -49,7 +49,7 @@ class Improved:
     """The step that scored best on the selection seeds; 0 if none was better than the base."""
     curve: list[tuple[float, float]]
     """(w, score) on the selection seeds in the order of w: w = -1 is the self-trained model, w = 0 the base. NaN where
-    the images were no numbers."""
+    the images were no numbers. Of strategy "search": without the bias of few images, by all that a point was given."""
     scores: dict[str, float]
     """On held-out seeds: "base", "self-trained", "random direction" (a control: as far, anywhere) and "neon"."""
     details: dict
@@ -182,8 +182,11 @@ def improve(
 def improved(details: dict, weights: dict[str, Tensor]) -> Improved:
     """The numbers of a run's result that one asks for first."""
     select = details["select"]
-    points = [p for p in select["points"] if p["direction"] == "synth"]
-    curve = sorted((p["w"], p["metrics"].get(select["metric"], math.nan)) for p in points)
+    if "measured" in select:  # a search gives its points different numbers of images
+        curve = sorted((m["w"], math.nan if m["value"] is None else m["value"]) for m in select["measured"])
+    else:
+        points = [p for p in select["points"] if p["direction"] == "synth"]
+        curve = sorted((p["w"], p["metrics"].get(select["metric"], math.nan)) for p in points)
     scores = {name: row["metrics"].get(details["metric"], math.nan) for name, row in details["rows"].items()}
     return Improved(weights=weights, w=details["w"], curve=curve, scores=scores, details=details)
 

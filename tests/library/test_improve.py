@@ -18,6 +18,7 @@ from edm.options import Objective, Sampling
 from neon.checkpoints import checkpoint
 from neon.library import functions
 from neon.library.functions import check_per_image, check_takes
+from neon.library.improve import improved
 from neon.pipeline.experiment import load
 from neon.pipeline.run import Run
 from neon.quantize import to_uint8
@@ -499,6 +500,21 @@ def test_the_demos_edm_gets_the_numbers_of_neon_run(tmp_path):
     merged = checkpoint.read(tmp_path / "run/neon.safetensors", weights="any").tensors
     assert all(torch.equal(value, merged[name]) for name, value in found.weights.items())
     assert json.loads(Path(tmp_path / "improved/result.json").read_text())["value"] == result["value"]
+
+
+def test_the_curve_of_a_search_has_every_point_with_all_of_its_images():
+    """A point that comes late begins with more images, so it has no score of the first ones' name: it was NaN."""
+    points = [(-1.0, "fd60[x]"), (0.0, "fd60[x]"), (1.0, "fd60[x]"), (0.5, "fd153[x]")]
+    select = {
+        "metric": "fd60[x]",
+        "points": [{"w": w, "direction": "synth", "metrics": {name: 9.0}} for w, name in points],
+        "measured": [{"w": w, "value": value} for w, value in ((0.5, 1.0), (0.0, 2.0), (-1.0, 3.0), (1.0, None))],
+    }
+    details = {"select": select, "metric": "fd40[x]", "rows": {"neon": {"metrics": {"fd40[x]": 1.5}}}, "w": 0.5}
+    curve = improved(details, {}).curve
+    assert curve[:3] == [(-1.0, 3.0), (0.0, 2.0), (0.5, 1.0)]
+    assert curve[3][0] == 1.0
+    assert np.isnan(curve[3][1])
 
 
 class TwoNames(nn.Module):
