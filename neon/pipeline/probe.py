@@ -92,6 +92,17 @@ class Probe:
         """The fine-tune's recipe, or the base's."""
         return self.config.finetune or self.config.train
 
+    @property
+    def batch_norms(self) -> str:
+        """What no check can see, as these run on one rank and in evaluation mode; empty without such layers."""
+        count = sum(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.model.modules())
+        if not count:
+            return ""
+        return (
+            f"; {count} batch norm{'s' * (count > 1)}: training normalises by the images that a rank has at once "
+            "(batch, micro_batch, number of ranks), and keeps the running statistics of the first rank"
+        )
+
     def sample(self, *batches: range) -> list[Batch]:
         """Images of the synthetic set by their indices, every range in one batch."""
         return list(generate(self.source, self.model, batches, self.device))

@@ -244,7 +244,7 @@ class Trial:
                 f"of 2: the codes look like bytes. Stored images come to {self.name}.loss as uint8, 0 to 255: "
                 "codes / 127.5 - 1"
             )
-        return _spaced(together)
+        return _spaced(together) + self.probe.batch_norms
 
     def _move_of_input(self) -> float:
         """Largest difference of what the network is given for black and for white images, with the same draws. 0 where

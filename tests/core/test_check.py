@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from neon.cli.main import main
 from tests.commands import invoke, last_object
@@ -284,6 +285,24 @@ def test_a_guidance_that_is_not_named_is_said_before_any_image(line_config):
     assert found["sections"]["is_ok"]
     assert "synth.cfg_scale: this family is guided, name the scale" in found["guidance"]["text"]
     assert list(found).index("guidance") < list(found).index("images")
+
+
+def test_batch_norms_are_named(line_config, monkeypatch):
+    _, found = checks(line_config)
+    assert "batch norm" not in found["loss per image"]["text"]
+    build = Line.build
+
+    def with_norms(self, arch):
+        model = build(self, arch)
+        model.norms = nn.ModuleList([nn.BatchNorm2d(1, affine=False, track_running_stats=False), nn.GroupNorm(1, 4)])
+        return model
+
+    monkeypatch.setattr(Line, "build", with_norms)
+    monkeypatch.setattr(Line, "load", lambda self, checkpoint: self.build({}))
+    _, found = checks(line_config)
+    assert (
+        "; 1 batch norm: training normalises by the images that a rank has at once" in found["loss per image"]["text"]
+    )
 
 
 def test_sixteen_features_and_seventeen_images_are_no_warning(line_config):
