@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from neon import contract, own_code
 from neon.checkpoints.building import bounded
 from neon.own_code import shipped
+from neon.runtime.speed import Speed
 from neon.seeds import Rng
 
 if TYPE_CHECKING:
@@ -159,6 +160,11 @@ class Family(Trainable[Model, Objective], Generic[Model, Objective, Sampling]):
         """The part of `model` whose calls have few different shapes, draw nothing and ask the device nothing; None:
         there is no such part. On a GPU its calls are replayed as CUDA graphs."""
         return None
+
+    graphed_method = "forward"
+    """What of that part is replayed. Its arguments are tensors, `speed.Place`s, None, numbers or strings."""
+    replayed: tuple[Speed, ...] = ("exact", "compiled", "fast")
+    """The speeds in which it is."""
 
     @property
     def is_guided(self) -> bool:

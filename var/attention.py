@@ -36,29 +36,24 @@ class BlockCausal:
         return torch.cat(maps, dim=2)
 
 
-class Memory:
-    """Keys and values of one block during one sampling call, preallocated in the dtype of the computation.
+class Remembering:
+    """Attention of one scale's tokens, which begin at `start`, to themselves and to what one block remembers of the
+    coarser scales. slot_2BHLD: its keys and values, in the dtype of the computation.
 
     The last scale is used once, so it is not stored: for 512 px images it has nearly half of all tokens.
     """
 
-    def __init__(self, num_tokens: int):
-        self.num_tokens = num_tokens
-        self.stored = 0
-        self._keys = self._values = torch.empty(0)
+    def __init__(self, slot_2BHLD: Tensor, start: int):
+        self.keys, self.values, self.start = slot_2BHLD[0], slot_2BHLD[1], start
 
     def __call__(self, queries: Tensor, keys: Tensor, values: Tensor, softmax_scale: float) -> Tensor:
-        if self.stored == 0:
-            batch, heads, _, width = keys.shape
-            self._keys, self._values = keys.new_empty(2, batch, heads, self.num_tokens, width)
-        end = self.stored + keys.shape[2]
-        if end <= self.num_tokens:
-            self._keys[:, :, self.stored : end], self._values[:, :, self.stored : end] = keys, values
-            self.stored = end
-            keys, values = self._keys[:, :, :end], self._values[:, :, :end]
+        start, end = self.start, self.start + keys.shape[2]
+        if end <= self.keys.shape[2]:
+            self.keys[:, :, start:end], self.values[:, :, start:end] = keys, values
+            keys, values = self.keys[:, :, :end], self.values[:, :, :end]
         else:
-            keys = torch.cat((self._keys[:, :, : self.stored], keys), dim=2)
-            values = torch.cat((self._values[:, :, : self.stored], values), dim=2)
+            keys = torch.cat((self.keys[:, :, :start], keys), dim=2)
+            values = torch.cat((self.values[:, :, :start], values), dim=2)
         return F.scaled_dot_product_attention(queries, keys, values, scale=softmax_scale)
 
 

@@ -36,6 +36,11 @@ class VAR(Family[Transformer, Objective, Sampling]):
     objective = Objective
     trainable_autoencoder = TrainableVQVAE()
     compiled = (Block,)
+    graphed_method = "next_logits"
+    replayed = ()  # every speed once graphs were seen to give equal bits on a GPU; on pretended ones they do
+
+    def graphed(self, model: Transformer) -> Transformer:
+        return model
 
     def __init__(self) -> None:
         self._tokeniser: VQVAE | None = None

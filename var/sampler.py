@@ -39,13 +39,13 @@ def sample_scales(
     the quantiser always in float32, because the sum over its scales is the image.
     """
     conditioning = model.conditioning(with_unconditional(labels, model.num_classes) if how.cfg_scale else labels)
-    memories = model.sampling_memory()
+    memory = model.sampling_memory(len(conditioning.start))
     f_hat = quantizer.empty(len(labels))
     tokens = model.first_tokens(conditioning)
     last = len(model.patch_nums) - 1
     for scale in range(last + 1):
         ratio = scale / last
-        logits = model.logits(tokens, conditioning, memories)
+        logits = model.next_logits(tokens, conditioning.blocks, conditioning.head, memory, scale)
         if how.cfg_scale:
             logits = guide(logits, how.cfg_scale * ratio)
         if how.temperature != 1:

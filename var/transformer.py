@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from var.attention import Attend, Attention, BlockCausal, Memory
+from neon.runtime.speed import Place, memory
+from var.attention import Attend, Attention, BlockCausal, Remembering
 from var.derived import keep_published_entries, scale_levels
 
 NORM_EPS = 1e-6
@@ -147,7 +148,7 @@ class Conditioning:
     """Everything that depends on the label alone: computed once per call."""
 
     start: Tensor  # (B, C) class embedding, the first tokens
-    blocks: list[Tensor]  # depth x (B, 1, 6, C)
+    blocks: Tensor  # (depth, B, 1, 6, C)
     head: Tensor  # (B, 1, 2, C): scale, shift
 
 
@@ -187,7 +188,7 @@ class Transformer(nn.Module):
         cond_BC = self.class_emb(labels)
         shared = None if self.shared_ada_lin is None else self.shared_ada_lin(cond_BC)
         blocks = [block.conditioning(cond_BC, shared) for block in self.stack]
-        return Conditioning(cond_BC, blocks, self.head_nm.ada_lin(cond_BC))
+        return Conditioning(cond_BC, torch.stack(blocks), self.head_nm.ada_lin(cond_BC))
 
     def positions(self, start: int, end: int) -> Tensor:
         """(1, end - start, C) sum of the position and level embeddings."""
@@ -201,13 +202,23 @@ class Transformer(nn.Module):
         """(B, L_scale, C) input of a later scale from the features that the coarser scales have built."""
         return self.word_embed(features_BLZ).float() + self.positions(*self.bounds[scale])
 
-    def logits(
-        self, x_BLC: Tensor, conditioning: Conditioning, attends: Sequence[Attend], kept: Tensor | None = None
+    def next_logits(self, x_BLC: Tensor, blocks_NB16C: Tensor, head_B12C: Tensor, memory: Place, scale: int) -> Tensor:
+        """(B, L, V) float32 of one scale from its tokens; N = depth. memory: of the coarser scales; this one's keys and
+        values are added to it."""
+        attends = [Remembering(slot, self.bounds[scale][0]) for slot in memory.tensor.unbind()]
+        return self._logits(x_BLC, blocks_NB16C, head_B12C, attends)
+
+    def _logits(
+        self,
+        x_BLC: Tensor,
+        blocks_NB16C: Tensor,
+        head_B12C: Tensor,
+        attends: Sequence[Attend],
+        kept: Tensor | None = None,
     ) -> Tensor:
-        """(B, L, V) float32. attends: one per block. kept: (B, depth, 2) bool, which branches survive drop path."""
         for index, block in enumerate(self.stack):
-            x_BLC = block(x_BLC, conditioning.blocks[index], attends[index], None if kept is None else kept[:, index])
-        scale, shift = conditioning.head.unbind(2)
+            x_BLC = block(x_BLC, blocks_NB16C[index], attends[index], None if kept is None else kept[:, index])
+        scale, shift = head_B12C.unbind(2)
         return self.head(normalise(x_BLC.float(), scale, shift)).float()
 
     def forward(self, labels: Tensor, features: Tensor, kept: Tensor | None = None) -> Tensor:
@@ -229,11 +240,18 @@ class Transformer(nn.Module):
         with torch.autocast(features.device.type, enabled=False):
             start = conditioning.start[:, None] + self.pos_start
             x_BLC = torch.cat((start, self.word_embed(features.float())), dim=1) + self.positions(0, length)
-        return self.logits(x_BLC, conditioning, [BlockCausal(bounds)] * len(self.blocks), kept)
+        attends = [BlockCausal(bounds)] * len(self.blocks)
+        return self._logits(x_BLC, conditioning.blocks, conditioning.head, attends, kept)
 
-    def sampling_memory(self) -> list[Memory]:
-        """One empty memory per block, for one sampling call."""
-        return [Memory(self.bounds[-1][0]) for _ in self.blocks]
+    def sampling_memory(self, batch: int) -> Place:
+        """Empty keys and values (depth, 2, B, H, L, D) of all scales but the last, for one sampling call. batch: rows,
+        two per image under guidance."""
+        weight = self.head.weight
+        autocast = torch.is_autocast_enabled(weight.device.type)
+        dtype = torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype
+        heads = self.stack[0].attn.heads
+        shape = (len(self.blocks), 2, batch, heads, self.bounds[-1][0], self.pos_1LC.shape[-1] // heads)
+        return Place(memory(self, shape, dtype, weight.device))
 
     @torch.no_grad()
     def initialise(self) -> None:

@@ -5,7 +5,7 @@ xAR (arXiv 2502.20388); the stochastic integrator is SiT's (arXiv 2401.08740) fo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
@@ -106,12 +106,12 @@ def sample_cells(
 
 
 def _velocity(
-    model: XARTransformer, labels: Tensor, cell: int, scale: float, cache: Sequence[KeyValueCache], batch: int
+    model: XARTransformer, labels: Tensor, cell: int, scale: float, cache: KeyValueCache, batch: int
 ) -> Velocity:
     """The velocity field of one cell in float64; `labels` may end with null labels, which scale = 1 does not use."""
 
     def conditional(x: Tensor, time: Tensor) -> Tensor:
-        return _call(model, x, time, labels[:batch], cell, [slot.rows(batch) for slot in cache]).double()
+        return _call(model, x, time, labels[:batch], cell, cache.rows(batch)).double()
 
     def with_guidance(x: Tensor, time: Tensor) -> Tensor:
         with_label, without = _call(model, x.repeat(2, 1, 1), time, labels, cell, cache).double().chunk(2)
@@ -120,9 +120,7 @@ def _velocity(
     return with_guidance if scale > 1 else conditional
 
 
-def _call(
-    model: XARTransformer, x: Tensor, time: Tensor, labels: Tensor, cell: int, cache: Sequence[KeyValueCache]
-) -> Tensor:
+def _call(model: XARTransformer, x: Tensor, time: Tensor, labels: Tensor, cell: int, cache: KeyValueCache) -> Tensor:
     """Velocity (B, 64, 16) of one cell; its keys and values are left in the cache."""
     steps = torch.full((len(x), 1), int(timesteps(time)), device=x.device)
     return model(x.float()[:, None], steps, labels, first_cell=cell, cache=cache)[:, 0]

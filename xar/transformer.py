@@ -10,13 +10,13 @@ B batch, C cells, P = 64 tokens of a cell, L tokens, D width, N heads, H head wi
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from neon.runtime.speed import Place, memory
 from xar.cells import CELL_TOKENS, CHANNELS, NUM_CELLS, NUM_TOKENS, causal_mask, rotary_angles, rotary_frequencies
 
 NORM_EPS = 1e-6
@@ -48,26 +48,26 @@ class XARArch:
 
 
 @dataclass(frozen=True)
-class KeyValueCache:
-    """Keys (after rotation) and values of one block, (B, N, 256, H) each.
+class KeyValueCache(Place):
+    """Keys (after rotation) and values of every block: (blocks, 2, B, N, 256, H).
 
-    The slot of cell c holds those of the last call for that cell: of its latest noisy state while it is being sampled,
+    The tokens of cell c are those of the last call for that cell: of its latest noisy state while it is being sampled,
     then of the finished cell (time 0).
     """
 
-    keys: Tensor
-    values: Tensor
-
     def rows(self, count: int) -> KeyValueCache:
         """A view of the first `count` images."""
-        return KeyValueCache(self.keys[:count], self.values[:count])
+        return KeyValueCache(self.tensor[:, :, :count])
 
-    def store(self, cell: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Write one cell's (B, N, 64, H) into its slot; all keys and values up to and including that cell."""
-        end = (cell + 1) * CELL_TOKENS
-        self.keys[:, :, end - CELL_TOKENS : end] = keys
-        self.values[:, :, end - CELL_TOKENS : end] = values
-        return self.keys[:, :, :end], self.values[:, :, :end]
+
+def store(slot_2BNLH: Tensor, cell: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Write one cell's (B, N, 64, H) into a block's part of the cache; all keys and values up to and including that
+    cell."""
+    all_keys, all_values = slot_2BNLH[0], slot_2BNLH[1]
+    end = (cell + 1) * CELL_TOKENS
+    all_keys[:, :, end - CELL_TOKENS : end] = keys
+    all_values[:, :, end - CELL_TOKENS : end] = values
+    return all_keys[:, :, :end], all_values[:, :, :end]
 
 
 class RMSNorm(nn.Module):
@@ -133,13 +133,13 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
         self.rope = RotaryEmbedding(width // num_heads)
 
-    def forward(self, x_BCPD: Tensor, first_cell: int, cache: KeyValueCache | None, dropout: float) -> Tensor:
+    def forward(self, x_BCPD: Tensor, first_cell: int, slot_2BNLH: Tensor | None, dropout: float) -> Tensor:
         batch, cells, _, width = x_BCPD.shape
         qkv = self.qkv(x_BCPD).view(batch, cells * CELL_TOKENS, 3, self.num_heads, width // self.num_heads)
         queries, keys, values = qkv.permute(2, 0, 3, 1, 4)  # (B, N, L, H) each
         queries, keys = self.rope(queries, first_cell), self.rope(keys, first_cell)
-        if cache is not None:
-            keys, values = cache.store(first_cell, keys, values)
+        if slot_2BNLH is not None:
+            keys, values = store(slot_2BNLH, first_cell, keys, values)
         # One call per cell with exactly the keys it may see: no mask to add, and no masked scores to compute.
         attended = []
         for cell, query in enumerate(queries.split(CELL_TOKENS, dim=2), start=first_cell):
@@ -175,12 +175,12 @@ class Block(nn.Module):
         self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(
-        self, x_BCPD: Tensor, condition_BCD: Tensor, first_cell: int, cache: KeyValueCache | None, dropout: float
+        self, x_BCPD: Tensor, condition_BCD: Tensor, first_cell: int, slot_2BNLH: Tensor | None, dropout: float
     ) -> Tensor:
         modulation = self.ada_lin(condition_BCD)[:, :, None]  # one row per cell, broadcast over its tokens
         gate1, gate2, scale1, scale2, shift1, shift2 = modulation.chunk(6, dim=-1)
         x = x_BCPD
-        x = x + gate1 * self.attn(normalise(x) * (1 + scale1) + shift1, first_cell, cache, dropout)
+        x = x + gate1 * self.attn(normalise(x) * (1 + scale1) + shift1, first_cell, slot_2BNLH, dropout)
         return x + gate2 * self.mlp(normalise(x) * (1 + scale2) + shift2, dropout)
 
 
@@ -225,7 +225,7 @@ class XARTransformer(nn.Module):
         labels_B: Tensor,
         *,
         first_cell: int = 0,
-        cache: Sequence[KeyValueCache] | None = None,
+        cache: KeyValueCache | None = None,
         dropout: float = 0.0,
     ) -> Tensor:
         """Velocity (B, C, 64, 16) of C consecutive cells from `first_cell` on.
@@ -235,7 +235,8 @@ class XARTransformer(nn.Module):
         of this cell is written.
         """
         cells = x_BCPZ.shape[1]
-        slots = cache if cache is not None else [None] * (len(self.encoder_blocks) + len(self.decoder_blocks))
+        num_blocks = len(self.encoder_blocks) + len(self.decoder_blocks)
+        slots = [None] * num_blocks if cache is None else cache.tensor.unbind()
         condition = self.class_emb(labels_B)[:, None] + self.time_embed(timesteps_BC)
         h = self.z_proj_ln(self.z_proj(x_BCPZ) + self._positions(self.encoder_pos_embed_learned, first_cell, cells))
         for block, slot in zip(self.encoder_blocks, slots[: len(self.encoder_blocks)], strict=True):
@@ -247,17 +248,15 @@ class XARTransformer(nn.Module):
             h = block(h, condition, first_cell, slot, dropout)
         return self.pred(self.decoder_norm(h))
 
-    def new_cache(self, batch: int) -> list[KeyValueCache]:
-        """One empty cache per block for `batch` images (two rows per image under guidance), in the dtype of the
-        attention."""
+    def new_cache(self, batch: int) -> KeyValueCache:
+        """An empty cache for `batch` images (two rows per image under guidance), in the dtype of the attention."""
         weight = self.pred.weight
         autocast = torch.is_autocast_enabled(weight.device.type)
         dtype = torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype
-        shape = (batch, self.num_heads, NUM_TOKENS, self.pred.in_features // self.num_heads)
-        return [
-            KeyValueCache(*(torch.empty(shape, dtype=dtype, device=weight.device) for _ in range(2)))
-            for _ in (*self.encoder_blocks, *self.decoder_blocks)
-        ]
+        num_blocks = len(self.encoder_blocks) + len(self.decoder_blocks)
+        head_width = self.pred.in_features // self.num_heads
+        shape = (num_blocks, 2, batch, self.num_heads, NUM_TOKENS, head_width)
+        return KeyValueCache(memory(self, shape, dtype, weight.device))
 
     @staticmethod
     def _positions(table: Tensor, first_cell: int, cells: int) -> Tensor:

@@ -74,8 +74,10 @@ def _generate(
         family, speed = source.family, source.sampling.speed
         with ExitStack() as stack:
             stack.enter_context(arithmetic(device, source.sampling.arithmetic))
-            stack.enter_context(accelerated(model, family.graphed(model), family.compiled, speed))
-            is_replayed = device.type == "cuda" and family.graphed(model) is not None
+            graphed = family.graphed(model) if speed in family.replayed else None
+            is_replayed = stack.enter_context(
+                accelerated(model, graphed, family.compiled, speed, family.graphed_method)
+            )
             if source.sampling.arithmetic in AUTOCAST and not is_replayed:  # a graph would outlive the copies
                 stack.enter_context(weights_cast_once(model))
             returned = family.sample(model, rng, labels, source.options)

@@ -137,12 +137,13 @@ def test_d36_fits_together_at_512_pixels(monkeypatch):
     with FakeTensorMode():
         model = Transformer(presets.published("d36"))
         labels = torch.zeros(4, dtype=torch.int64)
-        conditioning, memories = model.conditioning(labels), model.sampling_memory()
+        conditioning, memory = model.conditioning(labels), model.sampling_memory(4)
         tokens = model.first_tokens(conditioning)
         for scale, side in enumerate(presets.PATCH_NUMS[512]):
-            assert model.logits(tokens, conditioning, memories).shape == (4, side * side, 4096)
+            logits = model.next_logits(tokens, conditioning.blocks, conditioning.head, memory, scale)
+            assert logits.shape == (4, side * side, 4096)
             if side < 32:
                 finer = presets.PATCH_NUMS[512][scale + 1]
                 tokens = model.scale_tokens(torch.empty(4, finer * finer, 32), scale + 1)
-        assert memories[0].num_tokens == 1216
+        assert memory.tensor.shape[4] == 1216
         assert model(labels, torch.empty(4, 2239, 32)).shape == (4, 2240, 4096)

@@ -81,10 +81,10 @@ def test_memory_holds_the_compute_dtype_and_not_the_last_scale(networks):
     model, quantizer = networks
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         conditioning = model.conditioning(torch.tensor([0]))
-        memories = model.sampling_memory()
-        model.logits(model.first_tokens(conditioning), conditioning, memories)
-        assert memories[0]._keys.dtype == torch.bfloat16
-        assert memories[0]._keys.shape == (1, 2, 1 + 4, 16)
+        memory = model.sampling_memory(1)
+        model.next_logits(model.first_tokens(conditioning), conditioning.blocks, conditioning.head, memory, 0)
+        assert memory.tensor.dtype == torch.bfloat16
+        assert memory.tensor.shape == (len(model.blocks), 2, 1, 2, 1 + 4, 16)
         scales = list(sample_scales(model, quantizer, ImageRng([0]), torch.tensor([0]), Sampling()))
     assert all(scale.f_hat.dtype == torch.float32 for scale in scales)
 

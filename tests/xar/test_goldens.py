@@ -140,11 +140,11 @@ def test_calls_with_the_cache(file):
     check("v01", call(1, 512, 0))
     call(0, 0, 0)
     check("v10", call(1, 1000, 1))
-    check("k_enc0_after_v10", cache[0].keys[:, :, :64])
+    check("k_enc0_after_v10", cache.tensor[0, 0, :, :, :64])
     check("v11", call(2, 310, 1))
     call(1, 0, 1)
     check("v20", call(2, 1000, 2))
-    check("v_dec_last_after_v20", cache[-1].values[:, :, :128:4])
+    check("v_dec_last_after_v20", cache.tensor[-1, 1, :, :, :128:4])
     check("v21", call(0, 40, 2))
 
 
