@@ -102,7 +102,14 @@ def complaints(stats: Sequence[Moved], request: Request) -> Iterator[str]:
 
 
 def doubts(pair: Pair, base_sha256: str, synth_sha256: str) -> Iterator[str]:
-    """What the files say of their origin against the order in which they were named; nothing without hashes."""
+    """What the files say of their origin against the order in which they were named; without hashes, only whether SYNTH
+    is a merge."""
+    merged_at = pair.synth.meta.get("w")
+    if isinstance(merged_at, int | float) and merged_at != -1:
+        yield (
+            f"{pair.synth.path} is itself the result of a merge (w = {merged_at:g}), no self-trained model: is another "
+            "file meant, the run's finetune/snapshot-*.safetensors?"
+        )
     origin_of_base, origin_of_synth = (found.meta.get("base_sha256") for found in (pair.base, pair.synth))
     if not base_sha256:
         return

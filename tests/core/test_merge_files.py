@@ -361,6 +361,8 @@ def test_keep_base_with_names_in_one_file_only(tmp_path):
         ("synth", "base", "are they swapped? The base comes first: neon merge BASE SYNTH"),
         ("base", "base", "hold the same numbers: the result is BASE, whatever w is"),
         ("other", "synth", "synth.safetensors says that it was made from another base than"),
+        ("base", "neon", "neon.safetensors is itself the result of a merge (w = 0.5), no self-trained model"),
+        ("base", "there", ""),
     ],
 )
 def test_files_that_hardly_belong_together_in_this_order_are_a_warning(tmp_path, base, synth, said):
@@ -370,6 +372,9 @@ def test_files_that_hardly_belong_together_in_this_order_are_a_warning(tmp_path,
         checkpoint.write(tmp_path / f"{name}.safetensors", weights[name], metadata={"weights": "raw"})
     origin = checkpoint.read(tmp_path / "base.safetensors", weights="raw").sha256
     checkpoint.write(tmp_path / "synth.safetensors", SYNTH, metadata={"weights": "raw", "base_sha256": origin})
+    for name, w in (("neon", 0.5), ("there", -1.0)):  # at -1 it is the self-trained model
+        metadata = {"weights": "raw", "base_sha256": origin, "w": w}
+        checkpoint.write(tmp_path / f"{name}.safetensors", reverse_merge(BASE, SYNTH, w), metadata=metadata)
     files = [tmp_path / f"{name}.safetensors" for name in (base, synth)]
     done = CliRunner().invoke(main, ["merge", *map(str, files), "--w", "1", "--out", str(tmp_path / "out.safetensors")])
     assert done.exit_code == 0, done.output
