@@ -25,11 +25,11 @@ NEAR = 0.08
 """Two places closer than this share of the range count as one, until the fit has been found wrong there."""
 NEAREST = 0.01
 """The least distance of two places."""
-SURE = 1.25
+SURE, SURE_ON_PLANE = 1.25, 0.5
 """A search ends when the gain that is still expected is below so many standard errors of the difference that the
-report's images would show for it. What is missed is the square of a normal number z times the expected gain, its error
-|z| times the mean error over 0.8: at 1.25 the choice lies within two standard errors of the best place in 95 of 100
-cases."""
+report's images would show for it. What is missed on a line is the square of a normal number z times the expected gain,
+its error |z| times the mean error over 0.8: at 1.25 the choice lies within two standard errors of the best place in 95
+of 100 cases. On a plane it may be missed in two directions, by a fit with as few points per term as it can have."""
 EDGE_STEPS = 3
 """How often an optimum at the edge extends the range on that side, by half its width each time."""
 
@@ -283,10 +283,11 @@ class Search:
         return most if enough >= most else min(most, _whole_periods(enough, self.plan.num_classes))
 
     def _report_noise(self, fine: Surface, count: int) -> float:
-        """What the report's images could show of the gain that is still expected, `SURE` times its standard error."""
+        """What the report's images could show of the gain that is still expected: `SURE` standard errors of it."""
         nearness = self._nearness(count)
         images = count * float((self._shares(count) * nearness).sum() / nearness.sum())  # of a point of the fit
-        return SURE * fine.gain_error * math.sqrt(images / self.plan.report_images)
+        sure = SURE_ON_PLANE if self.plan.is_plane else SURE
+        return sure * fine.gain_error * math.sqrt(images / self.plan.report_images)
 
     def _found(self, fit: Surface, final: Surface, reason: Reason, count: int) -> Found:
         place, cfgs = final.places[final.best], self.plan.cfg_scale

@@ -182,7 +182,7 @@ def _moments(features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 def _combined(a: Tensor, mean: Tensor, covariance: Tensor, count: int) -> Gaussian:
     """The fitted moments. With negative weights the sum of covariances may be none: then the nearest one."""
-    fitted = torch.einsum("p,pij->ij", a, covariance)
+    fitted = (a @ covariance.flatten(1)).view_as(covariance[0])
     if (a < 0).any() and torch.linalg.cholesky_ex(fitted).info:
         values, vectors = torch.linalg.eigh(fitted)
         fitted = (vectors * values.clamp(min=0)) @ vectors.T
@@ -203,7 +203,7 @@ def _slope(
     root[:, order] = upper
     values, vectors = torch.linalg.eigh(root @ at.covariance @ root.T)
     axes = root.T @ vectors
-    variances = torch.stack([((c @ axes) * axes).sum(dim=0) for c in covariances])  # (P, R)
+    variances = ((covariances @ axes) * axes).sum(dim=1)  # (P, R)
     n = torch.tensor(counts, dtype=torch.float64)[:, None]
     values = torch.maximum(values, (a[:, None] * variances * (1 - 1 / n) * (2 / n).sqrt()).norm(dim=0))
     is_there = values > 1e-10 * (values.max() if len(values) else 0)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import itertools
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -27,7 +28,7 @@ from neon.checkpoints import checkpoint  # noqa: E402
 from neon.merge import LiveMerge  # noqa: E402
 from neon.pipeline.experiment import load  # noqa: E402
 from neon.pipeline.run import Run  # noqa: E402
-from neon.runtime.distributed import World  # noqa: E402
+from neon.runtime.distributed import World, world  # noqa: E402
 from neon.sampling.generate import generate, to_images  # noqa: E402
 from neon.store import files  # noqa: E402
 
@@ -35,10 +36,10 @@ FIRST_SEED = 3_000_000
 """Of the dense grid's noise: apart from synth, select and report in every config."""
 
 
-def seeded(config: Path, seed: int, folder: Path, overrides: tuple[str, ...] = ()) -> Run:
+def seeded(config: Path, seed: int, folder: Path, ranks: World, overrides: tuple[str, ...] = ()) -> Run:
     """The config with another synthetic set and fine-tune."""
     changed = [f"synth.first_seed={seed * 10_000}", f"finetune.seed={seed}", *overrides]
-    return Run(load(config, changed), folder / f"seed-{seed}", World())
+    return Run(load(config, changed), folder / f"seed-{seed}", ranks)
 
 
 def features(run: Run, snapshot: Path, w: float, cfg_scale: float | None, num_images: int) -> np.ndarray:
@@ -46,10 +47,10 @@ def features(run: Run, snapshot: Path, w: float, cfg_scale: float | None, num_im
     tensors = checkpoint.read(snapshot, weights="any").tensors
     LiveMerge(run.model, run.base_tensors, tensors).set_w(w)
     source = run.source("balanced", FIRST_SEED, cfg_scale)
-    batches = World().batches(num_images, run.sampling.batch)
+    batches = run.world.batches(num_images, run.sampling.batch)
     extract = run.yardsticks[0].extractor
-    parts = [extract(to_images(source, b.codes)).pool for b in generate(source, run.model, batches, World().device)]
-    return torch.cat(parts).numpy()
+    images = (to_images(source, b.codes) for b in generate(source, run.model, batches, run.world.device))
+    return torch.cat([extract(part).pool for part in images]).cpu().numpy()
 
 
 @click.command(help=__doc__)
@@ -64,20 +65,26 @@ def main(
     config: Path, seeds: str, ws: str, cfg_scales: str, num_images: int, out: Path, overrides: tuple[str, ...]
 ) -> None:
     scales: list[float | None] = [float(c) for c in cfg_scales.split(",")] if cfg_scales else [None]
-    for seed in map(int, seeds.split(",")):
-        run = seeded(config, seed, out, overrides)
-        snapshot = run.finetune()[-1]
-        for cfg_scale, w in itertools.product(scales, map(float, ws.split(","))):
-            # the base is the same whatever S is: one file for all seeds
-            folder = out / ("dense-base" if w == 0 else f"seed-{seed}/dense")
-            folder.mkdir(parents=True, exist_ok=True)
-            path = folder / f"w{w:g}-cfg{cfg_scale}.npy"
-            if path.is_file() and len(np.load(path, mmap_mode="r")) >= num_images:
-                continue
-            found = features(run, snapshot, w, cfg_scale, num_images)
-            with files.replacing(path) as stream:
-                np.save(stream, found)
-            print(path, flush=True)
+    places = list(itertools.product(scales, map(float, ws.split(","))))
+    with world() as ranks:
+        for seed in map(int, seeds.split(",")):
+            fill(seeded(config, seed, out, ranks, overrides), out, f"seed-{seed}", places, num_images)
+
+
+def fill(run: Run, out: Path, name: str, places: Sequence[tuple[float | None, float]], num_images: int) -> None:
+    """The files of one synthetic set; places: (cfg_scale, w)."""
+    snapshot = run.finetune()[-1]
+    for cfg_scale, w in places:
+        # the base is the same whatever S is: one file for all seeds
+        folder = out / ("dense-base" if w == 0 else f"{name}/dense")
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"w{w:g}-cfg{cfg_scale}.npy"
+        if path.is_file() and len(np.load(path, mmap_mode="r")) >= num_images:
+            continue
+        found = features(run, snapshot, w, cfg_scale, num_images)
+        with files.replacing(path) as stream:
+            np.save(stream, found)
+        print(path, flush=True)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from fid.frechet import Gaussian  # noqa: E402
 from neon import reverse_merge  # noqa: E402
 from neon.pipeline.run import Run  # noqa: E402
 from neon.report.result import selection  # noqa: E402
+from neon.runtime.distributed import World, world  # noqa: E402
 from neon.search.choose import plan_of  # noqa: E402
 from neon.search.options import Select  # noqa: E402
 from neon.search.strategy import Search  # noqa: E402
@@ -173,10 +174,16 @@ def dense_features(folder: Path, seed: int) -> tuple[list[Place], Tensor]:
 
 
 def real_case(
-    config: Path, folder: Path, seed: int, overrides: tuple[str, ...], authors: int, fixed_grid: tuple[str, ...] | None
+    config: Path,
+    folder: Path,
+    seed: int,
+    ranks: World,
+    overrides: tuple[str, ...],
+    authors: int,
+    fixed_grid: tuple[str, ...] | None,
 ) -> dict[str, object]:
     """One seed of a model with images: `neon search` on the config's selection seeds against the dense grid."""
-    run = seeded(config, seed, folder, overrides)
+    run = seeded(config, seed, folder, ranks, overrides)
     run.finetune()
     choice = run.select()
     assert choice.found is not None
@@ -192,7 +199,7 @@ def real_case(
     scales = cfgs if len(cfgs) == 1 else torch.linspace(cfgs[0], cfgs[-1], 17).tolist()
     fine = [Place(w, c) for c in scales for w in ws]
     dense = surface(places, features, reference, fine, num_classes=10, trust=trust)
-    grid = run.config.select if fixed_grid is None else with_grid(config, seed, folder, fixed_grid).config.select
+    grid = run.config.select if fixed_grid is None else with_grid(config, seed, folder, ranks, fixed_grid).config.select
     assert grid is not None
     grid_points = len({0.0, -1.0, *grid.w}) * len(grid.cfg_scale or (None,)) + 1  # one for the random direction
     return {
@@ -204,33 +211,40 @@ def real_case(
         "authors_images": authors,
         "dense_images": features.shape[1],
         **judged(
-            dense, choice.found.place, {} if fixed_grid is None else grid_choice(config, seed, folder, fixed_grid)
+            dense,
+            choice.found.place,
+            {} if fixed_grid is None else grid_choice(config, seed, folder, ranks, fixed_grid),
         ),
     }
 
 
-def with_grid(config: Path, seed: int, folder: Path, fixed_grid: tuple[str, ...]) -> Run:
-    return seeded(config, seed, folder, ("select.strategy=grid", *fixed_grid))
+def with_grid(config: Path, seed: int, folder: Path, ranks: World, fixed_grid: tuple[str, ...]) -> Run:
+    return seeded(config, seed, folder, ranks, ("select.strategy=grid", *fixed_grid))
 
 
-def grid_choice(config: Path, seed: int, folder: Path, fixed_grid: tuple[str, ...]) -> dict[str, Place]:
+def grid_choice(config: Path, seed: int, folder: Path, ranks: World, fixed_grid: tuple[str, ...]) -> dict[str, Place]:
     """What the fixed grid chooses on the same synthetic set, and the parabola through its lowest values."""
-    choice = with_grid(config, seed, folder, fixed_grid).select()
+    choice = with_grid(config, seed, folder, ranks, fixed_grid).select()
     ws = selection(choice)["parabola_w"]
     return {"grid": Place(choice.point.w)} | ({"parabola": Place(ws)} if isinstance(ws, float) else {})
 
 
-def demo() -> list[dict[str, object]]:
-    return _real(ROOT / "configs" / "demo.toml", STUDY / "demo", DEMO_BUDGET, 13 * 10_000, DEMO_GRID)
+def demo(ranks: World) -> list[dict[str, object]]:
+    return _real(ROOT / "configs" / "demo.toml", STUDY / "demo", ranks, DEMO_BUDGET, 13 * 10_000, DEMO_GRID)
 
 
-def var() -> list[dict[str, object]]:
+def var(ranks: World) -> list[dict[str, object]]:
     """20 updates of 64 images instead of 200 of 128, at four times the rate: what a CPU can pay for some times."""
-    return _real(ROOT / "configs" / "small" / "var.toml", STUDY / "var", VAR_SHORT, 17 * 14 * 10_000, None)
+    return _real(ROOT / "configs" / "small" / "var.toml", STUDY / "var", ranks, VAR_SHORT, 17 * 14 * 10_000, None)
 
 
 def _real(
-    config: Path, folder: Path, overrides: tuple[str, ...], authors: int, fixed_grid: tuple[str, ...] | None
+    config: Path,
+    folder: Path,
+    ranks: World,
+    overrides: tuple[str, ...],
+    authors: int,
+    fixed_grid: tuple[str, ...] | None,
 ) -> list[dict[str, object]]:
     """fixed_grid: the settings of a grid that is run beside the search; None: only its images are counted."""
     found = []
@@ -241,7 +255,7 @@ def _real(
             places = max(done.values())
             click.echo(f"{folder}: {num_places} of {places} places of seed {seed}'s dense grid; left out", err=True)
             continue
-        found.append(real_case(config, folder, seed, overrides, authors, fixed_grid))
+        found.append(real_case(config, folder, seed, ranks, overrides, authors, fixed_grid))
         click.echo(json.dumps(found[-1]), err=True)
     return found
 
@@ -366,7 +380,7 @@ def _with_error(difference: dict) -> str:
     return f"{difference['value']:.3g} +- {difference['error']:.2g}"
 
 
-STUDIES: dict[str, Callable[[], list[dict[str, object]]]] = {"toy": toy, "demo": demo, "var": var}
+STUDIES: dict[str, Callable[[World], list[dict[str, object]]]] = {"toy": lambda _: toy(), "demo": demo, "var": var}
 
 
 @click.command(help=__doc__)
@@ -381,7 +395,9 @@ def main(what: str) -> None:
         parts = [head + mark, summary(cases), table(cases), small_table(), diagnosis_table()]
         page.write_text("\n\n".join(parts) + "\n")
         return
-    (RESULTS / f"{what}.json").write_text(json.dumps(STUDIES[what](), indent=1) + "\n")
+    with world() as ranks:
+        cases = STUDIES[what](ranks)
+    (RESULTS / f"{what}.json").write_text(json.dumps(cases, indent=1) + "\n")
 
 
 if __name__ == "__main__":
