@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +20,7 @@ from fid.store import FeatureStore
 from neon.evaluation.evaluate import Yardstick
 from neon.family import Draws, Family
 from neon.first_batch import lies_in_unit_interval
+from neon.library.fingerprint import fingerprint
 from neon.quantize import DivergedError, Rule, to_uint8
 from neon.runtime.precision import Precision, arithmetic
 from neon.seeds import ImageRng, Rng, SharedRng
@@ -294,14 +294,3 @@ def function_score(function: Score, example: Tensor) -> FunctionScore:
     return FunctionScore(
         extractor=Whole(name, fingerprint(function), example.shape[1:]), function=function, example=example.cpu()
     )
-
-
-def fingerprint(function: Callable) -> str:
-    """SHA-256 of a function's source text, or of its byte code where there is no file; what it closes over is not
-    seen."""
-    try:
-        text = inspect.getsource(function)
-    except (OSError, TypeError):
-        code = getattr(function, "__code__", None)
-        text = type(function).__qualname__ if code is None else f"{code.co_code.hex()} {code.co_names}"
-    return hashlib.sha256(text.encode()).hexdigest()

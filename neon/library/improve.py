@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from neon.checkpoints import checkpoint
 from neon.library.evaluate import references
+from neon.library.fingerprint import fingerprint
 from neon.library.functions import (
     Functions,
     Loss,
@@ -23,7 +24,6 @@ from neon.library.functions import (
     check_per_image,
     check_range,
     check_takes,
-    fingerprint,
     function_score,
 )
 from neon.pipeline.experiment import parse

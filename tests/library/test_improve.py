@@ -16,7 +16,7 @@ import neon
 from edm.family import EDM
 from edm.options import Objective, Sampling
 from neon.checkpoints import checkpoint
-from neon.library import functions
+from neon.library.fingerprint import fingerprint
 from neon.library.functions import check_per_image, check_takes
 from neon.library.improve import improved
 from neon.pipeline.experiment import load
@@ -461,8 +461,94 @@ def test_a_wrapped_or_frozen_model_is_refused(toy):
 def test_a_lambdas_fingerprint_without_source_is_its_code():
     space = {}
     exec("f = lambda x: x + 1\ng = lambda x: x - 1\nh = lambda x: x + 1", space)
-    assert functions.fingerprint(space["f"]) == functions.fingerprint(space["h"])
-    assert functions.fingerprint(space["f"]) != functions.fingerprint(space["g"])
+    assert fingerprint(space["f"]) == fingerprint(space["h"])
+    assert fingerprint(space["f"]) != fingerprint(space["g"])
+
+
+STEPS, CALLS = 8, 0
+
+
+def helped(x):
+    return x + STEPS
+
+
+def counting(model, seeds):
+    global CALLS
+    CALLS += 1
+    return helped(model)
+
+
+class Drawing:
+    def __init__(self, steps):
+        self.steps = steps
+
+    def __call__(self, model, seeds):
+        self.calls = getattr(self, "calls", 0) + 1
+        return self.steps
+
+    def draw(self, model, seeds):
+        return self.steps
+
+
+def closing_over(steps):
+    return lambda model, seeds: steps
+
+
+def with_default(steps):
+    def draw(model, seeds, steps=steps):
+        return steps
+
+    return draw
+
+
+def without_source(steps):
+    space = {}
+    exec(f"f = lambda model, seeds: {steps}", space)
+    return space["f"]
+
+
+MAKERS = {
+    "partial": lambda steps: functools.partial(pow, steps),
+    "positions": lambda steps: functools.partial(Drawing.draw, steps),
+    "keywords": lambda steps: functools.partial(Drawing.draw, model=steps),
+    "object": Drawing,
+    "method": lambda steps: Drawing(steps).draw,
+    "closure": closing_over,
+    "settings": lambda steps: closing_over({"steps": steps, "range": (0.0, 1.0)}),
+    "default": with_default,
+    "no source": without_source,
+}
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_a_value_that_a_function_uses_is_part_of_it(kind):
+    """A folder was continued with another number of steps: what a function closes over was not seen, and of a partial
+    not even the function."""
+    make = MAKERS[kind]
+    assert fingerprint(make(8)) == fingerprint(make(8))
+    assert fingerprint(make(8)) != fingerprint(make(18))
+
+
+def test_globals_count_through_helpers_and_counters_do_not(monkeypatch):
+    before = fingerprint(counting)
+    counting(1, [0])
+    assert fingerprint(counting) == before
+    drawing = Drawing(8)
+    drawing(1, [0])
+    assert fingerprint(drawing) == fingerprint(Drawing(8))
+    assert fingerprint(closing_over("cuda")) == fingerprint(closing_over("cpu"))  # a run may go on there
+    monkeypatch.setitem(globals(), "STEPS", 18)
+    assert fingerprint(counting) != before
+
+
+def test_a_folder_is_not_continued_with_another_value(toy, tmp_path):
+    def scaled(by):
+        return lambda model, seeds: by * sample(model, seeds)
+
+    improve_toy(toy, **SMALL, folder=tmp_path / "run", sample=scaled(1.0))
+    improve_toy(toy, **SMALL, folder=tmp_path / "run", sample=scaled(1.0))
+    with pytest.raises(ValueError, match=r"begun with another setting: .*function"):
+        improve_toy(toy, **SMALL, folder=tmp_path / "run", sample=scaled(1.1))
 
 
 def test_the_demos_edm_gets_the_numbers_of_neon_run(tmp_path):
