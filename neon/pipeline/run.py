@@ -243,9 +243,16 @@ class Run:
         self._preflight(["select"])
         paths = snapshots(self.folder / "finetune")
         names = [path.stem.removeprefix("snapshot-") for path in paths]
+        steps = {name: self._step_size(name, 0.0)["relative_step"] for name in names}
+        if names and steps[names[-1]] == 0:
+            raise ValueError(
+                f"{paths[-1]}: the fine-tune moved no weight, so that every w is the base: its gradients are zero, or "
+                "its updates smaller than the weights' dtype can tell. Take a larger lr, or give the model in float32 "
+                "(precision = 'bf16' then computes in bfloat16)"
+            )
         if self.config.need("select", Select).snapshots == "last" or len(names) == 1:
             return self.judge.choose({names[-1]: 1.0})
-        return self.judge.choose({name: self._step_size(name, 0.0)["relative_step"] for name in names})
+        return self.judge.choose({name: step for name, step in steps.items() if step})
 
     def _step_size(self, snapshot: str, w: float) -> dict[str, float]:
         synth = checkpoint.read(self.folder / "finetune" / f"snapshot-{snapshot}.safetensors", weights="any")

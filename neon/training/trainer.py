@@ -3,6 +3,7 @@ made in `loop.py`."""
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass, field
 from typing import Any, TypedDict
@@ -17,6 +18,8 @@ from neon.runtime.distributed import World
 from neon.runtime.precision import arithmetic
 from neon.training.recipe import Training
 from neon.training.schedules import ema_beta, lr_at
+
+LOG = logging.getLogger(__name__)
 
 
 class State(TypedDict):
@@ -57,6 +60,16 @@ class Trainer:
         if not decay + constant:
             raise ValueError(
                 f"there is nothing to train: {type(self.family).__name__}.trains is false for every parameter"
+            )
+        coarse = [p for p in constant + decay if p.dtype in (torch.float16, torch.bfloat16)]
+        if coarse and self.world.is_main:
+            LOG.warning(
+                "%d of %d trained parameters are %s: an update below about 1/%d of a weight is lost. Give the model in "
+                "float32; precision = 'bf16' then computes in bfloat16",
+                len(coarse),
+                len(constant + decay),
+                str(coarse[0].dtype).removeprefix("torch."),
+                round(2 / torch.finfo(coarse[0].dtype).eps),
             )
         self.optimizer = kind(
             [g for g in groups if g["params"]], lr=self.recipe.lr, betas=self.recipe.betas, eps=self.recipe.eps

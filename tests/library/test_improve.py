@@ -1,6 +1,7 @@
 """neon.improve gives the numbers of `neon run`, on the notebook's toy and on the demo's EDM, and refuses what would not
 be Neon."""
 
+import copy
 import functools
 import json
 import shutil
@@ -315,7 +316,7 @@ def test_the_first_loss_changes_neither_the_model_nor_what_follows(toy, found):
         seen.append((len(points), model is network))
         model.train()
         points = points.requires_grad_()
-        (slope,) = torch.autograd.grad(model(points).sum(), points, create_graph=True)
+        (slope,) = torch.autograd.grad(model(points).square().sum(), points, create_graph=True)
         return slope.square().sum(1) + torch.rand(()) * 0
 
     def draw(model, seeds):
@@ -463,6 +464,30 @@ def test_a_lambdas_fingerprint_without_source_is_its_code():
     exec("f = lambda x: x + 1\ng = lambda x: x - 1\nh = lambda x: x + 1", space)
     assert fingerprint(space["f"]) == fingerprint(space["h"])
     assert fingerprint(space["f"]) != fingerprint(space["g"])
+
+
+def coarse_sample(model, seeds):
+    return sample(copy.deepcopy(model).float(), seeds)
+
+
+def coarse_loss(model, points, labels, generator):
+    with torch.autocast("cpu", torch.bfloat16):
+        return loss(model, points, labels, generator).float()
+
+
+def test_a_fine_tune_that_moves_nothing_is_said_and_no_search_is_made(tmp_path, caplog):
+    """In bfloat16 a small rate leaves every weight as it is: it read as "no w helped: w = 0 is best"."""
+    with pytest.raises(ValueError, match="the fine-tune moved no weight, so that every w is the base"):
+        improve_toy(
+            trained(steps=2).bfloat16(),
+            **SMALL,
+            lr=1e-8,
+            folder=tmp_path / "run",
+            sample=coarse_sample,
+            loss=coarse_loss,
+        )
+    assert "trained parameters are bfloat16: an update below about 1/256 of a weight is lost" in caplog.text
+    assert not (tmp_path / "run/ledger.jsonl").exists()
 
 
 STEPS, CALLS = 8, 0
