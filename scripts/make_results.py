@@ -145,7 +145,11 @@ Time on {found["device"]}, {at_commit(found)}: {seconds}.
 
 
 def at_commit(found: Mapping) -> str:
-    return f"commit {found['commit'][:7]}" if "commit" in found else "commit not recorded"
+    if "commit" not in found:
+        return "commit not recorded"
+    earlier = found.get("earlier")
+    parts = f" ({', '.join(earlier['parts'])}: {earlier['commit'][:7]})" if earlier else ""
+    return f"commit {found['commit'][:7]}{parts}"
 
 
 def recognised(found: Mapping) -> str:

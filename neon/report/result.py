@@ -200,7 +200,7 @@ def _ended_by(search: Found, plan: Plan, spent: str) -> str:
     left = f"a better place could gain about {search.gain:.3g}"
     return {
         "gain": f"{spent}; {left}, less than the report's images could show ({search.noise:.3g})",
-        "budget": f"the budget of {plan.budget_images:,} images was used ({spent}); "
+        "budget": f"the next step would not fit into the budget of {plan.budget_images:,} images ({spent}); "
         + (f"{edge}: a larger budget (select.budget_images) looks beyond" if search.is_at_edge else left),
         "images": f"{spent}; every point that decides used the whole selection block of {plan.most_images:,}; "
         + (f"{edge}: widen w (select.w)" if search.is_at_edge else f"{left}: make select.num_images larger"),

@@ -37,6 +37,7 @@ from neon.toy.diffusion import Diffusion  # noqa: E402
 from neon.toy.experiment import Model, evaluation_noise, self_train, train_base  # noqa: E402
 from neon.toy.stack import Weights, split  # noqa: E402
 from neon.toy.target import COVARIANCE, real_points  # noqa: E402
+from scripts.evidence.jobs import JOBS  # noqa: E402
 from scripts.search.dense import seeded  # noqa: E402
 
 RESULTS, STUDY = ROOT / "results" / "search", ROOT / "runs" / "search-study"
@@ -201,13 +202,12 @@ def real_case(
     dense = surface(places, features, reference, fine, num_classes=10, trust=trust)
     grid = run.config.select if fixed_grid is None else with_grid(config, seed, folder, ranks, fixed_grid).config.select
     assert grid is not None
-    grid_points = len({0.0, -1.0, *grid.w}) * len(grid.cfg_scale or (None,)) + 1  # one for the random direction
     return {
         "case": config.stem,
         "seed": seed,
         "ended_by": choice.found.reason,
         "images": choice.found.images_spent,
-        "grid_images": grid_points * grid.num_images,
+        "grid_images": grid_images(grid.w, grid.cfg_scale, grid.num_images),
         "authors_images": authors,
         "dense_images": features.shape[1],
         **judged(
@@ -216,6 +216,11 @@ def real_case(
             {} if fixed_grid is None else grid_choice(config, seed, folder, ranks, fixed_grid),
         ),
     }
+
+
+def grid_images(ws: Sequence[float], cfg_scales: Sequence[float] | None, num_images: int) -> int:
+    """Of the fixed grid on these values, with one point for the random direction."""
+    return (len({0.0, -1.0, *ws}) * len(cfg_scales or (None,)) + 1) * num_images
 
 
 def with_grid(config: Path, seed: int, folder: Path, ranks: World, fixed_grid: tuple[str, ...]) -> Run:
@@ -358,21 +363,25 @@ def measured_ws(case: str) -> list[float]:
 
 
 def small_table() -> str:
-    """The five families of configs/small: what the search chose on one synthetic set, the fixed grid on two others."""
-    found = json.loads((RESULTS / "small.json").read_text())
+    """configs/small, one synthetic set each: what the search chose; on two others, what the fixed grid did."""
     lines = [
-        f"One run of each family on real images ({found['source']}):",
+        "One run of each family on real images (`scripts/evidence/measure.py FAMILY --set select.strategy=search` on "
+        "one H200; the grid with 2,000 images at every point on two other synthetic sets):",
         "",
-        "| family | images | of the grid's | ended by | chosen | base | Neon | grid's w, two other sets | parabola's |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| family | images | of the grid's | ended by | chosen | base | Neon | grid's w, two other sets | parabola's "
+        "| commit |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for row in found["rows"]:
-        place = _place((row["w"], row["cfg_scale"] or 0.0))
-        others = [", ".join(f"{o[key]:.2f}" for o in row["other_sets"]) or "-" for key in ("w", "parabola_w")]
-        share = f"1/{row['grid_images'] / row['images']:.0f}"
-        cells = [row["family"], f"{row['images']:,}", share, row["ended_by"], place]
-        values = [f"{row['base']:.4g}", f"{row['neon']:.4g} (gain {_with_error(row['difference'])})"]
-        lines.append(f"| {' | '.join([*cells, *values, *others])} |")
+    for job in JOBS:
+        found = json.loads((ROOT / "results" / "small" / f"{job}.json").read_text())
+        main, others = found["main"], [found[s] for s in ("seed1", "seed2") if s in found]
+        select, spent = main["config"]["select"], main["select"]["images"]
+        grid = grid_images(select["w"], select["cfg_scale"], select["num_images"])
+        at_others = [", ".join(f"{o[key]:.2f}" for o in others) or "-" for key in ("w", "parabola_w")]
+        cells = [job, f"{spent:,}", f"1/{grid / spent:.0f}", main["select"]["ended_by"]]
+        cells += [_place((main["w"], main["cfg_scale"] or 0.0)), f"{main['base_value']:.4g}"]
+        cells += [f"{main['value']:.4g} (gain {_with_error(main['difference'])})", *at_others, found["commit"][:7]]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
