@@ -78,7 +78,8 @@ def _generate(
             is_replayed = stack.enter_context(
                 accelerated(model, graphed, family.compiled, speed, family.graphed_method)
             )
-            if source.sampling.arithmetic in AUTOCAST and not is_replayed:  # a graph would outlive the copies
+            # a graph would outlive the copies, and compiled blocks cast for themselves
+            if source.sampling.arithmetic in AUTOCAST and speed == "exact" and not is_replayed:
                 stack.enter_context(weights_cast_once(model))
             returned = family.sample(model, rng, labels, source.options)
         yield Batch(indices, *first_batch.sampled(type(family).__name__, returned, len(indices), source.num_classes))

@@ -73,17 +73,18 @@ def tables(family: str, sampling: dict, objective: dict) -> dict:
 
 
 def built(
-    name: str, sampling: dict | None = None, objective: dict | None = None
+    name: str, sampling: dict | None = None, objective: dict | None = None, model: dict | None = None
 ) -> tuple[Family, nn.Module, Experiment]:
     """On the CPU; families with an autoencoder get a fresh one."""
     table = tables(name, sampling or {}, objective or {})
+    table["model"] = {**table["model"], **(model or {})}
     family = resolve(name)
     torch.manual_seed(0)
-    model = family.build(table["model"])
-    for parameter in model.parameters():
+    network = family.build(table["model"])
+    for parameter in network.parameters():
         if parameter.ndim > 1:
             nn.init.normal_(parameter, std=0.05)
-    return family, model, parse(table)
+    return family, network, parse(table)
 
 
 def use_autoencoder(family: Family, name: str) -> None:
