@@ -212,8 +212,8 @@ def test_images_that_are_no_numbers_are_a_line_of_the_ledger_not_a_stop(line_con
 
 
 def test_the_merged_file_says_whether_it_is_the_base(line_config, tmp_path):
-    """A fine-tune that moves nothing: the curve is flat, the base stays, and the file says so."""
-    found = run(line_config, tmp_path / "run", "finetune.lr=1e-30")
+    """A fine-tune that hardly moves anything: the curve is flat, the base stays, and the file says so."""
+    found = run(line_config, tmp_path / "run", "finetune.lr=1e-6")
     meta = checkpoint.read(tmp_path / "run/neon.safetensors").meta
     assert found["w"] == 0
     assert found["verdict"].startswith("no w helped: the curve over w is flat")
