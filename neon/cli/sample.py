@@ -46,6 +46,9 @@ def sample(
 ) -> None:
     """Sample images of a checkpoint of any family into a folder or a .zip.
 
+    The neon.safetensors of a run says which sampling options its w was chosen for: they are used where --set names no
+    others.
+
     \b
     neon sample checkpoints/Neon_EDM_FFHQ.pkl --num-images 64 --set num_steps=40 --out ffhq
     neon sample runs/mine/neon.safetensors --family mine:Mine --out mine.zip

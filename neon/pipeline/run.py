@@ -268,6 +268,9 @@ class Run:
             merged = merge.reverse_merge(self.base_tensors, synth.tensors, point.w, parameters=parameters)
             merged |= {later: merged[first] for later, first in merge.ties_of(self.model).items()}
             metadata = {**self._metadata(self.base.weights), "w": point.w, "synth_sha256": synth.sha256, "note": note}
+            metadata["sampling"] = to_plain(
+                self.source("balanced", 0, point.cfg_scale).options
+            )  # what w was chosen for
             checkpoint.write(path, merged, metadata=metadata | {"is_base": point.w == 0})
             self.family.export(merged, self.folder, self.config.need("finetune", Training).objective)
         self.world.barrier()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from neon import quantize
 from neon.checkpoints import checkpoint
-from neon.config_table import build
+from neon.config_table import build, to_plain
 from neon.family import Family, num_classes_of, resolve
 from neon.images.formats import write_folder, write_zip
 from neon.own_code import shipped
@@ -35,7 +35,7 @@ class Request:
     first_seed: int
     batch: int
     options: Mapping[str, object]
-    """Values of the family's sampling options."""
+    """Values of the family's sampling options, before those that the file was made for."""
     uint8: quantize.Rule | None
     """None: the rule that the file names, else "round"."""
     out: Path
@@ -53,7 +53,8 @@ def sample(request: Request, world: World) -> dict[str, object]:
         raise ValueError("neon sample runs in one process; `neon synth CONFIG` shares its images among ranks")
     found = checkpoint.read(request.checkpoint, weights=request.weights, option="--weights ...")
     family = _family(found, request.family)
-    options = _options(family, request.options)
+    own = _own_options(found, family)
+    options = _options(family, {**own, **request.options})
     family.open(request.autoencoder, world.device)
     model = load_network(found, family).to(world.device).eval().requires_grad_(False)
     classes = num_classes_of(family, model)
@@ -82,6 +83,8 @@ def sample(request: Request, world: World) -> dict[str, object]:
         "family": family.name,
         "weights": found.weights,
         "uint8": rule,
+        "sampling": to_plain(options),
+        "from_file": sorted(own.keys() - request.options.keys()),
     }
 
 
@@ -100,6 +103,13 @@ def _family(found: checkpoint.Checkpoint, name: str | None) -> Family:
         return resolve(str(found.family))
     says = "does not say of which family it is" if found.family is None else f"is of the family {found.family!r}"
     raise ValueError(f"{found.path} {says}: name it with --family ({', '.join(shipped())} or module:Class)")
+
+
+def _own_options(found: checkpoint.Checkpoint, family: Family) -> dict[str, object]:
+    """The sampling options that `neon run` chose w for, as its merged file says."""
+    said = found.meta.get("sampling")
+    known = {field.name for field in fields(family.sampling)}
+    return {key: value for key, value in said.items() if key in known} if isinstance(said, Mapping) else {}
 
 
 def _options(family: Family, given: Mapping[str, object]) -> object:

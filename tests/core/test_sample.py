@@ -12,7 +12,9 @@ from neon.checkpoints import checkpoint
 from neon.cli.main import main
 from neon.images.formats import open_images
 from neon.pipeline.experiment import load
+from neon.pipeline.run import Run
 from neon.quantize import to_uint8
+from neon.runtime.distributed import World
 from neon.seeds import ImageRng
 from tests.commands import ROOT, invoke, last_object
 
@@ -82,6 +84,29 @@ def test_the_pixels_are_those_that_the_family_samples(tmp_path):
     with torch.no_grad():
         codes, _ = family.sample(model, ImageRng(range(3, 7)), labels, family.sampling(num_steps=3))
     assert (open_images(tmp_path / "set.zip").read(range(4)) == to_uint8(family.decode(codes), "edm")).all()
+
+
+def test_a_merged_file_is_sampled_as_its_w_was_chosen(line_config, tmp_path):
+    """The images of `neon sample` are those of the report's row, unless another option is named."""
+    result = Run(load(line_config, ["sampling.uint8=edm"]), tmp_path / "run", World()).all()
+    merged, family = tmp_path / "run/neon.safetensors", "tests.core.line_family:Line"
+    said = checkpoint.read(merged).meta["sampling"]
+    assert said["cfg_scale"] == result["cfg_scale"]
+    arguments = ["--family", family, "--num-images", 3, "--device", "cpu"]
+    done = {
+        name: invoke(main, "sample", merged, *arguments, *options, "--out", tmp_path / f"{name}.zip")
+        for name, options in (
+            ("own", []),
+            ("named", words([f"{k}={v}" for k, v in said.items()])),
+            ("other", words(["cfg_scale=9"])),
+        )
+    }
+    assert all(d.exit_code == 0 for d in done.values()), [d.output for d in done.values()]
+    assert last_object(done["own"].stdout)["sampling"] == said
+    assert last_object(done["own"].stdout)["from_file"] == sorted(said)
+    assert "cfg_scale" not in last_object(done["other"].stdout)["from_file"]
+    own, named, other = ((tmp_path / f"{name}.zip").read_bytes() for name in done)
+    assert own == named != other
 
 
 def refused(*arguments: object) -> str:
