@@ -26,7 +26,6 @@ class Sampled:
         self.family, self.model, self.config = built(name, sampling)
         use_autoencoder(self.family, name)
         self.model.requires_grad_(False)
-        self.family.replayed = ("exact",)
         base = {key: value.clone() for key, value in self.model.state_dict().items()}
         self.merge = LiveMerge(self.model, base, {key: value * 1.1 for key, value in base.items()})
 
