@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, replace
 
 import torch
@@ -85,11 +86,15 @@ def measure(probe: Probe, *, with_features: bool) -> Rates:
 
 
 def _sampling(probe: Probe) -> Cost:
-    exact = replace(probe.source, sampling=replace(probe.source.sampling, speed="exact"))
+    family = copy(probe.family)
+    family.replayed = ()  # graphs and compiled blocks would hide calls and products from the counters
+    exact = replace(probe.source, family=family, sampling=replace(probe.source.sampling, speed="exact"))
     counted = Probe(probe.config, probe.device)
-    counted.family, counted.model, counted.source = probe.family, probe.model, exact
-    with _counting_calls(probe.model) as calls, _counting() as flop:
-        counted.sample(range(1))  # graphs and compiled blocks would hide calls and products from the counters
+    counted.family, counted.model, counted.source = family, probe.model, exact
+    graphed = family.graphed(probe.model)
+    network = probe.model if graphed is None else graphed
+    with _counting_calls(network, family.graphed_method) as calls, _counting() as flop:
+        counted.sample(range(1))
 
     def work(count: int) -> None:
         for batch in probe.sample(range(count)):
@@ -182,13 +187,22 @@ def _counting() -> Iterator[FlopCounterMode]:
 
 
 @contextmanager
-def _counting_calls(model: nn.Module) -> Iterator[list[None]]:
+def _counting_calls(network: nn.Module, method: str) -> Iterator[list[None]]:
     calls: list[None] = []
-    hook = model.register_forward_hook(lambda *_: calls.append(None))
+    called = getattr(network, method)
+
+    def counted(*args: object, **named: object) -> object:
+        calls.append(None)
+        return called(*args, **named)
+
+    had = vars(network).get(method)
+    vars(network)[method] = counted
     try:
         yield calls
     finally:
-        hook.remove()
+        del vars(network)[method]
+        if had is not None:
+            vars(network)[method] = had
 
 
 def _repeated(values: Tensor, count: int) -> Tensor:

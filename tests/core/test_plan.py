@@ -14,11 +14,13 @@ import torch
 from fid.reference import read_reference
 from neon.cli.main import main
 from neon.pipeline.experiment import load
-from neon.pipeline.measure import _counting, measure
+from neon.pipeline.measure import _counting, _sampling, measure
 from neon.pipeline.probe import Probe
 from neon.published.hints import how_to_get
 from tests.commands import ROOT, invoke, last_object, started
 from tests.core.line_family import Line
+from tests.core.test_gpu_without_one import FAMILIES, built, source_of, use_autoencoder
+from tests.pretend_graphs import pretend_graphs
 
 
 def planned(config, *options) -> dict:
@@ -79,6 +81,30 @@ lr = 1e-3
     assert rates.weights_bytes == 4 * (785 * width + width + width * width + width + width * 784 + 784)
     assert rates.features is None
     assert rates.peak_bytes is None
+
+
+NETWORK_CALLS = {"edm": 2 * 3 - 1, "flow": 8, "imm": 4, "var": len((1, 2, 4, 7))}
+"""Of one image: two per step of Heun's method but the last, one per step, one per scale."""
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_on_a_gpu_the_calls_and_products_are_counted_that_graphs_replay(name, monkeypatch):
+    """With an accelerator the third call of a shape is the last that the network makes itself."""
+
+    def counted():
+        family, model, config = built(name)
+        use_autoencoder(family, name)
+        probe = Probe(config)
+        probe.family, probe.model, probe.source = family, model.eval(), source_of(family, model, config)
+        cost = _sampling(probe)
+        return cost.calls, cost.flop
+
+    monkeypatch.setattr("neon.pipeline.measure._timed", lambda *_, **__: (1.0, 1))
+    calls, flop = counted()
+    with pretend_graphs():
+        assert counted() == (calls, flop)
+    assert calls == NETWORK_CALLS.get(name, calls)
+    assert calls > 0
 
 
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
