@@ -136,8 +136,46 @@ def test_the_table_of_the_card_is_its_measurement():
         assert rows[f"{job}/exact"]["equals_plain"]
         assert f"| {label} | {plain} | {exact}, equal bit for bit | {compiled} | {fast}, {cost} |" in table
         assert not found["goals"][job]["2x_at_published_precision"]
+    assert f"which is of {found['header']['commit'][:7]}" in table
     shared = result("bench/gpu_h200_shared.json")["rows"]
     assert all(row["equals_plain"] for name, row in shared.items() if name.endswith("/exact"))
+
+
+def test_the_table_of_graphs_is_its_measurement():
+    sections = result("bench/gpu_h200_graphs.json")["sections"]
+    labels = {
+        "xar": "xAR-B, 5 steps per cell, guided, fp16, batch 16",
+        "var": "VAR-d16, guided, fp16, batch 32",
+    }
+    for name, label in labels.items():
+        found = sections[name]
+        shares = found["equality (share of numbers that differ from the second call without graphs)"]
+        to_the_published = [value for key, value in shares.items() if key.endswith("to weights cast at every call")]
+        assert len(to_the_published) == 12
+        assert not any(value if isinstance(value, float) else any(value) for value in to_the_published)
+        off, on = (f"{found[mode]['images_per_s']:.0f}" for mode in ("off", "on"))
+        peak = " -> ".join(f"{found[f'peak_mib_{mode}']:,.0f}" for mode in ("off", "on"))
+        assert f"| {label} | {off} | {on}, equal bit for bit | {peak} |" in README
+
+
+def test_what_docs_say_of_graphs_and_training_on_a_gpu_is_the_measurement():
+    sections = result("bench/gpu_h200_graphs.json")["sections"]
+    text = " ".join((ROOT / "docs" / "speed.md").read_text().split())
+    for name in ("xar", "var"):
+        off, on = (sections[name][mode] for mode in ("off", "on"))
+        assert f"{off['ms']:.0f} ms without graphs, {on['ms']:.0f} with" in text
+        assert f"the GPU then idles for {100 * on['idle_share']:.0f} %" in text
+    edm, var = sections["edm/train"], sections["var/train"]
+    ms = {key: f"{row['ms']:.0f}" for key, row in edm.items() if isinstance(row, dict)}
+    assert f"{ms['now']} ms per step, fused Adam {ms['fused']}, one read per step {ms['read_once']}" in text
+    assert f"all of it {ms['fused+next']}" in text
+    assert f"micro-batches of a quarter {ms['micro4']}, with one read {ms['micro4_read_once']}" in text
+    now, fused, every = (var[key] for key in ("now", "fused", "fused+next"))
+    assert (
+        f"{now['least_ms']:.0f} to {now['ms']:.0f} ms, fused Adam {fused['ms']:.0f}, all of it {every['ms']:.0f}"
+        in text
+    )
+    assert f"{100 * var['fused']['weights_that_differ']:.0f} % of the weights" in text
 
 
 def share(value: float) -> str:
