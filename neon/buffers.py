@@ -48,12 +48,11 @@ def parameters_among(base: Mapping[str, Tensor], synth: Mapping[str, Tensor]) ->
 
 
 def is_learned(base: Tensor, synth: Tensor) -> bool:
-    """Whether an entry of a name in LEARNABLE is a parameter: the fine-tune moved it, and its numbers are neither a
-    mask's nor a counter's, one whole number in both models."""
+    """Whether an entry of a name in LEARNABLE is a parameter: the fine-tune moved it, and its numbers are not those of
+    a mask or of counters: whole in both models, or so large that they bar something."""
     if not (base.is_floating_point() and synth.is_floating_point() and base.shape == synth.shape and base.numel()):
         return False
     base, synth = base.double(), synth.double()
-    is_counter = base.numel() == 1 and base.equal(base.round()) and synth.equal(synth.round())
-    is_flags = base.equal((base != 0).double()) and synth.equal((synth != 0).double())
+    is_whole = base.equal(base.round()) and synth.equal(synth.round())
     is_bar = not base.abs().max() < LEAST_BAR  # NaN too
-    return not (is_counter or is_flags or is_bar or base.equal(synth))
+    return not (is_whole or is_bar or base.equal(synth))

@@ -281,9 +281,9 @@ class RandomDirection(Mapping[str, Tensor]):
 def step_size(
     base: Mapping[str, Tensor], synth: Mapping[str, Tensor], w: float, parameters: Collection[str]
 ) -> dict[str, float]:
-    """How far the merge moves: `relative_step` = |synth - base| / |base| over all parameters, and `swallowed`, the
-    share of moved entries that w (synth - base) cannot change in the base's dtype (bfloat16 swallows most of a short
-    fine-tune)."""
+    """How far the merge moves: `relative_step` = |synth - base| / |base| over all parameters (|synth - base| where
+    every parameter of the base is 0), and `swallowed`, the share of moved entries that w (synth - base) cannot change
+    in the base's dtype (bfloat16 swallows most of a short fine-tune)."""
     moved = unchanged = 0
     step_squares = base_squares = 0.0
     for name in parameters:
@@ -297,6 +297,6 @@ def step_size(
         moved += int(does_move.sum())
         unchanged += int((does_move & (extrapolate(b, step, w) == b)).sum()) if w != 0 else 0
     return {
-        "relative_step": math.sqrt(step_squares / base_squares) if base_squares else 0.0,
+        "relative_step": math.sqrt(step_squares / (base_squares or 1.0)),
         "swallowed": unchanged / moved if moved else 0.0,
     }

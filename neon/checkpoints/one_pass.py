@@ -76,7 +76,7 @@ class Moved:
 
     def about(self) -> dict[str, float]:
         return {
-            "relative_step": math.sqrt(self.step_squares / self.base_squares) if self.base_squares else 0.0,
+            "relative_step": math.sqrt(self.step_squares / (self.base_squares or 1.0)),
             "swallowed": self.swallowed / self.moved if self.moved else 0.0,
         }
 

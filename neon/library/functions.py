@@ -191,8 +191,9 @@ def check_per_image(sample: Sample, model: nn.Module, first_seed: int) -> tuple[
     finally:
         for module, mode in modes.items():
             module.training = mode
-    if not together.double().isfinite().all():
-        raise ValueError("sample: the model's images hold numbers that are not finite")
+    for images, where in ((together, ""), (beside, ""), (alone, f" where one is drawn alone, that of seed {two}")):
+        if not images.double().isfinite().all():
+            raise ValueError(f"sample: the model's images hold numbers that are not finite{where}")
     own = together[1].double()
     alone_moved, moved, apart = (
         float((other.double() - own).abs().mean()) for other in (alone[0], beside[1], together[0])

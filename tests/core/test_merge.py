@@ -129,6 +129,7 @@ LOOK_LIKE_BUFFERS = {  # name -> (base, self-trained, whether it is learned)
     "lsq.step": ([0.02], [0.03], True),
     "steps": ([1.0, 2.0, 3.0], [1.5, 2.0, 3.0], True),
     "ema.step": (1000.0, 1064.0, False),
+    "codes.counter": ([5.0, 7.0, 9.0], [6.0, 8.0, 10.0], False),
     "a.mask": ([0.0, 1.0, 1.0], [0.0, 0.0, 1.0], False),
     "b.mask": ([0.0, -1e9, 0.0], [0.0, -1e9 + 64, 0.0], False),
     "c.causal_mask": ([0.0, -torch.inf], [-torch.inf, 0.0], False),
@@ -213,6 +214,13 @@ def test_step_size_tells_when_the_dtype_swallows_the_step():
     assert step_size(base, synth, 1.0, ["p"])["relative_step"] == pytest.approx(5e-4, rel=1e-3)
     assert step_size(base, synth, 1.0, ["p"])["swallowed"] == 0
     assert step_size({"p": base["p"].bfloat16()}, synth, 1.0, ["p"])["swallowed"] == 1
+
+
+def test_a_base_of_zeros_is_no_step_of_zero():
+    """An adapter before its first update: that nothing was moved is an error of a run."""
+    base, synth = {"p": torch.zeros(4)}, {"p": torch.full((4,), 0.5)}
+    assert step_size(base, synth, 1.0, ["p"]) == {"relative_step": 1.0, "swallowed": 0.0}
+    assert step_size(base, base, 1.0, ["p"])["relative_step"] == 0
 
 
 def test_the_search_keeps_two_copies_of_the_weights():

@@ -342,6 +342,14 @@ def test_float8_files(tmp_path, dtype):
     assert checkpoint.read(tmp_path / "out.safetensors").tensors["p"].float().tolist() == [0.5, 2.0]
 
 
+def test_a_base_of_zeros_is_not_said_to_be_the_same(tmp_path, caplog):
+    base = saved(tmp_path / "base.pth", {"a": torch.zeros(4)})
+    synth = saved(tmp_path / "synth.pth", {"a": torch.full((4,), 0.5)})
+    about = neon("merge", base, synth, "--w", 1, "--out", tmp_path / "out.safetensors")
+    assert about["relative_step"] == 1.0
+    assert "the same numbers" not in caplog.text
+
+
 def test_keep_base_with_names_in_one_file_only(tmp_path):
     base = saved(tmp_path / "base.pth", {"a": torch.ones(2), "only": torch.ones(1)})
     synth = saved(tmp_path / "synth.pth", {"a": torch.zeros(2), "other": torch.ones(1)})

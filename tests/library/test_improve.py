@@ -252,6 +252,13 @@ def test_a_little_of_the_neighbours_is_refused(toy, share):
         check_per_image(mixed(share), toy, 0)
 
 
+def test_an_image_that_is_no_number_without_neighbours_is_refused(toy):
+    """A little of the batch's deviation, which one image has not: S was made but for a last batch of one."""
+    deviation = lambda model, seeds: sample(model, seeds) + 1e-4 * sample(model, seeds).std(0)  # noqa: E731
+    with pytest.raises(ValueError, match="not finite where one is drawn alone, that of seed 1"):
+        check_per_image(deviation, toy, 0)
+
+
 @pytest.mark.parametrize("eps", [0.0, 2**-9, 2**-6])
 def test_the_rounding_of_another_batch_size_is_none_of_the_neighbours(toy, eps):
     """2^-9 is bfloat16's; many steps blow it up. An image and its neighbours, one by one, are the same in any batch."""
