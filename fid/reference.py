@@ -88,16 +88,22 @@ def _count(array: np.ndarray) -> int:
     return int(array)
 
 
+def check_name(reference: Reference, name: str) -> None:
+    """Raise ValueError if the statistics say that another extractor than `name` made them; weights are not needed."""
+    if reference.extractor not in (None, name):
+        raise ValueError(
+            f"{reference.path or 'the reference'}: holds features of {reference.extractor}, the images get those of "
+            f"{name}: their distance means nothing; name the extractor that made it with --extractor, or make it again "
+            f"with `neon fid ref --extractor {name}`"
+        )
+
+
 def check_made_with(reference: Reference, extractor: Extractor) -> None:
     """Raise ValueError unless the statistics are of the extractor's features: the same name and the same weights where
     the file records them (published files do not), the same number in any case."""
+    check_name(reference, extractor.name)
     where = reference.path or "the reference"
     advice = f"make it again with `neon fid ref --extractor`, or name its own extractor for {extractor.name}"
-    if reference.extractor not in (None, extractor.name):
-        raise ValueError(
-            f"{where}: holds features of {reference.extractor}, the images get those of {extractor.name}: their "
-            f"distance means nothing; {advice}"
-        )
     made_with = reference.provenance.get("extractor_sha256")
     if made_with not in (None, extractor.sha256):
         raise ValueError(

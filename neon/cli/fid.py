@@ -245,7 +245,8 @@ def calc(
     neon fid calc --data samples/ --ref fid_stats/adm_in256_stats.npz --metric fid --metric is
     neon fid calc --data samples/ --ref real.zip --metric fid --metric precision --metric recall
     """
-    from fid.reference import Reference
+    from fid.features import SHIPPED
+    from fid.reference import Reference, check_name
     from neon.evaluation.compute import Question, compare, open_reference, open_side
     from neon.evaluation.on_disk import describe_extractor, describe_source, versions
     from neon.runtime.distributed import world
@@ -254,6 +255,8 @@ def calc(
     with world(how.device, how.timeout) as ranks:
         against = None if reference is None else open_reference(reference)
         images, real = open_side(source), None if ref_data is None else open_side(ref_data)
+        if isinstance(against, Reference) and how.extractor in SHIPPED and not how.allow_unknown_weights:
+            check_name(against, how.extractor)  # before weights are asked for that this reference has no use for
         network = how.open(ranks)
         found = compare(images, against, real, network, question, ranks)
     if found is None:

@@ -89,6 +89,14 @@ def read_pair(base: Path, synth: Path, request: Request) -> tuple[Checkpoint, Ch
             f"{base} gives its {b.weights!r} weights and {synth} its {s.weights!r} weights, which do not belong "
             "together; name the sets with --base-weights and --synth-weights if you mean it"
         )
+    if not is_named and {b.weights, s.weights} == {"ema", "unnamed"}:
+        plain, average = (b, s) if s.weights == "ema" else (s, b)
+        log.warning(
+            "%s does not say whether its weights are an average, of %s the average (ema) is taken: the step is only "
+            "that of the self-training if both are of one kind; name the sets with --base-weights and --synth-weights",
+            plain.path,
+            average.path,
+        )
     return b, named_alike(b, s)
 
 

@@ -173,7 +173,8 @@ def _costs(result: Result) -> str:
     for cost in result.costs:
         calls = "not counted" if cost.network_calls is None else f"{cost.network_calls:,}"
         seconds = "not known" if cost.seconds is None else f"{cost.seconds:,.0f}"
-        share = "not known" if cost.share_of_training is None else f"{100 * cost.share_of_training:.2g} %"
+        part = cost.share_of_training
+        share = "not known" if part is None else f"{100 * part:{'.2g' if part < 0.1 else ',.0f'}} %"
         body.append([cost.stage, f"{cost.images:,}", calls, seconds, share])
     note = "A training image counts as three network calls. The share needs the base's own [train] in the config."
     return (
@@ -185,9 +186,11 @@ def _costs(result: Result) -> str:
 def _use(result: Result) -> str:
     path = html.escape(str(result.about.get("merged", "neon.safetensors")))
     is_base = " It holds the base's own weights, since no w helped." if result.neon.point.w == 0 else ""
+    scale = result.neon.point.cfg_scale  # where the config leaves it to the search, `neon eval` cannot know it
+    guidance = "" if scale is None else f" --set report.cfg_scale={scale:g}"
     return f"""<p>The merged model is <code>{path}</code>.{is_base}</p>
 <pre>neon info {path}
-neon eval CONFIG --checkpoint {path}
+neon eval CONFIG --checkpoint {path}{guidance}
 
 from safetensors.torch import load_file
 model.load_state_dict(load_file("{path}"))</pre>"""

@@ -149,6 +149,16 @@ def test_the_inception_score_needs_no_reference():
     assert 1 < found.metrics["is50[fashion-cnn]"] < 10
 
 
+def test_a_reference_of_another_extractor_is_said_before_weights_are_asked_for(tmp_path, monkeypatch):
+    """Without --extractor the answer was where to download the FID Inception, which this reference has no use for."""
+    monkeypatch.setenv("NEON_CACHE", str(tmp_path))
+    np.save(tmp_path / "data.npy", MADE[:, 0])
+    asked = ["fid", "calc", "--data", tmp_path / "data.npy", "--ref", ROOT / "demo/reference_fashion-cnn.npz"]
+    said = CliRunner().invoke(main, list(map(str, asked))).output
+    assert "holds features of fashion-cnn, the images get those of inception-2015-12-05" in said
+    assert "with --extractor" in said
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -92,6 +92,19 @@ def test_a_network_that_cannot_be_built_here_is_merged_by_its_own_names(tmp_path
         assert_same(dict(found.tensors), reverse_merge(BASE, SYNTH, 1.0))
 
 
+def test_an_average_beside_weights_of_no_known_kind_is_said(tmp_path, pair, caplog):
+    """A bare state dict and a training state with an average: what an average lags behind is no self-training."""
+    both = saved(tmp_path / "both.pth", {"ema": SYNTH, "model": BASE})
+    out = tmp_path / "out.safetensors"
+    neon("merge", pair[0], both, "--w", 1, "--out", out)
+    assert_same(safetensors.torch.load_file(out), reverse_merge(BASE, SYNTH, 1.0))  # the average, as before
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said.startswith(f"{pair[0]} does not say whether its weights are an average, of {both} the average")
+    caplog.clear()
+    neon("merge", pair[0], both, "--w", 1, "--base-weights", "ema", "--synth-weights", "ema", "--out", out)
+    assert not caplog.records
+
+
 def test_weight_sets_by_default_and_by_name(tmp_path):
     half = {name: value * 0.5 if value.is_floating_point() else value for name, value in BASE.items()}
     both = saved(tmp_path / "both.pth", {"ema": BASE, "model": half})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import datetime
 import html
 import io
 import json
@@ -18,6 +19,7 @@ import pytest
 from matplotlib.container import ErrorbarContainer
 from PIL import Image
 
+from neon.pipeline.evaluate_base import evaluate_base
 from neon.pipeline.experiment import load
 from neon.pipeline.run import Run
 from neon.report import page
@@ -107,6 +109,22 @@ def test_every_guidance_of_a_grid_is_drawn_and_the_axis_fits_the_data(line_confi
     assert high - low < 1.5 * (max(ends) - min(ends))
     rows = [name for name in result.rows if name != "random direction"]
     assert [frame["label"][:4] for frame in frames_of(text)] == ["self", "base", "Neon"][: len(rows)]
+
+
+def test_the_page_says_how_its_headline_is_evaluated_again(line_config, tmp_path, monkeypatch):
+    """`neon eval` cannot know the guidance that a search chose: the page's own command was an error."""
+    result, text = finished(line_config, tmp_path / "run", monkeypatch, *SEARCH)
+    (setting,) = re.findall(r"neon eval CONFIG --checkpoint \S+ --set (\S+)", text)
+    config = load(line_config, [f"base.checkpoint={tmp_path}/run/neon.safetensors", setting])
+    found = evaluate_base(Run(config, tmp_path / "again", World()), 1)
+    assert found["value"] == result.neon.metrics[result.metric]
+
+
+def test_a_cost_above_the_base_s_training_is_a_plain_number(line_config, tmp_path, monkeypatch):
+    result, _ = finished(line_config, tmp_path / "run", monkeypatch, *SEARCH)
+    costs = [replace(result.costs[0], share_of_training=part) for part in (0.00234, 0.094, 1.55, 38.2)]
+    text = page.page(replace(result, costs=costs), "run", datetime.date(2026, 1, 1))
+    assert re.findall(r"<td>([^<]* %)</td>", text) == ["0.23 %", "9.4 %", "155 %", "3,820 %"]
 
 
 @pytest.mark.parametrize("overrides", [SEARCH, ()], ids=["map", "grid"])
