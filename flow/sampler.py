@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from flow.options import ErrorNorm
+from neon.quantize import DivergedError
 
 Velocity = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """(t (B,) or (), x (B, ...), class labels (B,) or None) -> dx/dt like x."""
@@ -70,7 +71,7 @@ def dopri5(
 ) -> Tensor:
     """The states (T, B, ...) at `times`, ascending, of which the first is x. 2 + 6 (accepted + rejected steps) calls.
 
-    tol: relative and absolute tolerance. Raises ValueError if the velocity is not finite or steps vanish.
+    tol: relative and absolute tolerance. Raises DivergedError if the velocity is not finite or steps vanish.
     """
     groups = len(x) if error_norm == "image" else 1
     images = torch.arange(len(x), device=x.device).view(groups, -1)
@@ -95,7 +96,7 @@ def dopri5(
         ratio = rms(combined(slopes, ERROR, h) / (tol + tol * torch.maximum(y.abs(), y_new.abs()))).double()
         t_new = t + h
         if not ratio.isfinite().all() or (t_new == t).any():
-            raise ValueError(
+            raise DivergedError(
                 f"dopri5 stops at t = {t.min():.4g}: the velocity is not finite, or the tolerance {tol:g} is too small"
             )
         accepted = ratio <= 1
