@@ -41,7 +41,7 @@ def model_card(result: Mapping, *, is_pipeline: bool, has_adapter: bool = False)
         + f"""
 # {family}, improved by Neon
 
-These weights are `{result["formula"]}` with **w = {result["w"]:g}**
+These weights are `{result["formula"]}` with **w = {result["w"]:g}**{_guidance(result)}
 ([Neon, arXiv 2510.03597](https://arxiv.org/abs/2510.03597)): the base model sampled a synthetic set, was fine-tuned on
 it briefly, and was then moved the other way. No new data were used; size and sampling speed are the base's.
 
@@ -79,12 +79,19 @@ def _verdict(result: Mapping) -> str:
     return f"\n{result['verdict']}\n" if isinstance(result.get("verdict"), str) else ""
 
 
+def _guidance(result: Mapping) -> str:
+    scale = result.get("cfg_scale")
+    return "" if scale is None else f", to be sampled with **cfg_scale = {scale:g}**"
+
+
 def _table(result: Mapping) -> str:
     names = list(result["rows"]["neon"]["metrics"])
-    lines = ["| weights | w | " + " | ".join(names) + " |", "|---|---|" + "---|" * len(names)]
+    places = ["w"] if result["rows"]["neon"].get("cfg_scale") is None else ["w", "cfg_scale"]
+    lines = ["| " + " | ".join(["weights", *places, *names]) + " |", "|---|" + "---|" * len(places + names)]
     for name, row in result["rows"].items():
-        values = " | ".join(f"{row['metrics'][n]:.4g}" if n in row["metrics"] else "-" for n in names)
-        lines.append(f"| {ROWS.get(name, name)} | {row['w']:g} | {values} |")
+        at = [f"{row[place]:g}" for place in places]
+        values = [f"{row['metrics'][n]:.4g}" if n in row["metrics"] else "-" for n in names]
+        lines.append("| " + " | ".join([ROWS.get(name, name), *at, *values]) + " |")
     return "\n".join(lines)
 
 
@@ -116,8 +123,10 @@ from safetensors.torch import load_file
 
 model.load_state_dict(load_file("model.safetensors"))    # the network that neon.improve was given
 ```"""
-    return """```
-neon eval CONFIG --checkpoint hf://OWNER/NAME/model.safetensors --weights any
+    scale = result.get("cfg_scale")
+    guidance = "" if scale is None else f" --set report.cfg_scale={scale:g}"
+    return f"""```
+neon eval CONFIG --checkpoint hf://OWNER/NAME/model.safetensors --weights any{guidance}
 ```"""
 
 

@@ -188,10 +188,11 @@ def _use(result: Result) -> str:
     is_base = " It holds the base's own weights, since no w helped." if result.neon.point.w == 0 else ""
     scale = result.neon.point.cfg_scale  # where the config leaves it to the search, `neon eval` cannot know it
     guidance = "" if scale is None else f" --set report.cfg_scale={scale:g}"
+    is_by_functions = _mapping(result.about.get("config")).get("family_name") == "neon.improve"  # there is no config
+    again = "" if is_by_functions else f"neon eval CONFIG --checkpoint {path}{guidance}\n"
     return f"""<p>The merged model is <code>{path}</code>.{is_base}</p>
 <pre>neon info {path}
-neon eval CONFIG --checkpoint {path}{guidance}
-
+{again}
 from safetensors.torch import load_file
 model.load_state_dict(load_file("{path}"))</pre>"""
 

@@ -120,6 +120,15 @@ def test_the_page_says_how_its_headline_is_evaluated_again(line_config, tmp_path
     assert found["value"] == result.neon.metrics[result.metric]
 
 
+def test_a_page_of_neon_improve_names_no_config(line_config, tmp_path, monkeypatch):
+    result, text = finished(line_config, tmp_path / "run", monkeypatch, *SEARCH)
+    by_functions = replace(result, about={**result.about, "config": {"family_name": "neon.improve"}})
+    own = page.page(by_functions, "run", datetime.date(2026, 1, 1))
+    assert "neon eval CONFIG" in text
+    assert "neon eval" not in own
+    assert re.search(r"<pre>neon info \S+\n\nfrom safetensors", own)
+
+
 def test_a_cost_above_the_base_s_training_is_a_plain_number(line_config, tmp_path, monkeypatch):
     result, _ = finished(line_config, tmp_path / "run", monkeypatch, *SEARCH)
     costs = [replace(result.costs[0], share_of_training=part) for part in (0.00234, 0.094, 1.55, 38.2)]

@@ -78,6 +78,23 @@ def test_a_published_folder_holds_weights_card_numbers_and_pictures(finished):
     assert publish(finished, folder)["files"] == expected  # again, in its place
 
 
+def test_the_card_names_the_guidance_that_its_numbers_were_measured_at(finished):
+    """It said the family's default and `selected`, and `neon eval` as the card gave it was an error."""
+    result = json.loads((finished / "result.json").read_text())
+    scales = dict(zip(result["rows"], (1.0, 1.25, 1.25, 1.25), strict=True))
+    rows = {name: row | {"cfg_scale": scales[name]} for name, row in result["rows"].items()}
+    card = model_card(result | {"cfg_scale": 1.25, "rows": rows}, is_pipeline=False)
+    assert "to be sampled with **cfg_scale = 1.25**" in card
+    assert "--weights any --set report.cfg_scale=1.25\n" in card
+    assert "| weights | w | cfg_scale | " in card
+    assert f"| base model (w = 0) | 0 | 1 | {rows['base']['metrics'][result['metric']]:.4g}" in card
+    without = {name: row | {"cfg_scale": None} for name, row in rows.items()}
+    card = model_card(result | {"cfg_scale": None, "rows": without}, is_pipeline=False)
+    assert "sampled with" not in card
+    assert "report.cfg_scale" not in card
+    assert f"| base model (w = 0) | 0 | {rows['base']['metrics'][result['metric']]:.4g}" in card
+
+
 def test_the_card_of_a_pipeline_names_its_base_and_how_to_load_it(finished):
     result = json.loads((finished / "result.json").read_text())
     result["config"]["base"] |= {"checkpoint": "hf://owner/base", "prompts": "prompts.txt"}
