@@ -42,11 +42,13 @@ def seeded(config: Path, seed: int, folder: Path, ranks: World, overrides: tuple
     return Run(load(config, changed), folder / f"seed-{seed}", ranks)
 
 
-def features(run: Run, snapshot: Path, w: float, cfg_scale: float | None, num_images: int) -> np.ndarray:
+def features(
+    run: Run, snapshot: Path, w: float, cfg_scale: float | None, num_images: int, first_seed: int = FIRST_SEED
+) -> np.ndarray:
     """(num_images, D) float32 of the first extractor, at one point of the grid."""
     tensors = checkpoint.read(snapshot, weights="any").tensors
     LiveMerge(run.model, run.base_tensors, tensors).set_w(w)
-    source = run.source("balanced", FIRST_SEED, cfg_scale)
+    source = run.source("balanced", first_seed, cfg_scale)
     batches = run.world.batches(num_images, run.sampling.batch)
     extract = run.yardsticks[0].extractor
     images = (to_images(source, b.codes) for b in generate(source, run.model, batches, run.world.device))
@@ -59,19 +61,31 @@ def features(run: Run, snapshot: Path, w: float, cfg_scale: float | None, num_im
 @click.option("--ws", required=True, help="Values of w, with commas.")
 @click.option("--cfg-scales", default="", help="Values of cfg_scale, with commas; none for a family without guidance.")
 @click.option("--num-images", type=int, required=True, help="Images of every point.")
+@click.option(
+    "--first-seed", type=int, default=FIRST_SEED, show_default=True, help="Another noise; name another --out."
+)
 @click.option("--out", type=click.Path(path_type=Path), required=True)
 @click.option("--set", "overrides", multiple=True, help="Another value of the config, as in `neon run`.")
 def main(
-    config: Path, seeds: str, ws: str, cfg_scales: str, num_images: int, out: Path, overrides: tuple[str, ...]
+    config: Path,
+    seeds: str,
+    ws: str,
+    cfg_scales: str,
+    num_images: int,
+    first_seed: int,
+    out: Path,
+    overrides: tuple[str, ...],
 ) -> None:
     scales: list[float | None] = [float(c) for c in cfg_scales.split(",")] if cfg_scales else [None]
     places = list(itertools.product(scales, map(float, ws.split(","))))
     with world() as ranks:
         for seed in map(int, seeds.split(",")):
-            fill(seeded(config, seed, out, ranks, overrides), out, f"seed-{seed}", places, num_images)
+            fill(seeded(config, seed, out, ranks, overrides), out, f"seed-{seed}", places, num_images, first_seed)
 
 
-def fill(run: Run, out: Path, name: str, places: Sequence[tuple[float | None, float]], num_images: int) -> None:
+def fill(
+    run: Run, out: Path, name: str, places: Sequence[tuple[float | None, float]], num_images: int, first_seed: int
+) -> None:
     """The files of one synthetic set; places: (cfg_scale, w)."""
     snapshot = run.finetune()[-1]
     for cfg_scale, w in places:
@@ -81,7 +95,7 @@ def fill(run: Run, out: Path, name: str, places: Sequence[tuple[float | None, fl
         path = folder / f"w{w:g}-cfg{cfg_scale}.npy"
         if path.is_file() and len(np.load(path, mmap_mode="r")) >= num_images:
             continue
-        found = features(run, snapshot, w, cfg_scale, num_images)
+        found = features(run, snapshot, w, cfg_scale, num_images, first_seed)
         with files.replacing(path) as stream:
             np.save(stream, found)
         print(path, flush=True)
