@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, fields
@@ -109,7 +110,10 @@ def _own_options(found: checkpoint.Checkpoint, family: Family) -> dict[str, obje
     """The sampling options that `neon run` chose w for, as its merged file says."""
     said = found.meta.get("sampling")
     known = {field.name for field in fields(family.sampling)}
-    return {key: value for key, value in said.items() if key in known} if isinstance(said, Mapping) else {}
+    if not isinstance(said, Mapping):
+        return {}
+    # JSON has no infinity: `to_plain` wrote EDM's S_max as a word
+    return {key: math.inf if value == "inf" else value for key, value in said.items() if key in known}
 
 
 def _options(family: Family, given: Mapping[str, object]) -> object:

@@ -10,9 +10,13 @@ from PIL import Image
 
 from neon.checkpoints import checkpoint
 from neon.cli.main import main
+from neon.config_table import to_plain
+from neon.family import resolve
 from neon.images.formats import open_images
+from neon.own_code import shipped
 from neon.pipeline.experiment import load
 from neon.pipeline.run import Run
+from neon.pipeline.sample import _options, _own_options
 from neon.quantize import to_uint8
 from neon.runtime.distributed import World
 from neon.seeds import ImageRng
@@ -107,6 +111,17 @@ def test_a_merged_file_is_sampled_as_its_w_was_chosen(line_config, tmp_path):
     assert "cfg_scale" not in last_object(done["other"].stdout)["from_file"]
     own, named, other = ((tmp_path / f"{name}.zip").read_bytes() for name in done)
     assert own == named != other
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_the_sampling_options_of_a_merged_file_are_read_back(name, tmp_path):
+    """EDM's S_max is infinite, which JSON is not: every merged file of an EDM was refused."""
+    family = resolve(name)
+    plain = family.sampling(**({"num_steps": 3} if name == "xar" else {}))
+    options = family.with_guidance(plain, 1.5) if family.is_guided else plain
+    path = tmp_path / "merged.safetensors"
+    checkpoint.write(path, {"x": torch.zeros(1)}, metadata={"weights": "raw", "sampling": to_plain(options)})
+    assert _options(family, _own_options(checkpoint.read(path, weights="any"), family)) == options
 
 
 def refused(*arguments: object) -> str:
