@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from neon.report.result import Cost, Result, compared, verdict
 from neon.runtime.distributed import World
 from neon.runtime.progress import say
 from neon.sampling.generate import Source, generate
-from neon.sampling.options import Synth
+from neon.sampling.options import Sampling, Synth
 from neon.search.choose import Choice, by_grid, by_search, random_control
 from neon.search.ledger import Ledger
 from neon.search.options import Select
@@ -94,7 +94,7 @@ class Judge:
         choice: Choice,
         rows: Mapping[str, Score],
         features: Mapping[str, Mapping[str, Tensor]],
-        calls_per_image: int | None,
+        calls: Calls,
     ) -> Result:
         """Stage 5: the numbers, their errors, the verdict and the cost."""
         config = self.config.need("report", Report)
@@ -112,7 +112,7 @@ class Judge:
             not_comparable=why_not_comparable(self.yardstick, config.num_images),
             errors=errors,
             neighbours=self._neighbours(choice, features),
-            costs=self._costs(rows, calls_per_image),
+            costs=self._costs(rows, calls),
             pictures={name: images for name, images in shown.items() if images is not None},
             slides=self._slides(choice),
             about={},
@@ -159,16 +159,20 @@ class Judge:
         some = images.subset(at_random(len(images), MAX_REAL, seed=0).tolist())
         return torch.cat([self.yardstick.extractor(part).pool.cpu() for part in some.batches(256)])
 
-    def _costs(self, rows: Mapping[str, Score], calls_per_image: int | None) -> list[Cost]:
+    def _costs(self, rows: Mapping[str, Score], calls: Calls) -> list[Cost]:
         """What every stage took. A training image counts as three network passes, a sampled one as its calls."""
         trained = None if self.config.train is None else self.config.train.images
         synth, recipe = self.config.need("synth", Synth), self.config.need("finetune", Training)
         times = read_times(self.folder)
 
-        def sampled(stage: str, images: int, seconds: float | None) -> Cost:
-            calls = None if calls_per_image is None else calls_per_image * images
-            share = None if calls is None or trained is None else calls / (3 * trained)
-            return Cost(stage=stage, images=images, network_calls=calls, seconds=seconds, share_of_training=share)
+        def sampled(
+            stage: str, images: Mapping[float | None, int], seconds: float | None, sampling: Sampling | None = None
+        ) -> Cost:
+            made = sum(images.values())
+            known = [(calls(scale, sampling), count) for scale, count in images.items()]
+            total = sum((each or 0) * count for each, count in known) if all(each for each, _ in known) else None
+            share = None if total is None or trained is None else total / (3 * trained)
+            return Cost(stage=stage, images=made, network_calls=total, seconds=seconds, share_of_training=share)
 
         select = self.config.need("select", Select)
         searched, search_s = self.ledger.cost_of(range(select.first_seed, select.first_seed + select.num_images))
@@ -179,13 +183,19 @@ class Judge:
             seconds=times.get("finetune"),
             share_of_training=None if trained is None else recipe.images / trained,
         )
-        report_images = self.config.need("report", Report).num_images * len(rows)
+        scales = [score.point.cfg_scale for score in rows.values()]
+        num_images = self.config.need("report", Report).num_images
+        reported = {scale: num_images * scales.count(scale) for scale in scales}
         return [
-            sampled("synthetic set", synth.num_images, times.get("synth")),
+            sampled("synthetic set", {synth.cfg_scale: synth.num_images}, times.get("synth"), synth.sampling),
             tuned,
             sampled("search", searched, search_s),
-            sampled("report", report_images, sum(s.seconds.get("total", 0.0) for s in rows.values())),
+            sampled("report", reported, sum(s.seconds.get("total", 0.0) for s in rows.values())),
         ]
+
+
+Calls = Callable[[float | None, Sampling | None], int | None]
+"""Network calls for one image at a guidance; with other sampling options than the config's."""
 
 
 def calls_per_image(source: Source, model: nn.Module, device: torch.device) -> int | None:

@@ -285,8 +285,7 @@ class Run:
         choice = self.select()
         rows, features = self.judge.report(choice)
         point = rows["neon"].point
-        calls = calls_per_image(self.source("balanced", 0, point.cfg_scale), self.model, self.world.device)
-        result = self.judge.result(choice, rows, features, calls)
+        result = self.judge.result(choice, rows, features, self._calls_per_image)
         merged = self.write_merged(point, result.verdict.text)
         result = replace(result, about=self.about(rows["neon"], merged), diagnosis=self._diagnosis(result))
         if self.world.is_main:
@@ -299,6 +298,9 @@ class Run:
         where = f": {self.folder / 'report.html'}" if self.is_kept else ""
         say(self.world, f"done in {time.perf_counter() - started:.0f} s{where}")
         return result.as_json()
+
+    def _calls_per_image(self, cfg_scale: float | None, sampling: Sampling | None) -> int | None:
+        return calls_per_image(self.source("balanced", 0, cfg_scale, sampling), self.model, self.world.device)
 
     def _diagnosis(self, result: Result) -> str | None:
         path = self.folder / DIAGNOSIS

@@ -81,11 +81,14 @@ class Ledger:
             self._count(0.0)
         return self._as_score(point, known)
 
-    def cost_of(self, first_seeds: range) -> tuple[int, float]:
-        """Images and seconds of everything that was evaluated on blocks that begin with these seeds; what was lost and
-        made again counts once."""
+    def cost_of(self, first_seeds: range) -> tuple[dict[float | None, int], float]:
+        """Images at every guidance, and seconds, of everything that was evaluated on blocks that begin with these
+        seeds; what was lost and made again counts once."""
         own = [line for line in self._known.values() if line["block"]["first_seed"] in first_seeds]
-        images = sum(line["block"]["num_images"] for line in own)
+        images: dict[float | None, int] = {}
+        for line in own:
+            scale = line["point"]["cfg_scale"]
+            images[scale] = images.get(scale, 0) + line["block"]["num_images"]
         return images, sum(line["seconds"].get("total", 0.0) for line in own)
 
     def tell(self, text: str) -> None:

@@ -67,6 +67,27 @@ def test_a_run_ends_with_numbers_a_merged_file_and_a_page(line_config, tmp_path)
     assert torch.equal(merged.tensors["mask"], base.tensors["mask"])  # -inf stays -inf
 
 
+def test_network_calls_are_those_of_every_image_at_its_own_guidance(line_config, tmp_path, monkeypatch):
+    """A network that is called 1,000 times the guidance: all images counted at the chosen one would be another sum."""
+    monkeypatch.setattr(
+        "neon.pipeline.run.calls_per_image", lambda source, model, device: round(1000 * source.options.cfg_scale)
+    )
+    result = run(line_config, tmp_path / "run")
+    costs = {cost["stage"]: cost["network_calls"] for cost in result["costs"]}
+    config = load(line_config)
+    lines = [json.loads(line) for line in (tmp_path / "run/ledger.jsonl").read_text().splitlines()]
+    searched = [line for line in lines if line["block"]["first_seed"] == config.select.first_seed]
+    assert len({line["point"]["cfg_scale"] for line in searched}) > 1
+    assert costs["search"] == sum(
+        round(1000 * line["point"]["cfg_scale"]) * line["block"]["num_images"] for line in searched
+    )
+    assert costs["report"] == sum(
+        round(1000 * row["cfg_scale"]) * config.report.num_images for row in result["rows"].values()
+    )
+    scale = config.synth.cfg_scale
+    assert costs["synthetic set"] == (1000 if scale is None else round(1000 * scale)) * config.synth.num_images
+
+
 def test_w_0_is_the_base_and_its_own_evaluation(line_config, tmp_path):
     """`neon eval` of the base file gives, bit for bit, what the grid's w = 0 row says."""
     result = run(line_config, tmp_path / "run")
