@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -163,14 +164,14 @@ class Judge:
         """What every stage took. A training image counts as three network passes, a sampled one as its calls."""
         trained = None if self.config.train is None else self.config.train.images
         synth, recipe = self.config.need("synth", Synth), self.config.need("finetune", Training)
-        times = read_times(self.folder)
+        times, looked = read_times(self.folder), cache(calls)  # an image is made to learn it: once per guidance
 
         def sampled(
             stage: str, images: Mapping[float | None, int], seconds: float | None, sampling: Sampling | None = None
         ) -> Cost:
             made = sum(images.values())
-            known = [(calls(scale, sampling), count) for scale, count in images.items()]
-            total = sum((each or 0) * count for each, count in known) if all(each for each, _ in known) else None
+            known = [((looked if sampling is None else calls)(scale, sampling), n) for scale, n in images.items()]
+            total = sum((each or 0) * n for each, n in known) if all(each for each, _ in known) else None
             share = None if total is None or trained is None else total / (3 * trained)
             return Cost(stage=stage, images=made, network_calls=total, seconds=seconds, share_of_training=share)
 

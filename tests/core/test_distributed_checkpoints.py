@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import os
 import pickle
 import subprocess
@@ -53,6 +54,21 @@ def test_sets_of_a_folder(tmp_path: Path) -> None:
     b, s = state(0)["a.weight"], state(1)["a.weight"]
     assert torch.equal(merged["a.weight"], torch.add(b, s - b, alpha=-1.5))
     assert torch.equal(merged["norm.running_var"], state(0)["norm.running_var"])
+
+
+def test_a_folder_that_python_3_11_0_wrote(tmp_path: Path) -> None:
+    """Until 3.11.3 a member of an enumeration was pickled as getattr(enumeration, name)."""
+    folder = saved(tmp_path / "base", 0)
+
+    class Pickler(pickle.Pickler):
+        def reducer_override(self, value: object) -> object:
+            return (getattr, (type(value), value.name)) if isinstance(value, enum.Enum) else NotImplemented
+
+    metadata = pickle.loads((folder / ".metadata").read_bytes())  # the test's own, of two lines above
+    with (folder / ".metadata").open("wb") as file:
+        Pickler(file).dump(metadata)
+    assert b"getattr" in (folder / ".metadata").read_bytes()
+    assert_state(checkpoint.read(folder, weights="raw").tensors, state(0))
 
 
 RANKS = """
