@@ -116,12 +116,28 @@ class Ledger:
         if "failed" in known:
             return self.score(point, block), {}
         path = self._folder / "features" / f"{key[:16]}.npz"
-        features = self._world.broadcast(_read_features(path) if self._world.is_main and known else None)
+        features = self._world.broadcast(self._read_features(path) if self._world.is_main and known else None)
         if features is None and (make_again or not known or known.get("has_features")):
             known = self._compute(point, block, key, self._entry(point, block), features=path)
-            features = self._world.broadcast(_read_features(path) if self._world.is_main else None)
+            features = self._world.broadcast(self._read_features(path) if self._world.is_main else None)
             return self._as_score(point, known), features or {}
         return self.score(point, block), features or {}
+
+    def _read_features(self, path: Path) -> dict[str, Tensor] | None:
+        """None: there is no such file, or it is damaged; the features are made again."""
+        if not path.is_file():
+            return None
+        try:
+            files.check_zip(path)
+            with np.load(path, allow_pickle=False) as data:
+                found = {name: torch.from_numpy(data[name]) for name in data.files}
+        except UNREADABLE as error:
+            LOG.warning("%s: damaged (%s). Its features are made again", path, error)
+            return None
+        if not found or found.keys() - {y.extractor.name for y in self._yardsticks}:  # no checksum is about names
+            LOG.warning("%s: damaged (its table of contents). Its features are made again", path)
+            return None
+        return found
 
     def _as_score(self, point: Point, known: Mapping[str, Any]) -> Score:
         made_with = known.get("made_with", dict.fromkeys(records.made_with(self._world)))
@@ -246,16 +262,3 @@ class Ledger:
                 synth = RandomDirection(self._base, synth, names, seed=0)
             self._live = (wanted, LiveMerge(self._model, self._base, synth))
         self._live[1].set_w(point.w)
-
-
-def _read_features(path: Path) -> dict[str, Tensor] | None:
-    """None: there is no such file, or it is damaged; the features are made again."""
-    if not path.is_file():
-        return None
-    try:
-        files.check_zip(path)
-        with np.load(path, allow_pickle=False) as data:
-            return {name: torch.from_numpy(data[name]) for name in data.files}
-    except UNREADABLE as error:
-        LOG.warning("%s: damaged (%s). Its features are made again", path, error)
-        return None
