@@ -236,3 +236,17 @@ def test_a_fine_tune_of_one_update_killed_before_its_state_goes_on(line_config, 
             run(line_config, folder, "finetune.images=16")
     assert list((folder / "finetune").glob("snapshot-*"))
     assert json.loads(json.dumps(without_times(run(line_config, folder, "finetune.images=16")))) == whole
+
+
+@pytest.mark.parametrize("member", [None, "another.npy"])
+def test_features_under_no_name_or_another_are_made_again(line_config, tmp_path, member):
+    """A whole zip, but for its table of contents: the report had lost its error bars."""
+    whole = run(line_config, tmp_path / "run")
+    assert all(row["error"] is not None for row in whole["rows"].values())
+    for path in (tmp_path / "run/features").iterdir():
+        with zipfile.ZipFile(path) as archive:
+            content = archive.read(archive.namelist()[0])
+        with zipfile.ZipFile(path, "w") as archive:
+            if member is not None:
+                archive.writestr(member, content)
+    assert without_times(run(line_config, tmp_path / "run")) == without_times(whole)

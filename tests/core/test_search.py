@@ -12,14 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from fid.frechet import Gaussian
+from fid.frechet import Gaussian, frechet_distance
 from neon.report.result import Difference, verdict, why_it_ended
 from neon.search.choose import Choice
 from neon.search.found import Found
 from neon.search.plan import Plan, first_places
 from neon.search.points import Point, Score
 from neon.search.strategy import Search, _is_flat
-from neon.search.surface import Place, Surface, polynomial_weights, surface
+from neon.search.surface import Place, Surface, _slope, polynomial_weights, surface
 
 REFERENCE = Gaussian(torch.zeros(3), torch.eye(3))
 
@@ -126,6 +126,27 @@ def test_a_reference_that_is_one_image_over_and_over_has_a_distance_with_an_erro
         errors.append(found.noise)
     assert float(torch.stack(values).mean()) == pytest.approx(4 + 3, rel=0.01)
     assert sum(errors) / 200 == pytest.approx(float(torch.stack(values).std()), rel=0.15)
+
+
+def test_the_slope_is_the_change_of_the_distance():
+    """Against differences of the distance itself, in the mean and in the covariance: their signs too."""
+    generator = torch.Generator().manual_seed(0)
+    a, b, move = (torch.randn(4, 4, generator=generator, dtype=torch.float64) for _ in range(3))
+    reference, covariance = Gaussian(torch.zeros(4), a @ a.T), b @ b.T + torch.eye(4, dtype=torch.float64)
+    mean = torch.tensor([1.0, -2.0, 0.5, 0.0], dtype=torch.float64)
+    at, one = Gaussian(mean, covariance, 1000), torch.ones(1, dtype=torch.float64)
+    of_mean, of_covariance = _slope(one, covariance[None], [1000], at, reference)
+    step, moves = 1e-5, (move[0], move + move.T)
+    for slope, (d_mean, d_covariance) in ((of_mean, (moves[0], 0)), (of_covariance, (0, moves[1]))):
+        high, low = (
+            frechet_distance(
+                generated=Gaussian(mean + sign * step * d_mean, covariance + sign * step * d_covariance),
+                reference=reference,
+            )
+            for sign in (1, -1)
+        )
+        change = d_mean if slope.ndim == 1 else d_covariance
+        assert float((slope * change).sum()) == pytest.approx((high - low) / (2 * step), rel=1e-4)
 
 
 def test_few_images_of_many_features_give_a_distance_everywhere():
